@@ -1,0 +1,148 @@
+"""Activation-aware clustering as coverage maximization: the default method.
+
+Token t goes to the cluster whose active set S_k holds most of its normalized importance,
+
+    k(t) = argmax_k Σ_{i ∈ S_k} ē(t, i),    ē(t, ·) = e(t, ·) / Σ_i e(t, i)
+
+and a cluster's active set is the top neurons of its tokens' mean ē. Both steps raise the same
+objective, the mean coverage, so the alternation converges and needs no balance rule.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.clusters.importance import chunk_slices, normalized
+from sparse_runtime.progress import ProgressReporter, SilentProgress
+
+_CHUNK_TOKENS = 4096
+
+
+@dataclass
+class Clustering:
+    """Clusters of one layer, whatever the method.
+
+    Attributes:
+        active_sets: neurons computed for each cluster, bool [K, I].
+        centroids: mean normalized importance (``awc``) or mean pattern (``awc-paper``) of each
+            cluster's tokens, float32 [K, I].
+        assignment: cluster of each token, int64 [N]; -1 where the method left one out.
+        history: figures of each iteration, ``objective`` among them.
+    """
+
+    active_sets: Tensor
+    centroids: Tensor
+    assignment: Tensor
+    history: list[dict[str, float]] = field(default_factory=list)
+
+
+def top_sets(centroids: Tensor, set_size: int) -> Tensor:
+    """Active sets bool [K, I]: the ``set_size`` largest entries of each centroid [K, I]."""
+    top = centroids.topk(set_size, dim=-1).indices
+    return torch.zeros_like(centroids, dtype=torch.bool).scatter_(-1, top, True)
+
+
+def coverage_matrix(importance: Tensor, active_sets: Tensor) -> Tensor:
+    """Coverage of each token by each set.
+
+    Args:
+        importance: [N, I], any scale per token.
+        active_sets: bool [K, I].
+
+    Returns:
+        Σ_{i ∈ S_k} ē(t, i), float32 [N, K].
+    """
+    sets = active_sets.t().to(torch.float32)
+    coverage = torch.empty(importance.shape[0], active_sets.shape[0], device=importance.device)
+    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
+        torch.mm(normalized(importance[rows]), sets, out=coverage[rows])
+    return coverage
+
+
+def best_sets(importance: Tensor, active_sets: Tensor) -> tuple[Tensor, Tensor]:
+    """Coverage of each token by its best set, and which it is: float32 [N], int64 [N].
+
+    Ties go to the lowest cluster. Never holds the whole [N, K] matrix.
+    """
+    sets = active_sets.t().to(torch.float32)
+    best = torch.empty(importance.shape[0], device=importance.device)
+    ids = torch.empty(importance.shape[0], dtype=torch.int64, device=importance.device)
+    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
+        torch.max(normalized(importance[rows]) @ sets, dim=-1, out=(best[rows], ids[rows]))
+    return best, ids
+
+
+def cluster_means(
+    importance: Tensor, assignment: Tensor, num_clusters: int, shrinkage: float = 0.0
+) -> Tensor:
+    """Mean normalized importance of each cluster's tokens, float32 [K, I].
+
+    Args:
+        importance: [N, I].
+        assignment: cluster of each token, int64 [N].
+        num_clusters: K.
+        shrinkage: weight, in tokens, of the mean over all tokens; keeps small clusters from
+            following noise. An empty cluster gets that mean.
+    """
+    sums = torch.zeros(num_clusters, importance.shape[1], device=importance.device)
+    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
+        sums.index_add_(0, assignment[rows], normalized(importance[rows]))
+    counts = torch.bincount(assignment, minlength=num_clusters).unsqueeze(-1)
+    overall = sums.sum(0) / max(importance.shape[0], 1)
+    prior = max(shrinkage, 1e-6)
+    return (sums + prior * overall) / (counts + prior)
+
+
+def fit_awc(
+    importance: Tensor,
+    *,
+    num_clusters: int,
+    set_size: int,
+    generator: torch.Generator,
+    max_iterations: int = 10,
+    tolerance: float = 2e-4,
+    progress: ProgressReporter | None = None,
+) -> Clustering:
+    """Cluster the tokens of one layer.
+
+    Starts from the patterns of K random tokens, each averaged with the overall mean. Clusters left
+    empty are reseeded with the tokens that are covered worst. Stops when the objective rises by less
+    than ``tolerance``.
+
+    Args:
+        importance: [N, I], ≥ 0, any scale per token.
+        num_clusters: K ≤ N.
+        set_size: neurons in every active set.
+        generator: source of randomness, on the CPU.
+        max_iterations: bound on the iterations.
+        tolerance: smallest rise of mean coverage that goes on.
+        progress: reports one unit per iteration.
+
+    Returns:
+        Clustering with active sets of exactly ``set_size`` neurons.
+    """
+    num_tokens = importance.shape[0]
+    seeds = torch.randperm(num_tokens, generator=generator)[:num_clusters]
+    overall = cluster_means(importance, importance.new_zeros(num_tokens, dtype=torch.int64), 1)
+    centroids = 0.5 * normalized(importance[seeds.to(importance.device)]) + 0.5 * overall
+    sets = top_sets(centroids, set_size)
+    history: list[dict[str, float]] = []
+    with (progress or SilentProgress()).task("cluster", max_iterations) as advance:
+        for _ in range(max_iterations):
+            coverage, assignment = best_sets(importance, sets)
+            objective = coverage.mean().item()
+            sizes = torch.bincount(assignment, minlength=num_clusters)
+            empty = (sizes == 0).nonzero().squeeze(-1)
+            history.append({"objective": objective, "empty_clusters": float(len(empty))})
+            if len(history) > 1 and objective - history[-2]["objective"] < tolerance:
+                break
+            centroids = cluster_means(importance, assignment, num_clusters)
+            if len(empty):
+                worst = coverage.topk(len(empty), largest=False).indices
+                centroids[empty] = 0.5 * normalized(importance[worst]) + 0.5 * overall
+            sets = top_sets(centroids, set_size)
+            advance(1)
+    return Clustering(sets, centroids, best_sets(importance, sets)[1], history)

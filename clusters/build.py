@@ -1,0 +1,299 @@
+"""``build_clusters``: from a model and text to an artifact.
+
+text → windows → hidden states of every layer (one pass, on disk) → per layer: importance, clusters,
+router → ClusterSet. Each stage's result stays in the working folder ``OUTPUT/.build`` until the
+artifact is written, so an interrupted build goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.atomic import write_json, write_tensors
+from sparse_runtime.cluster_set import ClusterSet, LayerClusters, check_output_folder
+from sparse_runtime.clusters.awc import Clustering
+from sparse_runtime.clusters.binary_patterns import PackedPatterns
+from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
+from sparse_runtime.clusters.config import BuildConfig
+from sparse_runtime.clusters.data import (
+    CalibrationText,
+    DataSource,
+    calibration_windows,
+    parse_source,
+)
+from sparse_runtime.clusters.layer_build import (
+    build_layer,
+    fit_clusters,
+    fit_paper_clusters,
+    fit_router,
+    load_layer,
+    packed_patterns,
+    set_size_for,
+)
+from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.progress import ProgressReporter, SilentProgress
+
+WORK_FOLDER = ".build"
+#: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
+ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
+
+
+def build_clusters(
+    model: Any,
+    tokenizer: Any,
+    data: Sequence[str | DataSource],
+    config: BuildConfig | None = None,
+    *,
+    output: str | Path | None = None,
+    model_name: str = "",
+    progress: ProgressReporter | None = None,
+) -> ClusterSet:
+    """Build clusters and routers for a model from calibration text.
+
+    Args:
+        model: a dense causal language model whose type is in the architecture table.
+        tokenizer: its tokenizer.
+        data: text sources, as on the command line (``"notes.txt"``, ``"c4,weight=0.5"``).
+        config: settings.
+        output: folder to write the artifact to; without it nothing is kept on disk, and an
+            interrupted build starts over.
+        model_name: recorded in the artifact.
+        progress: draws bars.
+
+    Returns:
+        The artifact, written to ``output`` already if that was given.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+        DataError: a source that cannot be read, or too little text.
+        OutputFolderError: ``output`` holds something else, or could not be written.
+        UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
+    """
+    config = config or BuildConfig()
+    progress = progress or SilentProgress()
+    layers = find_ffn_layers(model)
+    text = calibration_windows(
+        [parse_source(source) if isinstance(source, str) else source for source in data],
+        tokenizer,
+        max_tokens=config.max_tokens,
+        window=config.window,
+        split="train",
+        seed=config.seed,
+        model=model,
+    )
+    num_fit = _num_fit_tokens(text, config)
+    build = {"model": model_name, "config": config.record(), "data": text.record}
+    if output is None:
+        with TemporaryDirectory() as work:
+            return _build(model, layers, text, num_fit, config, build, Path(work), progress)
+    folder = Path(output)
+    check_output_folder(folder, own=(WORK_FOLDER,))
+    work_folder = folder / WORK_FOLDER
+    work_folder.mkdir(parents=True, exist_ok=True)
+    clusters = _build(model, layers, text, num_fit, config, build, work_folder, progress)
+    clusters.save_pretrained(folder)
+    shutil.rmtree(work_folder)
+    return clusters
+
+
+def _num_fit_tokens(text: CalibrationText, config: BuildConfig) -> int:
+    """Tokens of the windows that are fitted on; the windows after them are held out."""
+    num_windows, window = text.windows.shape
+    held_out = max(1, round(num_windows * config.held_out_share))
+    if num_windows < 2:
+        raise DataError(
+            f"the calibration text gives {num_windows} window of {window} tokens; expected 2 or "
+            "more, as one is held out. Give more text, raise max_tokens or lower the window"
+        )
+    num_fit = (num_windows - held_out) * window
+    if config.num_clusters > num_fit:
+        raise DataError(
+            f"{config.num_clusters} clusters were asked for, but only {num_fit} calibration tokens "
+            f"are there to fit them ({held_out * window} more are held out); give more text, raise "
+            "max_tokens or lower the number of clusters"
+        )
+    return num_fit
+
+
+def _build(
+    model: Any,
+    layers: list[FFNLayer],
+    text: CalibrationText,
+    num_fit: int,
+    config: BuildConfig,
+    build: dict[str, Any],
+    work: Path,
+    progress: ProgressReporter,
+) -> ClusterSet:
+    fingerprint = model_fingerprint(model)
+    _claim(work, {"fingerprint": fingerprint, **build})
+    started = time.perf_counter()
+    states = capture_hidden_states(
+        model,
+        text.windows,
+        work / "states",
+        memory_mib=config.memory_mib,
+        progress=progress,
+    )
+    seconds = {"capture": time.perf_counter() - started}
+    rank = _choose_router(states, layers, config, num_fit, work, progress)
+    pooled = _pooled_clusters(states, layers, config, num_fit, rank, work, progress)
+    built: dict[int, LayerClusters] = {}
+    figures = []
+    with progress.task("layers", len(layers)) as advance:
+        for position, layer in enumerate(layers):
+            file = work / f"layer_{layer.index}.safetensors"
+            if not file.exists():
+                data, matrix = load_layer(
+                    states, position, layer, config, num_fit=num_fit, work=work
+                )
+                clusters, layer_figures = build_layer(
+                    data,
+                    config,
+                    rank,
+                    set_size_for(layer, config, rank),
+                    _generator(config, layer.index),
+                    pooled,
+                )
+                matrix.close()
+                _save_layer(file, clusters, {"index": layer.index, **layer_figures})
+            built[layer.index], layer_figures = _load_layer(file)
+            figures.append(layer_figures)
+            advance(1)
+    for stage in ("clustering", "router"):
+        seconds[stage] = sum(entry["seconds"][stage] for entry in figures)
+    return ClusterSet(
+        layers=built,
+        fingerprint=fingerprint,
+        build={**build, "router_rank": rank, "seconds": seconds, "layers": figures},
+    )
+
+
+def _generator(config: BuildConfig, stream: int) -> torch.Generator:
+    return torch.Generator().manual_seed(config.seed * 100_003 + stream)
+
+
+def _claim(work: Path, key: dict[str, Any]) -> None:
+    """Keep a working folder of the same build, empty that of any other."""
+    digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+    key_file = work / "key.json"
+    if key_file.exists() and json.loads(key_file.read_text(encoding="utf-8")) == digest:
+        return
+    for entry in work.iterdir():
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink()
+    write_json(key_file, digest)
+
+
+def _choose_router(
+    states: HiddenStates,
+    layers: list[FFNLayer],
+    config: BuildConfig,
+    num_fit: int,
+    work: Path,
+    progress: ProgressReporter,
+) -> int | None:
+    """Rank of the router (None: linear), by held-out coverage at the budget on two layers."""
+    if config.router != "auto":
+        return None if config.router == "linear" else int(config.router)
+    file = work / "router.json"
+    if file.exists():
+        rank: int | None = json.loads(file.read_text(encoding="utf-8"))
+        return rank
+    candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
+    if not candidates:
+        set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
+    if len(candidates) == 1:
+        return candidates[0]
+    coverage = dict.fromkeys(candidates, 0.0)
+    probes = sorted({len(layers) // 4, 3 * len(layers) // 4})
+    with progress.task("choose router", len(probes) * len(candidates)) as advance:
+        for position in probes:
+            layer = layers[position]
+            data, matrix = load_layer(states, position, layer, config, num_fit=num_fit, work=work)
+            for rank in candidates:
+                # One stream for all candidates: they differ in the router only.
+                generator = _generator(config, layer.index)
+                size = set_size_for(layer, config, rank)
+                clustering = fit_clusters(data, config, size, generator)
+                history = fit_router(data, clustering, config, rank, size, generator)[-1]
+                coverage[rank] += history[-1] / len(probes)
+                advance(1)
+            matrix.close()
+    best = max(candidates, key=lambda rank: coverage[rank])
+    write_json(file, best)
+    return best
+
+
+def _fits(layer: FFNLayer, config: BuildConfig, rank: int | None) -> bool:
+    try:
+        set_size_for(layer, config, rank)
+    except ConfigError:
+        return False
+    return rank is None or rank < min(layer.hidden_size, config.num_clusters)
+
+
+def _pooled_clusters(
+    states: HiddenStates,
+    layers: list[FFNLayer],
+    config: BuildConfig,
+    num_fit: int,
+    rank: int | None,
+    work: Path,
+    progress: ProgressReporter,
+) -> Clustering | None:
+    """The paper's one table for all layers, fitted on the patterns of all; None if not pooled."""
+    if not (config.method == "awc-paper" and config.paper_pooled):
+        return None
+    parts = []
+    with progress.task("patterns", len(layers)) as advance:
+        for position, layer in enumerate(layers):
+            data, matrix = load_layer(states, position, layer, config, num_fit=num_fit, work=work)
+            parts.append(packed_patterns(data.importance[data.fit]))
+            matrix.close()
+            advance(1)
+    density = set_size_for(layers[0], config, rank) / layers[0].intermediate_size
+    return fit_paper_clusters(
+        PackedPatterns.concat(parts), config, density, _generator(config, -1 % 100_003)
+    )
+
+
+_LAYER_TENSORS = (
+    "active_sets",
+    "static_set",
+    "router_down",
+    "router_up",
+    "router_bias",
+    "centroids",
+)
+
+
+def _save_layer(file: Path, clusters: LayerClusters, figures: dict[str, Any]) -> None:
+    tensors: dict[str, Tensor] = {}
+    for name in _LAYER_TENSORS:
+        tensor = getattr(clusters, name)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
+    write_tensors(file, tensors, {"figures": json.dumps(figures)})
+
+
+def _load_layer(file: Path) -> tuple[LayerClusters, dict[str, Any]]:
+    with safe_open(file, framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        figures = json.loads(reader.metadata()["figures"])
+    return LayerClusters(**tensors), figures

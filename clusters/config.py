@@ -1,0 +1,96 @@
+"""Options of ``build_clusters``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from sparse_runtime.clusters.importance import IMPORTANCE_KINDS
+from sparse_runtime.errors import ConfigError
+
+METHODS = ("awc", "awc-paper")
+MAX_CLUSTERS = 16_384
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """How clusters are built.
+
+    Args:
+        method: ``awc`` (coverage clustering on importance) or ``awc-paper`` (the paper's, on binary
+            patterns).
+        importance: ``norm`` or ``binary``, see ``clusters/importance.py``; ``awc-paper`` is always
+            binary.
+        num_clusters: K, 1 to 16,384.
+        budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
+            the dense FFN's. The density follows from it.
+        router: ``auto`` tries several kinds on two layers and takes the one with the best held-out
+            coverage at this budget; ``linear``; or the rank of a low-rank router.
+        router_rounds: reassign–recompute rounds after the first training (``awc`` only).
+        max_tokens: calibration tokens; None takes all the text there is.
+        window: tokens per calibration window.
+        held_out_share: share of the windows kept from fitting, for early stop and the figures.
+        clustering_tokens: at most this many tokens take part in the clustering's iterations; the
+            final sets and routers use all of them.
+        seed: of windows, initialization and training.
+        memory_mib: bound, each, on the capture's buffers and on one layer's importance matrix; above
+            it both go through files.
+        percentile: ``binary`` importance and ``awc-paper``: scores above this percentile of their
+            layer count as active.
+        paper_init: ``awc-paper``: ``random`` or ``kmeans++``.
+        paper_pooled: ``awc-paper``: one table of clusters for all layers, as in the paper, instead of
+            one for each layer.
+        save_centroids: keep the float centroids in the artifact.
+    """
+
+    method: Literal["awc", "awc-paper"] = "awc"
+    importance: Literal["norm", "binary"] = "norm"
+    num_clusters: int = 256
+    budget: float = 0.5
+    router: str = "auto"
+    router_rounds: int = 2
+    max_tokens: int | None = 32_768
+    window: int = 512
+    held_out_share: float = 0.1
+    clustering_tokens: int = 65_536
+    seed: int = 0
+    memory_mib: int = 1024
+    percentile: float = 50.0
+    paper_init: Literal["random", "kmeans++"] = "random"
+    paper_pooled: bool = False
+    save_centroids: bool = True
+
+    def __post_init__(self) -> None:
+        one_of = {
+            "method": METHODS,
+            "importance": IMPORTANCE_KINDS,
+            "paper_init": ("random", "kmeans++"),
+        }
+        for name, choices in one_of.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name} is {getattr(self, name)!r}; expected one of {', '.join(choices)}"
+                )
+        ranges: dict[str, tuple[bool, str]] = {
+            "num_clusters": (1 <= self.num_clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}"),
+            "budget": (0 < self.budget <= 1, "a cost share above 0 and at most 1"),
+            "router_rounds": (self.router_rounds >= 0, "0 or more"),
+            "max_tokens": (self.max_tokens is None or self.max_tokens > 0, "1 or more"),
+            "window": (self.window >= 2, "2 or more"),
+            "held_out_share": (0 < self.held_out_share < 1, "a share between 0 and 1"),
+            "clustering_tokens": (self.clustering_tokens >= 1, "1 or more"),
+            "memory_mib": (self.memory_mib >= 1, "1 or more"),
+            "percentile": (0 < self.percentile < 100, "a percentage between 0 and 100"),
+            "router": (_is_router(self.router), "auto, linear or a rank of 1 or more"),
+        }
+        for name, (valid, expected) in ranges.items():
+            if not valid:
+                raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+    def record(self) -> dict[str, Any]:
+        """All settings, as JSON."""
+        return asdict(self)
+
+
+def _is_router(value: str) -> bool:
+    return value in ("auto", "linear") or (value.isdecimal() and int(value) > 0)

@@ -1,0 +1,103 @@
+"""How much each neuron matters for each token of a layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+
+#: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``binary``: whether
+#: that length is above the layer's median.
+IMPORTANCE_KINDS = ("norm", "binary")
+
+
+@dataclass(frozen=True)
+class ImportanceScorer:
+    """Scores the neurons of one FFN for given hidden states.
+
+    Attributes:
+        gate: gate projection [I, H] float32.
+        up: up projection [I, H] float32.
+        neuron_weights: weight of each neuron's |h| [I] float32; ‖down_i‖₂ for ``norm``.
+        activation: kernel name of the activation.
+        threshold: scores above it count as 1, others as 0; None keeps the scores.
+    """
+
+    gate: Tensor
+    up: Tensor
+    neuron_weights: Tensor
+    activation: str
+    threshold: float | None = None
+
+    def __call__(self, hidden_states: Tensor) -> Tensor:
+        """Score hidden states [n, H]: e(t, i) = |h(t, i)|·w(i), float32 [n, I], ≥ 0."""
+        x = hidden_states.float()
+        act = ACTIVATION_FUNCTIONS[self.activation]
+        h = act(F.linear(x, self.gate)).mul_(F.linear(x, self.up))
+        scores = h.abs_().mul_(self.neuron_weights)
+        return scores if self.threshold is None else (scores > self.threshold).float()
+
+
+def importance_scorer(layer: FFNLayer, threshold: float | None = None) -> ImportanceScorer:
+    """Make the scorer of a layer from its weights.
+
+    Args:
+        layer: an FFN found by ``find_ffn_layers``.
+        threshold: see :class:`ImportanceScorer`; None for ``norm`` importance.
+    """
+    down = layer.down.weight.detach().float()
+    return ImportanceScorer(
+        gate=layer.gate.weight.detach().float(),
+        up=layer.up.weight.detach().float(),
+        neuron_weights=down.norm(dim=0),
+        activation=layer.activation,
+        threshold=threshold,
+    )
+
+
+class ImportanceMatrix:
+    """Importance of every neuron for every token of a layer [N, I], kept in bfloat16.
+
+    Above ``memory_mib`` the matrix lives in a file that the operating system pages in as needed.
+
+    Attributes:
+        values: [N, I] bfloat16.
+    """
+
+    def __init__(
+        self, num_tokens: int, num_neurons: int, *, memory_mib: int, spill_file: Path
+    ) -> None:
+        size = num_tokens * num_neurons
+        self._spill_file: Path | None = None
+        if size * 2 <= memory_mib * 2**20:
+            self.values = torch.empty(num_tokens, num_neurons, dtype=torch.bfloat16)
+        else:
+            self._spill_file = spill_file
+            self.values = torch.from_file(
+                str(spill_file), shared=True, size=size, dtype=torch.bfloat16
+            ).view(num_tokens, num_neurons)
+
+    def close(self) -> None:
+        """Free the matrix and remove its file, if it has one."""
+        self.values = torch.empty(0)
+        if self._spill_file is not None:
+            self._spill_file.unlink(missing_ok=True)
+
+
+def chunk_slices(num_rows: int, chunk_rows: int) -> Iterator[slice]:
+    """Cut [0, num_rows) into slices of at most ``chunk_rows``."""
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, num_rows))
+
+
+def normalized(importance: Tensor) -> Tensor:
+    """Scale each token's importance [n, I] to sum to one (rows of zeros stay), float32."""
+    importance = importance.float()
+    return importance / importance.sum(-1, keepdim=True).clamp_min(1e-20)

@@ -1,0 +1,260 @@
+"""One layer's clusters: importance → clustering → router → the sets that the router gets right."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.cluster_set import LayerClusters
+from sparse_runtime.clusters.awc import (
+    Clustering,
+    best_sets,
+    cluster_means,
+    coverage_matrix,
+    fit_awc,
+    top_sets,
+)
+from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
+from sparse_runtime.clusters.binary_patterns import PackedPatterns, percentile_threshold
+from sparse_runtime.clusters.capture import HiddenStates
+from sparse_runtime.clusters.config import BuildConfig
+from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
+from sparse_runtime.clusters.metrics import SetScorer
+from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.predictors import Router
+from sparse_runtime.predictors.training import initial_router, route, train_router
+
+_CHUNK_TOKENS = 4096
+# Weight, in tokens, of the layer's mean pattern in a recomputed centroid (docs/LOG.md).
+_SHRINKAGE = 8.0
+
+
+@dataclass
+class LayerData:
+    """A layer's calibration tokens, the last of them held out.
+
+    Attributes:
+        hidden_states: [N, H] float32.
+        importance: [N, I] bfloat16.
+        num_fit: tokens to fit on; the rest are held out.
+    """
+
+    hidden_states: Tensor
+    importance: Tensor
+    num_fit: int
+
+    @property
+    def fit(self) -> slice:
+        """Rows to fit on."""
+        return slice(0, self.num_fit)
+
+    @property
+    def held_out(self) -> slice:
+        """Rows to judge by."""
+        return slice(self.num_fit, len(self.hidden_states))
+
+
+def layer_cost(layer: FFNLayer, config: BuildConfig, rank: int | None) -> FFNCost:
+    """Cost of a layer with a router of this rank, in the runtime's default bfloat16."""
+    parameters = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
+    return FFNCost(layer.hidden_size, layer.intermediate_size, parameters)
+
+
+def set_size_for(layer: FFNLayer, config: BuildConfig, rank: int | None) -> int:
+    """Neurons per active set that the budget allows beside a router of this rank.
+
+    Raises:
+        ConfigError: the router alone exceeds the budget.
+    """
+    cost = layer_cost(layer, config, rank)
+    size = int(cost.density_for(config.budget) * layer.intermediate_size)
+    if size < 1:
+        kind = "linear router" if rank is None else f"router of rank {rank}"
+        raise ConfigError(
+            f"budget is {config.budget}, but the {kind} for {config.num_clusters} clusters alone "
+            f"costs {cost.share(0):.3f} of the FFN; expected a larger budget, fewer clusters or a "
+            "smaller router rank"
+        )
+    return size
+
+
+def load_layer(
+    states: HiddenStates,
+    position: int,
+    layer: FFNLayer,
+    config: BuildConfig,
+    *,
+    num_fit: int,
+    work: Path,
+) -> tuple[LayerData, ImportanceMatrix]:
+    """Read a layer's hidden states and score its neurons.
+
+    Returns:
+        The data and the matrix behind its importance, to be closed after use.
+    """
+    hidden_states = states.layer(position)
+    matrix = ImportanceMatrix(
+        len(hidden_states),
+        layer.intermediate_size,
+        memory_mib=config.memory_mib,
+        spill_file=work / "importance.bin",
+    )
+    scorer = importance_scorer(layer)
+    device = layer.gate.weight.device
+    for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+        matrix.values[rows] = scorer(hidden_states[rows].to(device)).to("cpu", torch.bfloat16)
+    if config.importance == "binary" or config.method == "awc-paper":
+        chunks = (matrix.values[r] for r in chunk_slices(num_fit, _CHUNK_TOKENS))
+        threshold = percentile_threshold(chunks, config.percentile)
+        for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+            matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
+    return LayerData(hidden_states, matrix.values, num_fit), matrix
+
+
+def packed_patterns(importance: Tensor) -> PackedPatterns:
+    """Bit-pack binary importance [N, I]."""
+    bits = [pack_bits(importance[r] > 0) for r in chunk_slices(len(importance), _CHUNK_TOKENS)]
+    return PackedPatterns(torch.cat(bits), importance.shape[1])
+
+
+def fit_paper_clusters(
+    patterns: PackedPatterns, config: BuildConfig, density: float, generator: torch.Generator
+) -> Clustering:
+    """Cluster with the paper's method: centroids that keep the top ``density`` of positions."""
+    result = fit_awc_paper(
+        patterns,
+        AWCPaperConfig(
+            num_clusters=config.num_clusters,
+            top_percentile=min(max(1 - density, 1e-6), 1 - 1e-6),
+            init=config.paper_init,
+        ),
+        generator=generator,
+    )
+    return Clustering(result.centroids, result.means, result.assignment, result.history)
+
+
+def fit_clusters(
+    data: LayerData, config: BuildConfig, set_size: int, generator: torch.Generator
+) -> Clustering:
+    """Cluster a layer's fit tokens with the configured method."""
+    importance = data.importance[data.fit]
+    if config.method == "awc-paper":
+        density = set_size / importance.shape[1]
+        return fit_paper_clusters(packed_patterns(importance), config, density, generator)
+    if config.clustering_tokens < len(importance):
+        sample = torch.randperm(len(importance), generator=generator)[: config.clustering_tokens]
+        importance = importance[sample.sort().values]
+    return fit_awc(
+        importance,
+        num_clusters=config.num_clusters,
+        set_size=set_size,
+        generator=generator,
+    )
+
+
+def fit_router(
+    data: LayerData,
+    clustering: Clustering,
+    config: BuildConfig,
+    rank: int | None,
+    set_size: int,
+    generator: torch.Generator,
+) -> tuple[Router, Tensor, Tensor, list[float]]:
+    """Train a layer's router, then let the sets follow it.
+
+    After each training the tokens are reassigned by the router and the centroids recomputed from
+    *its* assignment, so that a set holds what the tokens it really gets need.
+
+    Returns:
+        Router, active sets bool [K, I], centroids [K, I], held-out coverage along the training.
+    """
+    num_clusters = len(clustering.active_sets)
+    sets, centroids = clustering.active_sets, clustering.centroids
+    importance = data.importance[data.fit]
+    assignment = best_sets(importance, sets)[1]
+    router = initial_router(data.hidden_states[data.fit], assignment, num_clusters, rank)
+    rounds = config.router_rounds if config.method == "awc" else 0
+    history: list[float] = []
+    for number in range(rounds + 1):
+        coverage = coverage_matrix(data.importance, sets).to(torch.float16)
+        history += train_router(
+            router,
+            data.hidden_states[data.fit],
+            coverage[data.fit],
+            data.hidden_states[data.held_out],
+            coverage[data.held_out],
+            generator=generator,
+        )
+        if number < rounds:
+            assignment = route(router, data.hidden_states[data.fit])
+            centroids = cluster_means(importance, assignment, num_clusters, _SHRINKAGE)
+            sets = top_sets(centroids, set_size)
+    return router, sets, centroids, history
+
+
+def build_layer(
+    data: LayerData,
+    config: BuildConfig,
+    rank: int | None,
+    set_size: int,
+    generator: torch.Generator,
+    clustering: Clustering | None = None,
+) -> tuple[LayerClusters, dict[str, Any]]:
+    """Build one layer.
+
+    Args:
+        data: the layer's tokens.
+        config: settings.
+        rank: of the router, None for linear.
+        set_size: neurons per active set.
+        generator: randomness, on the CPU.
+        clustering: clusters to use instead of fitting them here (pooled over layers).
+
+    Returns:
+        The layer of the artifact, and its figures: held-out scores, objective per iteration, cluster
+        sizes, router history, seconds by stage.
+    """
+    started = time.perf_counter()
+    clustering = clustering or fit_clusters(data, config, set_size, generator)
+    clustered = time.perf_counter()
+    router, sets, centroids, history = fit_router(
+        data, clustering, config, rank, set_size, generator
+    )
+    importance = data.importance[data.fit]
+    overall = cluster_means(importance, torch.zeros(len(importance), dtype=torch.int64), 1)
+    mean_size = max(1, round(sets.sum().item() / len(sets)))
+    static_set = top_sets(overall, mean_size)[0]
+    router = router.to(torch.bfloat16).float()
+    scorer = SetScorer(sets, static_set)
+    held_out_ids = route(router, data.hidden_states[data.held_out])
+    scorer.add(data.importance[data.held_out], held_out_ids)
+    sizes = torch.bincount(route(router, data.hidden_states[data.fit]), minlength=len(sets))
+    figures = {
+        "held_out": scorer.scores(),
+        "iterations": clustering.history,
+        "router_coverage": history,
+        "cluster_sizes": sizes.tolist(),
+        "unassigned": int((clustering.assignment < 0).sum()),
+        "seconds": {
+            "clustering": clustered - started,
+            "router": time.perf_counter() - clustered,
+        },
+    }
+    state = {name: tensor.detach() for name, tensor in router.state_dict().items()}
+    clusters = LayerClusters(
+        active_sets=pack_bits(sets),
+        static_set=pack_bits(static_set),
+        router_down=state.get("down"),
+        router_up=state["up"],
+        router_bias=state["bias"],
+        centroids=centroids if config.save_centroids else None,
+    )
+    return clusters, figures

@@ -1,0 +1,1 @@
+"""Judging a sparse model: perplexity, coverage, latency."""

@@ -1,0 +1,154 @@
+"""Quality of a sparse model: perplexity, coverage and precision on held-out text.
+
+Four runs over the same text, every token through the sparse path: dense; sparse by the router's ids;
+sparse by oracle ids (the cluster whose set covers the token's true importance best, the ceiling of
+any router); and static (one set for all tokens, the floor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer
+from sparse_runtime.clusters.metrics import SetScorer
+from sparse_runtime.config import SparseConfig
+from sparse_runtime.eval.perplexity import perplexity
+from sparse_runtime.progress import ProgressReporter
+from sparse_runtime.sparse_ffn import SparseFFN
+
+# Scoring sets costs more than running them; this many tokens fix a layer's means to about 0.001.
+_SCORED_TOKENS = 4096
+
+
+def evaluate_quality(
+    model: nn.Module,
+    clusters: ClusterSet,
+    tokens: Tensor,
+    *,
+    window: int = 512,
+    stride: int | None = None,
+    progress: ProgressReporter | None = None,
+) -> dict[str, Any]:
+    """Measure a dense model with and without clusters on a text.
+
+    Args:
+        model: a dense causal language model; dense again when this returns.
+        clusters: the artifact to judge.
+        tokens: the text, held out from the calibration [n] int64.
+        window: tokens per window.
+        stride: distance of window starts; ``window`` if None.
+        progress: reports one unit per window of each run.
+
+    Returns:
+        ``perplexity`` (``dense``, ``sparse``, ``oracle_ids``, ``static``), ``ratio`` (sparse ÷
+        dense), ``cost_share`` counted by the runtime, ``tokens``, ``window``, ``stride`` and, per
+        layer, the scores of :class:`SetScorer` on the states of the sparse model.
+
+    Raises:
+        DataError: the text is shorter than one window.
+        SparseRuntimeError: as ``sparsify``.
+    """
+    options: dict[str, Any] = {"window": window, "stride": stride, "progress": progress}
+    layers = find_ffn_layers(model)
+    scorers = {layer.index: importance_scorer(layer) for layer in layers}
+    sparsify(model, clusters, config=SparseConfig(prefill="sparse"))
+    try:
+        with dense(model):
+            figures = {"dense": perplexity(model, tokens, description="dense", **options)}
+        reset_cost(model)
+        with _scored(model, clusters, scorers) as set_scorers:
+            figures["sparse"] = perplexity(model, tokens, description="sparse", **options)
+        cost = cost_report(model)
+        with _oracle_ids(model, scorers):
+            figures["oracle_ids"] = perplexity(model, tokens, description="oracle ids", **options)
+        with _static_set(model, clusters):
+            figures["static"] = perplexity(model, tokens, description="static", **options)
+    finally:
+        unsparsify(model)
+    return {
+        "perplexity": figures,
+        "ratio": figures["sparse"] / figures["dense"],
+        "cost_share": cost.cost_share,
+        "tokens": len(tokens),
+        "window": window,
+        "stride": window if stride is None else stride,
+        "layers": [{"index": index, **s.scores()} for index, s in sorted(set_scorers.items())],
+    }
+
+
+@contextmanager
+def _routes(model: nn.Module, make_route: Any) -> Iterator[None]:
+    modules = sparse_modules(model)
+    before = [module.route for module in modules]
+    try:
+        for module in modules:
+            module.route = make_route(module)
+        yield
+    finally:
+        for module, route in zip(modules, before, strict=True):
+            module.route = route
+
+
+@contextmanager
+def _scored(
+    model: nn.Module, clusters: ClusterSet, scorers: dict[int, ImportanceScorer]
+) -> Iterator[dict[int, SetScorer]]:
+    neurons = clusters.fingerprint["intermediate_size"]
+    set_scorers = {}
+
+    def make_route(module: SparseFFN) -> Any:
+        layer, predict = clusters.layers[module.layer_index], module.route
+        scorer = SetScorer(
+            unpack_bits(module.active_sets, neurons),
+            unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
+        )
+        set_scorers[module.layer_index] = scorer
+        remaining = _SCORED_TOKENS
+
+        def route(x: Tensor) -> Tensor:
+            nonlocal remaining
+            ids = predict(x)
+            if remaining > 0:
+                sample = slice(0, remaining)
+                scorer.add(scorers[module.layer_index](x[sample]), ids[sample])
+                remaining -= len(ids[sample])
+            return ids
+
+        return route
+
+    with _routes(model, make_route):
+        yield set_scorers
+
+
+@contextmanager
+def _oracle_ids(model: nn.Module, scorers: dict[int, ImportanceScorer]) -> Iterator[None]:
+    def make_route(module: SparseFFN) -> Any:
+        scorer = scorers[module.layer_index]
+        sets = unpack_bits(module.active_sets, module.cost.intermediate_size).float().t()
+        return lambda x: (scorer(x) @ sets).argmax(-1)
+
+    with _routes(model, make_route):
+        yield
+
+
+@contextmanager
+def _static_set(model: nn.Module, clusters: ClusterSet) -> Iterator[None]:
+    modules = sparse_modules(model)
+    before = [module.active_sets for module in modules]
+    try:
+        for module in modules:
+            static = clusters.layers[module.layer_index].static_set
+            # Every id points at the same set, so ids of any router stay in range.
+            module.active_sets = static.to(module.active_sets.device).expand_as(module.active_sets)
+        yield
+    finally:
+        for module, sets in zip(modules, before, strict=True):
+            module.active_sets = sets

@@ -1,0 +1,30 @@
+"""Faster Hugging Face language models: read only the feed-forward neurons a token needs."""
+
+from sparse_runtime.api import (
+    cost_report,
+    dense,
+    reset_cost,
+    sparse_modules,
+    sparsify,
+    unsparsify,
+)
+from sparse_runtime.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import CostReport
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.version import __version__
+
+__all__ = [
+    "ClusterSet",
+    "CostReport",
+    "LayerClusters",
+    "SparseConfig",
+    "SparseRuntimeError",
+    "__version__",
+    "cost_report",
+    "dense",
+    "reset_cost",
+    "sparse_modules",
+    "sparsify",
+    "unsparsify",
+]

@@ -1,0 +1,34 @@
+"""Neuron sets as bitmaps: bit ``i % 8`` of byte ``i // 8`` says whether neuron ``i`` is in the set."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
+
+
+def packed_size(num_neurons: int) -> int:
+    """Bytes of a bitmap over ``num_neurons`` neurons: ⌈I/8⌉."""
+    return (num_neurons + 7) // 8
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Pack a bool mask [..., I] into a bitmap [..., ⌈I/8⌉] uint8, padding bits zero."""
+    padding = -mask.shape[-1] % 8
+    bits = torch.nn.functional.pad(mask.to(torch.uint8), (0, padding)).unflatten(-1, (-1, 8))
+    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=mask.device)
+    return (bits * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bitmap: Tensor, num_neurons: int) -> Tensor:
+    """Unpack a bitmap [..., ⌈I/8⌉] uint8 into a bool mask [..., I]."""
+    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bitmap.device)
+    bits = (bitmap.unsqueeze(-1) & weights) != 0
+    return bits.flatten(-2)[..., :num_neurons]
+
+
+def set_sizes(bitmap: Tensor) -> Tensor:
+    """Number of neurons in each set: bitmap [..., ⌈I/8⌉] uint8 -> [...] int64."""
+    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bitmap.device)
+    return ((bitmap.unsqueeze(-1) & weights) != 0).sum((-2, -1))

@@ -1,0 +1,462 @@
+"""The command line ``sparse-runtime``: a thin edge over the library.
+
+Every command takes ``--json FILE`` for its figures. Errors are one line on stderr: exit code 2 for
+wrong usage, 1 for failure, 130 when interrupted.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+from transformers import TextStreamer
+
+from sparse_runtime.api import cost_report, dense, reset_cost, sparsify
+from sparse_runtime.atomic import write_json
+from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.errors import ConfigError, SparseRuntimeError
+from sparse_runtime.models import load_model, parse_dtype
+from sparse_runtime.progress import RichProgress
+from sparse_runtime.version import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'demo' (SmolLM2-135M).")
+]
+ClustersOption = Annotated[
+    str, typer.Option("--clusters", help="Cluster artifact: folder or Hub id.", metavar="DIR")
+]
+JsonOption = Annotated[
+    Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")
+]
+DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+AutoDtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="bfloat16, float16, float32, or auto: bfloat16 where the device computes in it, else "
+        "float32, which is three times faster on such a CPU."
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: cpu]")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text: a .txt or .jsonl file, wikitext2, c4, a Hub data set, pydoc, or self. May be "
+        "given again; each may end in ,weight=W ,key=A+B ,split=S.",
+        metavar="SOURCE",
+    ),
+]
+
+
+def main() -> None:
+    """Run the command line; every error ends as one line and an exit code."""
+    try:
+        app()
+    except SparseRuntimeError as error:
+        _fail(str(error), 2 if isinstance(error, ConfigError) else 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except Exception as error:
+        if os.environ.get("SPARSE_RUNTIME_TRACEBACK"):
+            raise
+        reason = next(iter(str(error).splitlines()), "")
+        _fail(
+            f"{type(error).__name__}: {reason} (set SPARSE_RUNTIME_TRACEBACK=1 to see where; please "
+            "report it if the input was right)",
+            1,
+        )
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    """Faster language models: read only the feed-forward neurons a token needs."""
+    if version:
+        out.print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def build(
+    model: ModelArgument,
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
+    data: DataOption = None,
+    method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
+    importance: Annotated[str, typer.Option(help="norm or binary.")] = "norm",
+    clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
+    budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
+    router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
+    max_tokens: Annotated[int, typer.Option(help="Calibration tokens; 0 for all.")] = 32_768,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    seed: Annotated[int, typer.Option(help="Of sampling, clustering and training.")] = 0,
+    memory_mib: Annotated[int, typer.Option(help="Bound on buffers; above it, files.")] = 1024,
+    percentile: Annotated[float, typer.Option(help="Threshold of binary patterns.")] = 50.0,
+    paper_init: Annotated[str, typer.Option(help="awc-paper: random or kmeans++.")] = "random",
+    paper_pooled: Annotated[
+        bool, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
+    ] = False,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Build clusters and routers for a model from calibration text; resumable."""
+    from sparse_runtime.cluster_set import check_output_folder
+    from sparse_runtime.clusters import BuildConfig, build_clusters
+    from sparse_runtime.clusters.build import WORK_FOLDER
+
+    config = BuildConfig(
+        method=method,  # type: ignore[arg-type]
+        importance=importance,  # type: ignore[arg-type]
+        num_clusters=clusters,
+        budget=budget,
+        router=router,
+        max_tokens=max_tokens or None,
+        window=window,
+        seed=seed,
+        memory_mib=memory_mib,
+        percentile=percentile,
+        paper_init=paper_init,  # type: ignore[arg-type]
+        paper_pooled=paper_pooled,
+    )
+    check_output_folder(output, own=(WORK_FOLDER,))
+    started = time.perf_counter()
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    try:
+        artifact = build_clusters(
+            loaded,
+            tokenizer,
+            data or ["wikitext2"],
+            config,
+            output=output,
+            model_name=model,
+            progress=RichProgress(err),
+        )
+    except KeyboardInterrupt:
+        _fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
+    seconds = time.perf_counter() - started
+    summary = _summary(artifact)
+    summary.update(seconds_total=seconds, peak_memory_mib=_peak_memory_mib())
+    _print_summary(str(output), summary)
+    _write(json_file, summary)
+
+
+@app.command()
+def generate(
+    model: ModelArgument,
+    clusters: ClustersOption,
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=2, help="Tokens to generate.")] = 64,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
+    compare: Annotated[bool, typer.Option("--compare", help="Run dense too.")] = False,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Stream a continuation; print tokens/s and the cost share."""
+    artifact = ClusterSet.from_pretrained(clusters)
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    sparsify(loaded, artifact)
+    runs = {}
+    for variant in ("dense", "sparse") if compare else ("sparse",):
+        out.print(f"[bold]{variant}[/bold]")
+        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
+        runs[variant] = _generate(loaded, tokenizer, prompt, variant, stream=True, **options)
+        rate = f"{runs[variant]['tokens_per_second']:.1f} tokens/s"
+        out.print(f"[dim]{rate}, cost share {runs[variant]['cost_share']:.3f}[/dim]\n")
+    _write(json_file, {"model": model, "prompt": prompt, **runs})
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelArgument,
+    clusters: ClustersOption,
+    data: DataOption = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 32_768,
+    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
+    stride: Annotated[int, typer.Option(help="Distance of windows; 0: the window.")] = 0,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Perplexity, coverage and precision on held-out text, every token sparse."""
+    from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.quality import evaluate_quality
+
+    sources = data or ["wikitext2"]
+    artifact = ClusterSet.from_pretrained(clusters)
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    results = []
+    for source in sources:
+        tokens = token_stream(
+            parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=loaded
+        )
+        result = evaluate_quality(
+            loaded,
+            artifact,
+            tokens,
+            window=window,
+            stride=stride or None,
+            progress=RichProgress(err),
+        )
+        _print_quality(source, result)
+        results.append({"data": source, **result})
+    record = {"model": model, "clusters": clusters, "dtype": str(loaded.dtype).split(".")[-1]}
+    further = {"others": results[1:]} if len(results) > 1 else {}
+    _write(json_file, {**record, **results[0], **further, "host": host_record(loaded.device)})
+
+
+@app.command()
+def bench(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")] = None,
+    clusters: Annotated[
+        str | None, typer.Option("--clusters", help="Cluster artifact.", metavar="DIR")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(help="Layers of --shape.")] = None,
+    density: Annotated[float, typer.Option(help="Density of --shape's random sets.")] = 0.5,
+    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per run.")] = 32,
+    repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 5,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Prefill and decode latency, sparse beside dense in one run."""
+    from sparse_runtime.eval.latency import bench as run_bench
+    from sparse_runtime.eval.shapes import random_clusters, random_model
+
+    if shape is not None:
+        if model is not None or clusters is not None:
+            raise ConfigError(
+                "--shape makes its own model and clusters; leave MODEL and --clusters"
+            )
+        loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype))
+        artifact = random_clusters(loaded, density=density)
+        loaded.to(device or "cpu")
+    else:
+        if model is None or clusters is None:
+            raise ConfigError("give MODEL and --clusters DIR, or --shape")
+        artifact = ClusterSet.from_pretrained(clusters)
+        loaded, _ = load_model(model, dtype=_dtype(dtype, device), device=device)
+    sparsify(loaded, artifact)
+    result = run_bench(
+        loaded,
+        prompt_tokens=prompt_tokens,
+        new_tokens=new_tokens,
+        repeats=repeats,
+        progress=RichProgress(err),
+    )
+    _print_bench(shape or str(model), result)
+    _write(json_file, {"model": shape or model, "clusters": clusters, **result})
+
+
+@app.command()
+def inspect(
+    clusters: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Show what an artifact holds."""
+    summary = _summary(ClusterSet.from_pretrained(clusters))
+    _print_summary(clusters, summary)
+    _write(json_file, summary)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option("-o", "--output", help="Folder to work in.")] = Path(
+        "runs/demo"
+    ),
+    json_file: JsonOption = None,
+) -> None:
+    """Build, generate and judge on the bundled small model; a second run reuses the artifact."""
+    from sparse_runtime.eval.demo import run_demo
+
+    result = run_demo(output, out, RichProgress(err), _generate, _dtype("auto", None))
+    _print_quality("pydoc, held-out topics", result["quality"])
+    write_json(output / "demo.json", result)
+    _write(json_file, result)
+    out.print(f"artifact in {output / 'clusters'}, figures in {output / 'demo.json'}")
+
+
+def _generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str,
+    variant: str,
+    *,
+    stream: bool,
+    max_new_tokens: int,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> dict[str, Any]:
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    if inputs["input_ids"].shape[1] == 0:
+        raise ConfigError("--prompt is empty; expected some text")
+    sampling: dict[str, Any] = {"do_sample": False}
+    if temperature > 0:
+        sampling = {"do_sample": True, "temperature": temperature}
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True) if stream else None
+    reset_cost(model)
+    torch.manual_seed(seed)
+    started = time.perf_counter()
+    with torch.inference_mode():
+        if variant == "dense":
+            with dense(model):
+                tokens = model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+                )
+        else:
+            tokens = model.generate(
+                **inputs, max_new_tokens=max_new_tokens, streamer=streamer, **sampling
+            )
+    seconds = time.perf_counter() - started
+    new_tokens = tokens[0, inputs["input_ids"].shape[1] :]
+    report = cost_report(model)
+    return {
+        "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
+        "new_tokens": len(new_tokens),
+        "tokens_per_second": len(new_tokens) / seconds,
+        "cost_share": report.cost_share,
+        "sparse_share_of_tokens": report.sparse_share_of_tokens,
+    }
+
+
+def _dtype(text: str, device: str | None) -> torch.dtype:
+    if text != "auto":
+        return parse_dtype(text)
+    native = not (device or "cpu").startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32
+
+
+def _summary(artifact: ClusterSet) -> dict[str, Any]:
+    neurons = artifact.fingerprint["intermediate_size"]
+    layers = [
+        {
+            "index": index,
+            "clusters": layer.num_clusters,
+            "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
+            "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
+        }
+        for index, layer in sorted(artifact.layers.items())
+    ]
+    return {"fingerprint": artifact.fingerprint, "layers": layers, "build": artifact.build}
+
+
+def _print_summary(name: str, summary: dict[str, Any]) -> None:
+    build, fingerprint = summary["build"], summary["fingerprint"]
+    config = build.get("config", {})
+    out.print(f"[bold]{escape(name)}[/bold]: clusters for {escape(str(build.get('model')))}")
+    out.print(
+        f"{fingerprint['model_type']}, {fingerprint['num_layers']} layers, hidden "
+        f"{fingerprint['hidden_size']}, intermediate {fingerprint['intermediate_size']}"
+    )
+    if config:
+        out.print(
+            f"method {config['method']}, importance {config['importance']}, budget "
+            f"{config['budget']}, seed {config['seed']}, "
+            f"{build['data']['tokens']} calibration tokens"
+        )
+    table = Table("layer", "clusters", "density", "router", "coverage", "chance", "static")
+    held_out = {entry["index"]: entry["held_out"] for entry in build.get("layers", [])}
+    for layer in summary["layers"]:
+        scores = held_out.get(layer["index"], {})
+        table.add_row(
+            str(layer["index"]),
+            str(layer["clusters"]),
+            f"{layer['density']:.3f}",
+            layer["router"],
+            *(
+                f"{scores[name]:.3f}" if name in scores else "–"
+                for name in ("coverage", "chance", "static_coverage")
+            ),
+        )
+    out.print(table)
+    if "seconds_total" in summary:
+        out.print(
+            f"{summary['seconds_total']:.0f} s in all, peak memory "
+            f"{summary['peak_memory_mib']:.0f} MiB"
+        )
+
+
+def _print_quality(source: str, result: dict[str, Any]) -> None:
+    table = Table(title=f"{escape(source)}: {result['tokens']} tokens, window {result['window']}")
+    for column in ("neurons chosen", "perplexity", "÷ dense"):
+        table.add_column(column, justify="left" if column == "neurons chosen" else "right")
+    names = {
+        "dense": "all (dense)",
+        "sparse": "by the router (sparse)",
+        "oracle_ids": "by oracle ids (ceiling of the router)",
+        "static": "one static set (floor)",
+    }
+    dense_perplexity = result["perplexity"]["dense"]
+    for key, name in names.items():
+        value = result["perplexity"][key]
+        table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
+    out.print(table)
+    layers = result["layers"]
+    mean = {key: sum(entry[key] for entry in layers) / len(layers) for key in layers[0]}
+    out.print(
+        f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
+        f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "
+        f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
+        f"{mean['precision']:.3f}"
+    )
+
+
+def _print_bench(name: str, result: dict[str, Any]) -> None:
+    table = Table("", "dense ms", "sparse ms", "speed-up", title=escape(name))
+    for stage in ("prefill", "decode"):
+        figures = result[stage]
+        table.add_row(
+            stage if stage == "decode" else f"prefill of {figures['tokens']} tokens",
+            f"{figures['dense_ms']:.1f}",
+            f"{figures['sparse_ms']:.1f}",
+            f"{figures['speedup']:.2f}×",
+        )
+    out.print(table)
+    decode = result["decode"]
+    out.print(
+        f"decode {decode['dense_tok_s']:.1f} → {decode['sparse_tok_s']:.1f} tokens/s at cost share "
+        f"{result['cost_share']:.3f} (ceiling {decode['ceiling']:.2f}×); "
+        f"{decode['dense_gbps']:.1f} → {decode['sparse_gbps']:.1f} GB/s of {result['read_gbps']:.1f} "
+        "measured"
+    )
+
+
+def _write(json_file: Path | None, value: dict[str, Any]) -> None:
+    if json_file is not None:
+        write_json(json_file, value)
+
+
+def _peak_memory_mib() -> float:
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1024 if sys.platform != "darwin" else peak / 2**20
+
+
+def _fail(message: str, code: int) -> None:
+    err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    raise SystemExit(code)

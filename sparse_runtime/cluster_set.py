@@ -1,0 +1,462 @@
+"""The cluster artifact: active sets and routers of every layer, on disk and in memory.
+
+docs/format.md lists every key. Loading trusts nothing: it checks the format version, each key, shape,
+dtype and value range, and that the files belong together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import HfApi, snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sparse_runtime.atomic import write_json, write_tensors
+from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.cost import router_parameter_count
+from sparse_runtime.errors import (
+    ArtifactError,
+    ArtifactVersionError,
+    FingerprintMismatchError,
+    OutputFolderError,
+)
+from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.version import __version__
+
+FORMAT = "sparse_runtime.clusters"
+FORMAT_VERSION = 1
+CONFIG_FILE = "config.json"
+CLUSTERS_FILE = "clusters.safetensors"
+CENTROIDS_FILE = "centroids.safetensors"
+_FILES = (CONFIG_FILE, CLUSTERS_FILE, CENTROIDS_FILE)
+
+
+@dataclass
+class LayerClusters:
+    """Clusters and router of one layer.
+
+    Attributes:
+        active_sets: neurons computed for each cluster, bitmaps [K, ⌈I/8⌉] uint8.
+        static_set: the best one set for all tokens, of the clusters' mean size, bitmap [⌈I/8⌉]
+            uint8; what a router must beat.
+        router_down: first matrix of a low-rank router [r, H], or None for a linear router.
+        router_up: [K, r], or [K, H] for a linear router.
+        router_bias: [K].
+        centroids: mean importance of each cluster's tokens [K, I], or None.
+    """
+
+    active_sets: Tensor
+    static_set: Tensor
+    router_up: Tensor
+    router_bias: Tensor
+    router_down: Tensor | None = None
+    centroids: Tensor | None = None
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return self.active_sets.shape[0]
+
+    @property
+    def router_rank(self) -> int | None:
+        """r of a low-rank router, None for a linear one."""
+        return None if self.router_down is None else self.router_down.shape[0]
+
+    @property
+    def router_parameters(self) -> int:
+        """Elements of all router tensors."""
+        hidden_size = (self.router_up if self.router_down is None else self.router_down).shape[1]
+        return router_parameter_count(hidden_size, self.num_clusters, self.router_rank)
+
+
+@dataclass
+class ClusterSet:
+    """All that ``sparsify`` needs beside the model.
+
+    Attributes:
+        layers: layer index -> clusters and router.
+        fingerprint: of the model it was built for, see ``model_fingerprint``.
+        build: how it was built: method and its settings, data with token counts, seed, budget and
+            the figures reached. Free-form JSON; nothing at run time depends on it.
+    """
+
+    layers: dict[int, LayerClusters]
+    fingerprint: dict[str, Any]
+    build: dict[str, Any] = field(default_factory=dict)
+
+    def check_model(self, model: nn.Module) -> None:
+        """Check that the artifact was built for this model.
+
+        Raises:
+            FingerprintMismatchError: it was built for another architecture or other weights.
+        """
+        found = model_fingerprint(model)
+        for name, expected in self.fingerprint.items():
+            if name == "weights_sha256" and (found.get(name) is None or expected is None):
+                continue
+            if found.get(name) != expected:
+                raise FingerprintMismatchError(
+                    f"the clusters were built for another model: {name} is {found.get(name)!r} in "
+                    f"this model, {expected!r} in the artifact (built from "
+                    f"{self.build.get('model', 'an unnamed model')!r}). Build clusters for this "
+                    "model, or load the model they were built from"
+                )
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Write the artifact to a folder: ``config.json`` last, each file atomically.
+
+        A crash leaves either the old artifact, or files that :meth:`from_pretrained` refuses because
+        their hashes do not match ``config.json``.
+
+        Raises:
+            OutputFolderError: the folder holds something else, or could not be written.
+        """
+        path = Path(folder)
+        check_output_folder(path)
+        clusters, centroids = self._tensors()
+        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+        files = {}
+        for name, tensors in ((CLUSTERS_FILE, clusters), (CENTROIDS_FILE, centroids)):
+            if tensors:
+                write_tensors(path / name, tensors, metadata)
+                files[name] = _file_record(path / name)
+            else:
+                (path / name).unlink(missing_ok=True)
+        write_json(path / CONFIG_FILE, self._config(files))
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder_or_id: str | os.PathLike[str],
+        *,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        centroids: bool = False,
+    ) -> ClusterSet:
+        """Load an artifact from a folder or a Hub repository.
+
+        Args:
+            folder_or_id: local folder, or Hub id ``owner/name``.
+            revision, cache_dir, token, local_files_only: as in ``huggingface_hub``.
+            centroids: load the float centroids too, where the artifact has them.
+
+        Raises:
+            ArtifactVersionError: written in a newer format.
+            ArtifactError: missing, truncated, or with a missing, extra, wrongly shaped, wrongly
+                typed or out-of-range tensor; the message names file and key.
+        """
+        path = Path(folder_or_id)
+        if not path.is_dir():
+            path = _download(
+                folder_or_id,
+                revision=revision,
+                cache_dir=cache_dir,
+                token=token,
+                local_files_only=local_files_only,
+            )
+        config = _read_config(path)
+        tensors = _read_tensors(path / CLUSTERS_FILE, _expected_clusters(config))
+        _check_values(path / CLUSTERS_FILE, tensors, config)
+        _check_record(path / CLUSTERS_FILE, config)
+        centroid_tensors: dict[str, Tensor] = {}
+        if centroids and CENTROIDS_FILE in config["files"]:
+            centroid_tensors = _read_tensors(path / CENTROIDS_FILE, _expected_centroids(config))
+            _check_values(path / CENTROIDS_FILE, centroid_tensors, config)
+            _check_record(path / CENTROIDS_FILE, config)
+        layers = {}
+        for entry in config["layers"]:
+            prefix = f"layers.{entry['index']}."
+            layers[entry["index"]] = LayerClusters(
+                active_sets=tensors[f"{prefix}active_sets"],
+                static_set=tensors[f"{prefix}static_set"],
+                router_down=tensors.get(f"{prefix}router.down"),
+                router_up=tensors[f"{prefix}router.up"],
+                router_bias=tensors[f"{prefix}router.bias"],
+                centroids=centroid_tensors.get(f"{prefix}centroids"),
+            )
+        return cls(layers=layers, fingerprint=config["fingerprint"], build=config["build"])
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        commit_message: str = "Upload sparse_runtime clusters",
+    ) -> str:
+        """Upload the artifact to a Hub repository, made if it does not exist; returns its URL.
+
+        Raises:
+            OutputFolderError: the upload failed; the message gives the Hub's reason.
+        """
+        from tempfile import TemporaryDirectory
+
+        api = HfApi(token=token)
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            try:
+                url = api.create_repo(repo_id, private=private, exist_ok=True)
+                api.upload_folder(
+                    repo_id=repo_id, folder_path=folder, commit_message=commit_message
+                )
+            except Exception as error:
+                raise OutputFolderError(
+                    f"the artifact could not be uploaded to {repo_id!r}: {error}. Check the id, your "
+                    "token (`hf auth login`) and the network; save_pretrained keeps it locally"
+                ) from error
+        return str(url)
+
+    def _config(self, files: dict[str, Any]) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "library_version": __version__,
+            "fingerprint": self.fingerprint,
+            "layers": [
+                {
+                    "index": index,
+                    "num_clusters": layer.num_clusters,
+                    "router_rank": layer.router_rank,
+                }
+                for index, layer in sorted(self.layers.items())
+            ],
+            "files": files,
+            "build": self.build,
+        }
+
+    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        clusters: dict[str, Tensor] = {}
+        centroids: dict[str, Tensor] = {}
+        for index, layer in sorted(self.layers.items()):
+            prefix = f"layers.{index}."
+            clusters[f"{prefix}active_sets"] = layer.active_sets
+            clusters[f"{prefix}static_set"] = layer.static_set
+            if layer.router_down is not None:
+                clusters[f"{prefix}router.down"] = layer.router_down.to(torch.bfloat16)
+            clusters[f"{prefix}router.up"] = layer.router_up.to(torch.bfloat16)
+            clusters[f"{prefix}router.bias"] = layer.router_bias.to(torch.bfloat16)
+            if layer.centroids is not None:
+                centroids[f"{prefix}centroids"] = layer.centroids.to(torch.bfloat16)
+        return (
+            {key: tensor.contiguous().cpu() for key, tensor in clusters.items()},
+            {key: tensor.contiguous().cpu() for key, tensor in centroids.items()},
+        )
+
+
+def check_output_folder(path: Path, own: tuple[str, ...] = ()) -> None:
+    """Check that an artifact may be written to ``path``: new, empty, or an artifact already.
+
+    Args:
+        path: the folder.
+        own: names of further entries that may be there (a build's working folder).
+
+    Raises:
+        OutputFolderError: it is a file, or holds something else.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputFolderError(f"{path} is a file; expected a folder for the artifact")
+    if not path.exists() or _is_artifact(path):
+        return
+    known = (*_FILES, *own)
+    foreign = sorted(p.name for p in path.iterdir() if p.name not in known)
+    if foreign or (path / CONFIG_FILE).exists():
+        found = foreign[0] if foreign else f"a {CONFIG_FILE} that is not an artifact's"
+        raise OutputFolderError(
+            f"{path} exists and is not a cluster artifact (it holds {found}); choose a new or empty "
+            "folder"
+        )
+
+
+def _is_artifact(path: Path) -> bool:
+    try:
+        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and config.get("format") == FORMAT
+
+
+def _download(folder_or_id: str | os.PathLike[str], **options: Any) -> Path:
+    name = os.fspath(folder_or_id)
+    remedy = "Give a folder written by `sparse-runtime build -o FOLDER`, or a Hub id owner/name"
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise ArtifactError(f"no cluster artifact at {name!r}: there is no such folder. {remedy}")
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(_FILES), **options))
+    except Exception as error:
+        raise ArtifactError(
+            f"no cluster artifact at {name!r}: there is no such local folder, and the Hub gave none "
+            f"({type(error).__name__}: {_first_line(error)}). {remedy}"
+        ) from error
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), "no details")
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / CONFIG_FILE
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ArtifactError(
+            f"{path} is not a cluster artifact: it has no {CONFIG_FILE}. If a build was interrupted "
+            "there, run the same build command again to finish it"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ArtifactError(f"{file} cannot be read as JSON: {error}. Build it again") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        found = config.get("format") if isinstance(config, dict) else type(config).__name__
+        raise ArtifactError(
+            f"{file}: key 'format' is {found!r}, expected {FORMAT!r}: this folder is something else "
+            "than a cluster artifact"
+        )
+    version = config.get("format_version")
+    if not isinstance(version, int) or version > FORMAT_VERSION or version < 1:
+        raise ArtifactVersionError(
+            f"{file}: key 'format_version' is {version!r}; this sparse_runtime {__version__} reads 1 "
+            f"to {FORMAT_VERSION}. It was written by sparse_runtime "
+            f"{config.get('library_version', '(unknown)')}: install that version or a newer one"
+        )
+    _check_config(file, config)
+    return config
+
+
+_FINGERPRINT_TYPES: dict[str, type | tuple[type, ...]] = {
+    "model_type": str,
+    "hidden_size": int,
+    "intermediate_size": int,
+    "num_layers": int,
+    "activation": str,
+    "weights_sha256": (str, type(None)),
+}
+
+
+def _check_config(file: Path, config: dict[str, Any]) -> None:
+    def require(mapping: Any, key: str, kind: Any, where: str) -> Any:
+        value = mapping.get(key, "nothing") if isinstance(mapping, dict) else mapping
+        if not isinstance(mapping, dict) or key not in mapping or not isinstance(value, kind):
+            names = kind if isinstance(kind, tuple) else (kind,)
+            raise ArtifactError(
+                f"{file}: key '{where}{key}' is {value!r}, expected "
+                f"{' or '.join(name.__name__ for name in names)}. Build the artifact again"
+            )
+        return value
+
+    fingerprint = require(config, "fingerprint", dict, "")
+    for key, kind in _FINGERPRINT_TYPES.items():
+        require(fingerprint, key, kind, "fingerprint.")
+    require(config, "build", dict, "")
+    files = require(config, "files", dict, "")
+    require(files, CLUSTERS_FILE, dict, "files.")
+    for name, record in files.items():
+        require(record, "sha256", str, f"files.{name}.")
+    for number, entry in enumerate(require(config, "layers", list, "")):
+        for key, kind in (
+            ("index", int),
+            ("num_clusters", int),
+            ("router_rank", (int, type(None))),
+        ):
+            require(entry, key, kind, f"layers[{number}].")
+
+
+_Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
+
+
+def _expected_clusters(config: dict[str, Any]) -> _Expected:
+    hidden_size = config["fingerprint"]["hidden_size"]
+    bitmap = packed_size(config["fingerprint"]["intermediate_size"])
+    expected: _Expected = {}
+    for entry in config["layers"]:
+        prefix = f"layers.{entry['index']}."
+        clusters, rank = entry["num_clusters"], entry["router_rank"]
+        expected[f"{prefix}active_sets"] = ((clusters, bitmap), torch.uint8)
+        expected[f"{prefix}static_set"] = ((bitmap,), torch.uint8)
+        if rank is not None:
+            expected[f"{prefix}router.down"] = ((rank, hidden_size), torch.bfloat16)
+        width = hidden_size if rank is None else rank
+        expected[f"{prefix}router.up"] = ((clusters, width), torch.bfloat16)
+        expected[f"{prefix}router.bias"] = ((clusters,), torch.bfloat16)
+    return expected
+
+
+def _expected_centroids(config: dict[str, Any]) -> _Expected:
+    neurons = config["fingerprint"]["intermediate_size"]
+    return {
+        f"layers.{entry['index']}.centroids": ((entry["num_clusters"], neurons), torch.bfloat16)
+        for entry in config["layers"]
+    }
+
+
+def _read_tensors(file: Path, expected: _Expected) -> dict[str, Tensor]:
+    remedy = "Build the artifact again, or download it again"
+    if not file.is_file():
+        raise ArtifactError(f"{file} is missing. {remedy}")
+    try:
+        with safe_open(file, framework="pt") as reader:
+            found = set(reader.keys())
+            missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
+            if missing:
+                raise ArtifactError(
+                    f"{file}: key {missing[0]!r} is missing (one of {len(missing)}). {remedy}"
+                )
+            if extra:
+                raise ArtifactError(
+                    f"{file}: key {extra[0]!r} is not expected (one of {len(extra)}). {remedy}"
+                )
+            tensors = {key: reader.get_tensor(key) for key in expected}
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(
+            f"{file} is not a readable safetensors file, or is truncated: {error}. {remedy}"
+        ) from error
+    for key, (shape, dtype) in expected.items():
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+            raise ArtifactError(
+                f"{file}: key {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} "
+                f"{shape}. {remedy}"
+            )
+    return tensors
+
+
+def _check_values(file: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    neurons = config["fingerprint"]["intermediate_size"]
+    padding = 0xFF << (neurons % 8) & 0xFF if neurons % 8 else 0
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point():
+            if not tensor.isfinite().all():
+                raise ArtifactError(
+                    f"{file}: key {key!r} holds NaN or infinity, expected finite numbers. Build the "
+                    "artifact again"
+                )
+        elif padding and (tensor[..., -1] & padding).any():
+            raise ArtifactError(
+                f"{file}: key {key!r} holds a neuron index ≥ {neurons}, expected indices below it. "
+                "Build the artifact again"
+            )
+
+
+def _file_record(file: Path) -> dict[str, Any]:
+    digest = hashlib.sha256()
+    with open(file, "rb") as stream:
+        while block := stream.read(1 << 22):
+            digest.update(block)
+    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
+
+
+def _check_record(file: Path, config: dict[str, Any]) -> None:
+    found, expected = _file_record(file)["sha256"], config["files"][file.name]["sha256"]
+    if found != expected:
+        raise ArtifactError(
+            f"{file} does not belong to {CONFIG_FILE}: its sha256 is {found[:12]}…, expected "
+            f"{expected[:12]}…. A write was interrupted or the file was changed; build the artifact "
+            "again"
+        )

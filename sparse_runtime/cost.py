@@ -1,0 +1,122 @@
+"""Cost share: FFN bytes read per token, extras included, over the dense FFN's bytes.
+
+The currency of this project. ``build`` turns a budget into a density with it, and the runtime counts
+with it what generation really asked for, so that both mean the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from sparse_runtime.bitmaps import packed_size
+
+if TYPE_CHECKING:
+    from sparse_runtime.sparse_ffn import SparseFFN
+
+
+@dataclass(frozen=True)
+class FFNCost:
+    """Bytes that one layer's FFN reads for one token.
+
+    Args:
+        hidden_size: H.
+        intermediate_size: I.
+        router_parameters: elements of all router tensors; each is read once per token.
+        element_size: bytes per weight (2 for bfloat16).
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    router_parameters: int
+    element_size: int = 2
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of gate, up and down: 3·I·H·b."""
+        return 3 * self.intermediate_size * self.hidden_size * self.element_size
+
+    @property
+    def overhead_bytes(self) -> int:
+        """Bytes read whatever the cluster: the router and one bitmap."""
+        return self.router_parameters * self.element_size + packed_size(self.intermediate_size)
+
+    def sparse_bytes(self, active_neurons: float) -> float:
+        """Bytes for a token whose set holds ``active_neurons`` neurons."""
+        return active_neurons * 3 * self.hidden_size * self.element_size + self.overhead_bytes
+
+    def share(self, active_neurons: float) -> float:
+        """Cost share of a token whose set holds ``active_neurons`` neurons."""
+        return self.sparse_bytes(active_neurons) / self.dense_bytes
+
+    def density_for(self, budget: float) -> float:
+        """Largest density whose cost share is ``budget``; ≤ 0 if the overhead alone exceeds it."""
+        return min(1.0, budget - self.overhead_bytes / self.dense_bytes)
+
+
+def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:
+    """Elements of a router [H → K], through ``rank`` if given, with its bias."""
+    if rank is None:
+        return hidden_size * num_clusters + num_clusters
+    return rank * (hidden_size + num_clusters) + num_clusters
+
+
+@dataclass(frozen=True)
+class CostReport:
+    """What a sparse model's FFNs have read since the last reset.
+
+    Token counts are per layer call: one token through 30 layers counts 30 times. Bytes are what the
+    tokens asked for one by one, as in decode with one sequence; a batch that shares rows reads less.
+    """
+
+    sparse_tokens: int
+    dense_tokens: int
+    sparse_bytes: float
+    dense_bytes_of_sparse_tokens: float
+    dense_bytes_of_dense_tokens: float
+
+    @property
+    def cost_share(self) -> float:
+        """Bytes read ÷ dense bytes over the tokens that went through the sparse path."""
+        if self.dense_bytes_of_sparse_tokens == 0:
+            return 1.0
+        return self.sparse_bytes / self.dense_bytes_of_sparse_tokens
+
+    @property
+    def overall_cost_share(self) -> float:
+        """The same over all tokens, dense calls (prefill) included at 1."""
+        dense = self.dense_bytes_of_sparse_tokens + self.dense_bytes_of_dense_tokens
+        if dense == 0:
+            return 1.0
+        return (self.sparse_bytes + self.dense_bytes_of_dense_tokens) / dense
+
+    @property
+    def sparse_share_of_tokens(self) -> float:
+        """Share of tokens that went through the sparse path."""
+        total = self.sparse_tokens + self.dense_tokens
+        return self.sparse_tokens / total if total else 0.0
+
+
+def count_cost(modules: list[SparseFFN]) -> CostReport:
+    """Add up the counters of sparse FFNs; one device synchronization per module."""
+    sparse_tokens = dense_tokens = 0
+    sparse_bytes = dense_of_sparse = dense_of_dense = 0.0
+    for module in modules:
+        cost = module.cost
+        per_cluster = module.cluster_counts.cpu()
+        tokens = int(per_cluster.sum())
+        active = int((per_cluster * module.set_sizes.cpu()).sum())
+        dense = int(module.dense_token_count)
+        sparse_tokens += tokens
+        dense_tokens += dense
+        sparse_bytes += cost.sparse_bytes(active / tokens) * tokens if tokens else 0.0
+        dense_of_sparse += cost.dense_bytes * tokens
+        dense_of_dense += cost.dense_bytes * dense
+    return CostReport(sparse_tokens, dense_tokens, sparse_bytes, dense_of_sparse, dense_of_dense)
+
+
+def element_size(dtype: torch.dtype) -> int:
+    """Bytes per element of a dtype."""
+    return torch.empty((), dtype=dtype).element_size()

@@ -1,0 +1,82 @@
+"""Models and tokenizers that the tests share. Nothing here needs a network."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+
+def make_tiny_model(**changes):
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "sliding_window": None,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    return MistralForCausalLM(MistralConfig(**(fields | changes))).eval()
+
+
+@pytest.fixture
+def tiny_model():
+    """A random Mistral: 3 layers, hidden 32, 44 neurons (not a multiple of 8), 260 tokens."""
+    return make_tiny_model()
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer():
+    """One token per byte, and a BOS in front of every text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {symbol: number for number, symbol in enumerate(alphabet)}
+    vocabulary |= {"<s>": 256, "</s>": 257, "<pad>": 258, "<unk>": 259}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+
+
+@pytest.fixture
+def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
+    """The tiny model and its tokenizer as a local model folder."""
+    folder = tmp_path / "tiny-model"
+    tiny_model.save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def demo_model():
+    """SmolLM2-135M as a Mistral in float32, with its tokenizer."""
+    from sparse_runtime.models import load_model
+
+    return load_model("demo", dtype=torch.float32)
+
+
+@pytest.fixture(scope="session")
+def corpora():
+    """Folder of the real corpora; tests that need it are skipped where there is none."""
+    folder = Path(
+        os.environ.get("SPARSE_RUNTIME_DATA", Path(__file__).parents[2] / "shared" / "data")
+    )
+    if not folder.is_dir():
+        pytest.skip("no corpora: set SPARSE_RUNTIME_DATA to a folder with wikitext-2/wiki.test.raw")
+    return folder

@@ -1,0 +1,246 @@
+"""sparsify and its exits, on a tiny random Mistral."""
+
+import copy
+
+import pytest
+import torch
+from helpers import random_cluster_set
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+
+from sparse_runtime import (
+    ClusterSet,
+    SparseConfig,
+    cost_report,
+    dense,
+    reset_cost,
+    sparse_modules,
+    sparsify,
+    unsparsify,
+)
+from sparse_runtime.errors import (
+    AlreadySparseError,
+    ConfigError,
+    FingerprintMismatchError,
+    NothingMatchedError,
+    NotSparseError,
+    UnsupportedArchitectureError,
+)
+
+IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+
+
+def logits(model, ids=IDS):
+    with torch.inference_mode():
+        return model(input_ids=ids).logits
+
+
+def test_unsparsify_restores_bits_and_state_dict(tiny_model):
+    before, state = logits(tiny_model), copy.deepcopy(tiny_model.state_dict())
+    modules = [name for name, _ in tiny_model.named_modules()]
+    strides = [p.stride() for p in tiny_model.parameters()]
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3))
+    sparse_state = tiny_model.state_dict()
+    assert list(sparse_state) == list(state)
+    assert all(torch.equal(sparse_state[key], state[key]) for key in state)
+    unsparsify(tiny_model)
+    assert torch.equal(logits(tiny_model), before)
+    assert list(tiny_model.state_dict()) == list(state)
+    assert [name for name, _ in tiny_model.named_modules()] == modules
+    assert [p.stride() for p in tiny_model.parameters()] == strides
+
+
+def test_sparse_differs_at_real_sparsity_and_matches_at_full_density(tiny_model):
+    expected = logits(tiny_model)
+    config = SparseConfig(prefill="sparse")
+    sparsify(tiny_model, random_cluster_set(tiny_model, 1.0), config=config)
+    # Logits of size ~1 through a few float32 sums of ≤ 100 terms: 1e-5 is 80 times the unit roundoff.
+    torch.testing.assert_close(logits(tiny_model), expected, atol=1e-5, rtol=0)
+    unsparsify(tiny_model)
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3), config=config)
+    assert (logits(tiny_model) - expected).abs().max() > 1e-3
+
+
+def test_dense_context_restores_after_an_error(tiny_model):
+    expected = logits(tiny_model)
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3), config=SparseConfig(prefill="sparse"))
+    sparse = logits(tiny_model)
+    compared = []
+
+    def fail_inside():
+        with dense(tiny_model):
+            compared.append(logits(tiny_model))
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail_inside()
+    torch.testing.assert_close(compared[0], expected, atol=1e-5, rtol=0)
+    assert torch.equal(logits(tiny_model), sparse)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 5},
+        {"num_beams": 3},
+        {"cache_implementation": "static"},
+    ],
+    ids=str,
+)
+def test_generate_runs_sparse(tiny_model, options):
+    sparsify(
+        tiny_model, random_cluster_set(tiny_model, 0.3), config=SparseConfig(max_sparse_tokens=4)
+    )
+    reset_cost(tiny_model)
+    out = tiny_model.generate(IDS, max_new_tokens=5, min_new_tokens=5, pad_token_id=0, **options)
+    report = cost_report(tiny_model)
+    assert out.shape[1] == IDS.shape[1] + 5
+    layers = len(sparse_modules(tiny_model))
+    # The prompt is prefilled densely; each later step routes every sequence (or beam).
+    assert report.sparse_tokens == 4 * layers * options.get("num_beams", 1)
+    assert report.dense_tokens == IDS.shape[1] * layers * (options.get("num_beams", 1))
+
+
+def test_padded_batch_generates_what_single_sequences_do(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5), config=SparseConfig(prefill="sparse"))
+    short = torch.tensor([[4, 8, 6]])
+    batch = torch.cat([IDS, torch.cat([torch.zeros(1, 3, dtype=torch.int64), short], 1)])
+    mask = torch.tensor([[1] * 6, [0] * 3 + [1] * 3])
+    options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    together = tiny_model.generate(batch, attention_mask=mask, **options)[:, 6:]
+    alone = [tiny_model.generate(ids, **options)[0, ids.shape[1] :] for ids in (IDS, short)]
+    assert torch.equal(together, torch.stack(alone))
+
+
+def test_cost_share_is_counted_from_the_sets(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    sparsify(tiny_model, clusters, config=SparseConfig(prefill="sparse"))
+    logits(tiny_model)
+    report = cost_report(tiny_model)
+    expected = tokens = 0
+    for module in sparse_modules(tiny_model):
+        hidden, neurons = module.cost.hidden_size, module.cost.intermediate_size
+        router = sum(
+            t.numel()
+            for t in (module.router_down, module.router_up, module.router_bias)
+            if t is not None
+        )
+        for cluster, count in enumerate(module.cluster_counts.tolist()):
+            rows = int(module.set_sizes[cluster])
+            expected += count * ((rows * 3 * hidden + router) * 4 + (neurons + 7) // 8)
+            tokens += count
+    assert tokens == IDS.numel() * len(sparse_modules(tiny_model)) == report.sparse_tokens
+    assert report.cost_share == pytest.approx(expected / (tokens * 3 * hidden * neurons * 4))
+    reset_cost(tiny_model)
+    assert cost_report(tiny_model).sparse_tokens == 0
+
+
+def test_save_pretrained_while_sparse_writes_the_dense_model(tiny_model, tmp_path):
+    expected, state = logits(tiny_model), copy.deepcopy(tiny_model.state_dict())
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3))
+    tiny_model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    assert set(loaded.state_dict()) == set(state)
+    assert torch.equal(logits(loaded), expected)
+
+
+def test_load_state_dict_while_sparse(tiny_model):
+    state = copy.deepcopy(tiny_model.state_dict())
+    changed = {key: value * 0.5 for key, value in state.items()}
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3))
+    tiny_model.load_state_dict(changed)
+    unsparsify(tiny_model)
+    assert all(torch.equal(tiny_model.state_dict()[key], changed[key]) for key in state)
+
+
+def test_survives_deepcopy_and_dtype_change(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.3), config=SparseConfig(prefill="sparse"))
+    copied = copy.deepcopy(tiny_model)
+    assert torch.equal(logits(copied), logits(tiny_model))
+    reset_cost(tiny_model)
+    logits(copied)
+    assert cost_report(tiny_model).sparse_tokens == 0
+    assert logits(copied.to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_compiled_decode_does_not_recompile_as_ids_change(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5))
+    module = sparse_modules(tiny_model)[0]
+    compiled = torch.compile(module, fullgraph=True, backend="eager")
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(), torch.compiler.set_stance(fail_on_recompile_after(compiled)):
+        for _ in range(6):
+            x = torch.randn(1, 1, module.cost.hidden_size, generator=generator) * 4
+            torch.testing.assert_close(compiled(x), module(x))
+    assert int((module.cluster_counts > 0).sum()) > 1
+
+
+def fail_on_recompile_after(compiled):
+    """Compile once in the default stance, then allow no recompilation."""
+    with torch.inference_mode():
+        compiled(torch.zeros(1, 1, compiled._orig_mod.cost.hidden_size))
+    return "fail_on_recompile"
+
+
+def test_sparsify_twice(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    sparsify(tiny_model, clusters)
+    with pytest.raises(AlreadySparseError, match="unsparsify"):
+        sparsify(tiny_model, clusters)
+
+
+@pytest.mark.parametrize(
+    "call", [unsparsify, cost_report, reset_cost, lambda m: dense(m).__enter__()]
+)
+def test_dense_model_where_a_sparse_one_is_needed(tiny_model, call):
+    with pytest.raises(NotSparseError, match="sparsify"):
+        call(tiny_model)
+
+
+def test_other_model_is_refused_and_left_alone(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    with torch.no_grad():
+        tiny_model.model.layers[1].mlp.up_proj.weight.mul_(1.5)
+    with pytest.raises(FingerprintMismatchError, match="weights_sha256"):
+        sparsify(tiny_model, clusters)
+    clusters.fingerprint["hidden_size"] += 1
+    with pytest.raises(FingerprintMismatchError, match="hidden_size"):
+        sparsify(tiny_model, clusters)
+    with pytest.raises(NotSparseError):
+        unsparsify(tiny_model)
+
+
+def test_fingerprint_survives_rounding_to_bfloat16(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    sparsify(tiny_model.to(torch.bfloat16), clusters)
+
+
+def test_no_layer_matched(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    shifted = {index + 100: layer for index, layer in clusters.layers.items()}
+    with pytest.raises(NothingMatchedError, match="layers"):
+        sparsify(tiny_model, ClusterSet(shifted, clusters.fingerprint))
+
+
+def test_unsupported_architecture_names_the_supported_ones(tiny_model):
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"'gpt2'.*llama, mistral.*ARCHITECTURES"
+    ):
+        sparsify(gpt2, random_cluster_set(tiny_model, 0.3))
+
+
+def test_ffn_without_the_expected_linears(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    for layer in tiny_model.model.layers:
+        del layer.mlp.gate_proj
+    with pytest.raises(NothingMatchedError, match="gate_proj"):
+        sparsify(tiny_model, clusters)
+
+
+@pytest.mark.parametrize(
+    "options", [{"backend": "gpu9"}, {"prefill": "some"}, {"max_sparse_tokens": 0}]
+)
+def test_config_out_of_range(options):
+    with pytest.raises(ConfigError, match=next(iter(options))):
+        SparseConfig(**options)
