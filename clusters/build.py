@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.cluster_set import ClusterSet, LayerClusters, check_output_folder
+from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, LayerClusters, check_output_folder
 from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
@@ -46,7 +46,6 @@ from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-WORK_FOLDER = ".build"
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
@@ -100,7 +99,7 @@ def build_clusters(
         with TemporaryDirectory() as work:
             return _build(model, layers, text, num_fit, config, build, Path(work), progress)
     folder = Path(output)
-    check_output_folder(folder, own=(WORK_FOLDER,))
+    check_output_folder(folder)
     work_folder = folder / WORK_FOLDER
     work_folder.mkdir(parents=True, exist_ok=True)
     clusters = _build(model, layers, text, num_fit, config, build, work_folder, progress)

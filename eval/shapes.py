@@ -93,7 +93,7 @@ def random_clusters(
         packed = pack_bits(sets)
         layers[layer.index] = LayerClusters(
             active_sets=packed,
-            static_set=packed[0],
+            static_set=packed[0].clone(),
             router_down=torch.randn(rank, hidden_size, generator=generator) * hidden_size**-0.5,
             router_up=torch.randn(num_clusters, rank, generator=generator) * rank**-0.5,
             router_bias=torch.zeros(num_clusters),

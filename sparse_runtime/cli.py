@@ -22,7 +22,7 @@ from transformers import TextStreamer
 from sparse_runtime.api import cost_report, dense, reset_cost, sparsify
 from sparse_runtime.atomic import write_json
 from sparse_runtime.bitmaps import set_sizes
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.cluster_set import ClusterSet, check_output_folder
 from sparse_runtime.errors import ConfigError, SparseRuntimeError
 from sparse_runtime.models import load_model, parse_dtype
 from sparse_runtime.progress import RichProgress
@@ -118,9 +118,7 @@ def build(
     json_file: JsonOption = None,
 ) -> None:
     """Build clusters and routers for a model from calibration text; resumable."""
-    from sparse_runtime.cluster_set import check_output_folder
     from sparse_runtime.clusters import BuildConfig, build_clusters
-    from sparse_runtime.clusters.build import WORK_FOLDER
 
     config = BuildConfig(
         method=method,  # type: ignore[arg-type]
@@ -136,7 +134,7 @@ def build(
         paper_init=paper_init,  # type: ignore[arg-type]
         paper_pooled=paper_pooled,
     )
-    check_output_folder(output, own=(WORK_FOLDER,))
+    check_output_folder(output)
     started = time.perf_counter()
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
     try:

@@ -35,6 +35,8 @@ FORMAT_VERSION = 1
 CONFIG_FILE = "config.json"
 CLUSTERS_FILE = "clusters.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
+#: Where a build keeps what it needs to go on after an interruption; gone once it has ended.
+WORK_FOLDER = ".build"
 _FILES = (CONFIG_FILE, CLUSTERS_FILE, CENTROIDS_FILE)
 
 
@@ -252,12 +254,10 @@ class ClusterSet:
         )
 
 
-def check_output_folder(path: Path, own: tuple[str, ...] = ()) -> None:
-    """Check that an artifact may be written to ``path``: new, empty, or an artifact already.
+def check_output_folder(path: Path) -> None:
+    """Check that an artifact may be written to ``path``.
 
-    Args:
-        path: the folder.
-        own: names of further entries that may be there (a build's working folder).
+    It may be new, empty, an artifact already, or hold nothing but a build's working folder.
 
     Raises:
         OutputFolderError: it is a file, or holds something else.
@@ -266,7 +266,7 @@ def check_output_folder(path: Path, own: tuple[str, ...] = ()) -> None:
         raise OutputFolderError(f"{path} is a file; expected a folder for the artifact")
     if not path.exists() or _is_artifact(path):
         return
-    known = (*_FILES, *own)
+    known = (*_FILES, WORK_FOLDER)
     foreign = sorted(p.name for p in path.iterdir() if p.name not in known)
     if foreign or (path / CONFIG_FILE).exists():
         found = foreign[0] if foreign else f"a {CONFIG_FILE} that is not an artifact's"

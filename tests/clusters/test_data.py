@@ -1,0 +1,152 @@
+"""Text sources, offline."""
+
+import json
+
+import pytest
+import torch
+
+from sparse_runtime.clusters.data import (
+    DataSource,
+    calibration_windows,
+    parse_source,
+    token_stream,
+)
+from sparse_runtime.errors import ConfigError, DataError
+
+
+def stream(source, tokenizer, max_tokens=None, split="train", **options):
+    return token_stream(
+        parse_source(source), tokenizer, max_tokens=max_tokens, split=split, **options
+    )
+
+
+@pytest.fixture
+def text_file(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("".join(f"line {number} äö\n" for number in range(3000)), encoding="utf-8")
+    return file
+
+
+def test_source_options():
+    assert parse_source("c4,weight=0.25,key=a+b,split=train") == DataSource(
+        "c4", 0.25, ("a", "b"), "train"
+    )
+
+
+@pytest.mark.parametrize(
+    "spec", ["c4,weight=0", "c4,weight=x", "c4,speed=2", "c4,key=", ",weight=1"]
+)
+def test_source_options_that_cannot_work(spec):
+    with pytest.raises(ConfigError, match="data source"):
+        parse_source(spec)
+
+
+def test_a_file_name_with_a_comma_is_a_file(tmp_path):
+    file = tmp_path / "a,weight=2.txt"
+    file.write_text("x")
+    assert parse_source(str(file)) == DataSource(str(file))
+
+
+@pytest.mark.parametrize("max_tokens", [5, 500, 20_000, None])
+def test_prefix_of_the_whole_text(text_file, tiny_tokenizer, max_tokens):
+    whole = tiny_tokenizer(text_file.read_text(encoding="utf-8"))["input_ids"]
+    ids = stream(str(text_file), tiny_tokenizer, max_tokens)
+    assert ids.tolist() == whole[:max_tokens]
+    assert len(whole) > 20_000
+
+
+def test_jsonl_joins_documents_and_fields(tmp_path, tiny_tokenizer):
+    file = tmp_path / "data.jsonl"
+    records = [{"q": "one", "a": "two"}, {"q": "three", "a": "four"}]
+    file.write_text("\n".join(map(json.dumps, records)) + "\n\n")
+    ids = stream(f"{file},key=q+a", tiny_tokenizer)
+    assert tiny_tokenizer.decode(ids, skip_special_tokens=True) == "one\ntwo\n\nthree\nfour"
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a"}\n{"text": ', "line 2 is not JSON"),
+        ('{"body": "a", "id": "b"}', "no text under 'text'; it has body, id"),
+        ("[1]", "is a list"),
+    ],
+)
+def test_damaged_jsonl(tmp_path, tiny_tokenizer, line, message):
+    file = tmp_path / "data.jsonl"
+    file.write_text(line)
+    with pytest.raises(DataError, match=message):
+        stream(str(file), tiny_tokenizer)
+
+
+def test_pydoc_splits_are_disjoint_and_stable(tiny_tokenizer):
+    train, test = (stream("pydoc", tiny_tokenizer, split=split) for split in ("train", "test"))
+    assert len(train) > 5 * len(test) > 5000
+    texts = [tiny_tokenizer.decode(ids, skip_special_tokens=True) for ids in (train, test)]
+    assert texts[1][:200] not in texts[0]
+    assert torch.equal(train, stream("pydoc", tiny_tokenizer))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("wikitext3", "'wikitext3' is not known.*wikitext2, c4, pydoc, self"),
+        ("missing.txt", "there is no such file"),
+        (".", "is a folder"),
+        ("wikitext2", "could not be read from the Hub.*local .txt"),
+        ("nobody/nothing", "could not be read from the Hub.*local .txt"),
+    ],
+)
+def test_sources_that_cannot_be_read(source, message, tiny_tokenizer):
+    with pytest.raises(DataError, match=message):
+        stream(source, tiny_tokenizer, 10)
+
+
+def test_empty_and_undecodable_text(tmp_path, tiny_tokenizer):
+    file = tmp_path / "text.txt"
+    file.write_text(" \n")
+    with pytest.raises(DataError, match="holds no text"):
+        stream(str(file), tiny_tokenizer)
+    file.write_bytes(b"abc\xff")
+    with pytest.raises(DataError, match="byte 3 is 0xff"):
+        stream(str(file), tiny_tokenizer)
+
+
+def test_self_samples_without_touching_the_global_state(tiny_model, tiny_tokenizer):
+    state = torch.random.get_rng_state()
+    options = {"max_tokens": 40, "model": tiny_model}
+    one = stream("self", tiny_tokenizer, seed=1, **options)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert len(one) == 40
+    assert len(one.unique()) > 5
+    assert torch.equal(one, stream("self", tiny_tokenizer, seed=1, **options))
+    assert not torch.equal(one, stream("self", tiny_tokenizer, seed=2, **options))
+    with pytest.raises(ConfigError, match="max_tokens"):
+        stream("self", tiny_tokenizer, model=tiny_model)
+
+
+def test_windows_are_mixed_by_weight(text_file, tmp_path, tiny_tokenizer):
+    other = tmp_path / "other.txt"
+    other.write_text("z" * 20_000)
+    sources = [DataSource(str(text_file), 3.0), DataSource(str(other), 1.0)]
+    text = calibration_windows(sources, tiny_tokenizer, max_tokens=4000, window=50)
+    assert text.windows.shape == (80, 50)
+    is_other = (text.windows == tiny_tokenizer("z")["input_ids"][-1]).float().mean(1) > 0.9
+    assert int(is_other.sum()) == 20
+    assert is_other[:40].any()
+    assert is_other[40:].any()
+    assert [entry["tokens"] for entry in text.record["sources"]] == [3000, 1000]
+    again = calibration_windows(sources, tiny_tokenizer, max_tokens=4000, window=50)
+    assert again.record == text.record
+    shuffled = calibration_windows(sources, tiny_tokenizer, max_tokens=4000, window=50, seed=1)
+    assert shuffled.record["sha256"] != text.record["sha256"]
+
+
+def test_too_little_text(tmp_path, tiny_tokenizer):
+    file = tmp_path / "short.txt"
+    file.write_text("just a few words")
+    with pytest.raises(DataError, match="fewer than one window of 64"):
+        calibration_windows([DataSource(str(file))], tiny_tokenizer, max_tokens=640, window=64)
+    with pytest.raises(ConfigError, match="at least one window"):
+        calibration_windows([DataSource(str(file))], tiny_tokenizer, max_tokens=10, window=64)
+    with pytest.raises(ConfigError, match="at least one --data"):
+        calibration_windows([], tiny_tokenizer, max_tokens=100, window=64)

@@ -1,0 +1,226 @@
+"""The command line on a tiny model: the whole path, JSON files, and errors in one line."""
+
+import json
+
+import pytest
+import torch
+
+from sparse_runtime import ClusterSet, cli
+from sparse_runtime.clusters import build as build_module
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line; return exit code, stdout and stderr."""
+
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["sparse-runtime", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    monkeypatch.setattr(cli.out, "width", 200)
+    return call
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    words = ["alpha", "beta", "gamma", "delta"]
+    g = torch.Generator().manual_seed(0)
+    picks = torch.randint(0, 4, (1500,), generator=g).tolist()
+    file.write_text(" ".join(words[pick] for pick in picks))
+    return file
+
+
+@pytest.fixture
+def built(run, tiny_folder, text, tmp_path):
+    folder = tmp_path / "clusters"
+    code, _, err = run(*build_command(tiny_folder, text, folder))
+    assert code == 0, err
+    return folder
+
+
+def build_command(model, text, folder, *options):
+    command = ["build", model, "-o", folder, "--data", text, "--clusters", 8, "--window", 64]
+    return [*command, "--router", 2, "--budget", 0.7, "--dtype", "float32", *options]
+
+
+def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_path):
+    file = tmp_path / "figures.json"
+    assert not (built / ".build").exists()
+
+    code, out, err = run("inspect", built, "--json", file)
+    assert code == 0, err
+    assert "method awc" in out
+    summary = json.loads(file.read_text())
+    assert [layer["router"] for layer in summary["layers"]] == ["rank 2"] * 3
+
+    code, out, err = run(
+        "eval", tiny_folder, "--clusters", built, "--data", text, "--window", 64,
+        "--max-tokens", 640, "--json", file, "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0, err
+    result = json.loads(file.read_text())
+    assert set(result["perplexity"]) == {"dense", "sparse", "oracle_ids", "static"}
+    assert result["ratio"] == pytest.approx(
+        result["perplexity"]["sparse"] / result["perplexity"]["dense"]
+    )
+    assert result["perplexity"]["sparse"] != result["perplexity"]["dense"]
+    assert (result["tokens"], result["window"], len(result["layers"])) == (640, 64, 3)
+    assert 0.6 < result["cost_share"] <= 0.7
+    for layer in result["layers"]:
+        assert layer["coverage"] > layer["chance"] > 0.4
+        assert 0 < layer["precision"] <= 1
+        assert 0 < layer["router_top1"] <= 1
+
+    code, out, err = run(
+        "generate", tiny_folder, "--clusters", built, "--prompt", "alpha beta", "--compare",
+        "--max-new-tokens", 6, "--json", file, "--dtype", "float32",
+    )  # fmt: skip
+    assert code == 0, err
+    runs = json.loads(file.read_text())
+    assert runs["dense"]["cost_share"] == 1.0
+    assert runs["dense"]["sparse_share_of_tokens"] == 0.0
+    assert runs["sparse"]["cost_share"] < 0.71
+    assert "tokens/s" in out
+
+    code, out, err = run(
+        "bench", tiny_folder, "--clusters", built, "--prompt-tokens", 20, "--new-tokens", 3,
+        "--repeats", 1, "--json", file,
+    )  # fmt: skip
+    assert code == 0, err
+    figures = json.loads(file.read_text())
+    assert figures["read_gbps"] > 0
+    assert figures["decode"]["ceiling"] > 1
+    assert figures["decode"]["dense_ms"] > 0
+    assert figures["host"]["threads"] == torch.get_num_threads()
+
+
+def test_paper_method(run, tiny_folder, text, tmp_path):
+    for number, options in enumerate(([], ["--paper-pooled", "--paper-init", "kmeans++"])):
+        folder = tmp_path / f"paper{number}"
+        code, _, err = run(
+            *build_command(tiny_folder, text, folder, "--method", "awc-paper", *options)
+        )
+        assert code == 0, err
+        layers = ClusterSet.from_pretrained(folder).layers
+        same = torch.equal(layers[0].active_sets, layers[1].active_sets)
+        assert same == bool(options)
+
+
+def test_version_and_help(run):
+    assert run("--version")[1].strip() == "0.1.0"
+    code, out, _ = run("--help")
+    assert code == 0
+    assert all(name in out for name in ("build", "generate", "eval", "bench", "inspect", "demo"))
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "message"),
+    [
+        (["--budget", 0], 2, "budget is 0.0"),
+        (["--budget", 1.5], 2, "budget is 1.5"),
+        (["--budget", 0.03], 2, "router of rank 2"),
+        (["--clusters", 0], 2, "num_clusters is 0"),
+        (["--clusters", 16385], 2, "num_clusters is 16385"),
+        (["--clusters", 9000], 1, "9000 clusters were asked for, but only"),
+        (["--method", "kmeans"], 2, "method is 'kmeans'"),
+        (["--importance", "fisher"], 2, "importance is 'fisher'"),
+        (["--router", "mlp"], 2, "router is 'mlp'"),
+        (["--dtype", "int4"], 2, "dtype is 'int4'"),
+        (["--data", "wikitext9"], 1, "'wikitext9' is not known"),
+        (["--data", "wikitext2"], 1, "could not be read from the Hub"),
+        (["--data", "x.txt,speed=1"], 2, "option 'speed=1' is not known"),
+        (["--max-tokens", 70], 1, "1 window of 64 tokens"),
+        (["--window", 20000, "--max-tokens", 0], 1, "fewer than one window of 20000"),
+        (["--nonsense"], 2, "No such option"),
+    ],
+    ids=str,
+)
+def test_bad_input_to_build(run, tiny_folder, text, tmp_path, change, code, message):
+    folder = tmp_path / "clusters"
+    result, out, err = run(*build_command(tiny_folder, text, folder, *change))
+    assert result == code
+    assert message in " ".join(err.split())
+    assert "Traceback" not in out + err
+    assert not (folder / "config.json").exists()
+
+
+def test_unknown_model(run, text, tmp_path):
+    code, _, err = run(*build_command("nobody/nothing", text, tmp_path / "out"))
+    assert code == 1
+    assert err.startswith("error: model 'nobody/nothing' could not be loaded")
+    assert not (tmp_path / "out").exists()
+
+
+def test_empty_text_and_foreign_folder(run, tiny_folder, tmp_path):
+    empty = tmp_path / "empty.txt"
+    empty.write_text("")
+    code, _, err = run(*build_command(tiny_folder, empty, tmp_path / "out"))
+    assert code == 1
+    assert "holds no text" in err
+    code, _, err = run(*build_command(tiny_folder, empty, tiny_folder))
+    assert code == 1
+    assert "not a cluster artifact" in err
+
+
+def test_artifact_that_does_not_load(run, tiny_folder, tmp_path):
+    for command in (
+        ["inspect", tmp_path],
+        ["generate", tiny_folder, "--clusters", tmp_path / "no", "--prompt", "x"],
+        ["eval", tiny_folder, "--clusters", tmp_path],
+    ):
+        code, _, err = run(*command)
+        assert code == 1
+        assert "artifact" in err
+        assert "Traceback" not in err
+
+
+def test_bench_usage(run):
+    assert run("bench")[0] == 2
+    assert run("bench", "demo", "--shape", "mistral-7b")[0] == 2
+    code, _, err = run("bench", "--shape", "gpt5")
+    assert code == 2
+    assert "mistral-7b" in err
+
+
+def test_interrupted_build_resumes_to_the_same_artifact(
+    run, built, tiny_folder, text, tmp_path, monkeypatch
+):
+    folder = tmp_path / "interrupted"
+    calls = []
+    original = build_module.build_layer
+
+    def interrupt_at_second(*arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(build_module, "build_layer", interrupt_at_second)
+    code, _, err = run(*build_command(tiny_folder, text, folder))
+    assert code == 130
+    assert "run the same command again" in err
+    assert [p.name for p in folder.iterdir()] == [".build"]
+    assert run("inspect", folder)[0] == 1
+
+    code, _, err = run(*build_command(tiny_folder, text, folder))
+    assert code == 0, err
+    assert len(calls) == 4
+    whole, resumed = (ClusterSet.from_pretrained(path) for path in (built, folder))
+    for index, layer in whole.layers.items():
+        assert torch.equal(layer.active_sets, resumed.layers[index].active_sets)
+        assert torch.equal(layer.router_up, resumed.layers[index].router_up)
+
+
+def test_unexpected_error_is_one_line(run, monkeypatch, tmp_path):
+    def broken(*arguments, **options):
+        raise ZeroDivisionError("somewhere deep")
+
+    monkeypatch.setattr(cli.ClusterSet, "from_pretrained", broken)
+    code, _, err = run("inspect", tmp_path)
+    assert code == 1
+    assert "ZeroDivisionError: somewhere deep" in err
+    assert "Traceback" not in err
