@@ -176,8 +176,16 @@ def generate(
     runs = {}
     for variant in ("dense", "sparse") if compare else ("sparse",):
         out.print(f"[bold]{variant}[/bold]")
-        options = {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed}
-        runs[variant] = _generate(loaded, tokenizer, prompt, variant, stream=True, **options)
+        options: dict[str, Any] = {"temperature": temperature, "seed": seed}
+        runs[variant] = _generate(
+            loaded,
+            tokenizer,
+            prompt,
+            variant,
+            stream=True,
+            max_new_tokens=max_new_tokens,
+            **options,
+        )
         rate = f"{runs[variant]['tokens_per_second']:.1f} tokens/s"
         out.print(f"[dim]{rate}, cost share {runs[variant]['cost_share']:.3f}[/dim]\n")
     _write(json_file, {"model": model, "prompt": prompt, **runs})

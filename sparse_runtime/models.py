@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from transformers import (
     MistralConfig,
     MistralForCausalLM,
 )
-from transformers.utils import logging as transformers_logging
 
 from sparse_runtime.errors import ConfigError, ModelError
 
@@ -135,16 +136,17 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map: str | None) -> t
 
 def _load_demo(dtype: torch.dtype) -> tuple[Any, Any]:
     file = _demo_file()
-    verbose = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-        llama = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
+        # Dequantizing draws bars with bare tqdm, whatever transformers' own switch says.
+        with contextlib.redirect_stderr(io.StringIO()):
+            return _read_demo(file, dtype)
     except ImportError as error:
         raise ModelError(f"the demo model cannot be read: {error}; {_DEMO_REMEDY}") from error
-    finally:
-        if verbose:
-            transformers_logging.enable_progress_bar()
+
+
+def _read_demo(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
+    llama = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype)
     return as_mistral(llama), tokenizer
 
 

@@ -40,10 +40,11 @@ class SparseFFN(nn.Module):
     router_bias: Tensor
     cluster_counts: Tensor
     dense_token_count: Tensor
+    _one: Tensor
 
     def __init__(self, layer: FFNLayer, clusters: LayerClusters, config: SparseConfig) -> None:
         super().__init__()
-        self.base_layer = layer.mlp
+        self.base_layer: nn.Module = layer.mlp
         self.layer_index = layer.index
         self.activation = layer.activation
         self.config = config

@@ -1,0 +1,112 @@
+// The vector interface of loops.h in AVX-512 (F, BW, DQ, VL), shared by isa_avx512.cpp and
+// isa_avx512bf16.cpp.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "scalar.h"
+
+namespace {
+
+using V = __m512;
+constexpr int64_t kWidth = 16;
+constexpr int kTokens = 4;  // 16 sums and 8 widened weights in 32 registers
+constexpr int kDownRows = 8;
+
+inline V zero() { return _mm512_setzero_ps(); }
+inline V set1(float v) { return _mm512_set1_ps(v); }
+inline V load(const float* p) { return _mm512_loadu_ps(p); }
+inline void store(float* p, V v) { _mm512_storeu_ps(p, v); }
+inline V madd(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm512_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm512_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+inline V divide(V a, V b) { return _mm512_div_ps(a, b); }
+inline V vmin(V a, V b) { return _mm512_min_ps(a, b); }
+inline V vmax(V a, V b) { return _mm512_max_ps(a, b); }
+inline V round_nearest(V v) {
+  return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline V exp2_int(V n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
+}
+inline __m256 halves(V v) {
+  return _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
+}
+inline void sum4(V a, V b, V c, V d, float* out) {
+  const __m256 pairs = _mm256_hadd_ps(_mm256_hadd_ps(halves(a), halves(b)),
+                                      _mm256_hadd_ps(halves(c), halves(d)));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+inline void load2(const float* p, V& a, V& b) {
+  a = load(p);
+  b = load(p + 16);
+}
+inline void store2(float* p, V a, V b) {
+  store(p, a);
+  store(p + 16, b);
+}
+
+inline void load2(const fp16* p, V& a, V& b) {
+  a = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  b = _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p) + 1));
+}
+inline void store2(fp16* p, V a, V b) {
+  __m256i* const q = reinterpret_cast<__m256i*>(p);
+  _mm256_storeu_si256(q, _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(q + 1, _mm512_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void load2(const bf16* p, V& a, V& b) {
+  const __m512i line = _mm512_loadu_si512(p);
+  a = _mm512_castsi512_ps(_mm512_slli_epi32(line, 16));
+  b = _mm512_castsi512_ps(_mm512_and_si512(line, _mm512_set1_epi32(int(0xffff0000))));
+}
+inline __m512i round_bf16(V v) {  // the result in the upper halves
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  return _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+}
+inline void store2(bf16* p, V a, V b) {
+  const __m512i upper = _mm512_set1_epi32(int(0xffff0000));
+  _mm512_storeu_si512(p, _mm512_or_si512(_mm512_srli_epi32(round_bf16(a), 16),
+                                         _mm512_and_si512(round_bf16(b), upper)));
+}
+
+// 16 bits at a time: 1.2 µs for the 14336 neurons of a Mistral layer, where bit by bit takes 7.
+int64_t decode(const uint8_t* bitmap, int64_t num_bits, int32_t* rows) {
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  int64_t count = 0;
+  for (int64_t first = 0; first < num_bits; first += 16) {
+    const int64_t left = num_bits - first;
+    uint32_t bits = uint32_t(load_word(bitmap + first / 8, left > 8 ? 2 : 1));
+    if (left < 16) bits &= (1u << left) - 1;  // padding bits may hold anything
+    const __m512i numbers = _mm512_add_epi32(lanes, _mm512_set1_epi32(int(first)));
+    _mm512_storeu_si512(rows + count, _mm512_maskz_compress_epi32(__mmask16(bits), numbers));
+    count += __builtin_popcount(bits);
+  }
+  return count;
+}
+
+uint64_t read(const void* data, int64_t num_words) {
+  const char* p = static_cast<const char*>(data);
+  __m512i sums[4] = {};
+  int64_t i = 0;
+  for (; i + 32 <= num_words; i += 32)
+    for (int s = 0; s < 4; ++s)
+      sums[s] = _mm512_add_epi64(sums[s], _mm512_loadu_si512(p + i * 8 + s * 64));
+  const __m512i total =
+      _mm512_add_epi64(_mm512_add_epi64(sums[0], sums[1]), _mm512_add_epi64(sums[2], sums[3]));
+  uint64_t lanes[8], sum = 0;
+  _mm512_storeu_si512(lanes, total);
+  for (int s = 0; s < 8; ++s) sum += lanes[s];
+  return sum + read_words(p + i * 8, num_words - i);
+}
+
+}  // namespace

@@ -1,0 +1,412 @@
+#include "ffn.h"
+
+#include <stdlib.h>
+#include <string.h>
+
+#include <atomic>
+#include <new>
+
+#include <torch/csrc/stable/c/shim.h>
+
+namespace sparse_ffn {
+
+namespace {
+
+constexpr int64_t kMaxThreads = 256;
+// Weights worth a thread of their own. Waking one costs 1–3 µs, the time to read about 40 KB.
+constexpr int64_t kBytesPerThread = 32 * 1024;
+// Gate and up values of a slice that are held before down is read: small enough for the L2 cache.
+constexpr int64_t kHeldValues = 32 * 1024;
+// Partial sums up to this many floats are added up by the thread that finishes last; it is cheaper
+// than another parallel region.
+constexpr int64_t kLastThreadSums = 64 * 1024;
+// Rows of a linear layer per pass.
+constexpr int64_t kLinearRows = 1024;
+
+int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }
+
+int64_t at_least(int64_t value, int64_t bound) { return value < bound ? bound : value; }
+int64_t at_most(int64_t value, int64_t bound) { return value > bound ? bound : value; }
+
+// Scratch memory of a calling thread, kept between calls; grows, never shrinks, and is bounded by
+// the kMaxTokens tokens of one pass.
+class Scratch {
+ public:
+  Scratch() = default;
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() { free(base_); }
+
+  void reserve(int64_t bytes) {
+    used_ = 0;
+    if (bytes <= capacity_) return;
+    free(base_);
+    capacity_ = 0;
+    base_ = static_cast<char*>(aligned_alloc(4096, size_t(round_up(bytes, 4096))));
+    if (!base_) throw std::bad_alloc();
+    capacity_ = round_up(bytes, 4096);
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    T* const result = reinterpret_cast<T*>(base_ + used_);
+    used_ += size<T>(count);
+    return result;
+  }
+
+  // What take uses: whole pairs of cache lines, so that threads do not share any.
+  template <class T>
+  static int64_t size(int64_t count) {
+    return round_up(count * int64_t(sizeof(T)), 128);
+  }
+
+ private:
+  char* base_ = nullptr;
+  int64_t capacity_ = 0;
+  int64_t used_ = 0;
+};
+
+Scratch& scratch() {
+  static thread_local Scratch instance;
+  return instance;
+}
+
+int64_t num_threads_for(int64_t bytes) {
+  uint32_t threads = 1;
+  if (torch_get_num_threads(&threads) != 0) threads = 1;
+  const int64_t useful = at_least(bytes / kBytesPerThread, 1);
+  return at_most(at_most(useful, int64_t(threads)), kMaxThreads);
+}
+
+// work(i) for i < parts on torch's threads. Nothing here assumes that they run at the same time:
+// inside someone else's parallel region one thread does them all.
+template <class Work>
+void parallel(int64_t parts, const Work& work) {
+  if (parts == 1) {
+    work(0);
+    return;
+  }
+  const auto run = [](int64_t begin, int64_t end, void* context) {
+    const Work& work = *static_cast<const Work*>(context);
+    for (int64_t i = begin; i < end; ++i) work(i);
+  };
+  if (torch_parallel_for(0, parts, 1, run, const_cast<Work*>(&work)) != 0) {
+    // It fails only before it runs anything.
+    for (int64_t i = 0; i < parts; ++i) work(i);
+  }
+}
+
+// Part i of `parts` of [0, count), in multiples of `unit`.
+struct Range {
+  int64_t begin, end;
+};
+Range part_of(int64_t count, int64_t parts, int64_t i, int64_t unit) {
+  const int64_t units = (count + unit - 1) / unit;
+  return {at_most(units * i / parts * unit, count), at_most(units * (i + 1) / parts * unit, count)};
+}
+
+PackedTokens pack(const Kernels& kernels, Tokens x, int64_t element_size, int64_t length,
+                  char* buffer) {
+  const int64_t stride = kernels.packed_size(length);
+  for (int64_t t = 0; t < x.count; ++t)
+    kernels.pack_token(static_cast<const char*>(x.data) + t * x.stride * element_size, length,
+                       buffer + t * stride);
+  return {buffer, stride, x.count};
+}
+
+// The clusters of a few tokens, each once.
+struct Groups {
+  int64_t count = 0;
+  int64_t cluster[kMaxTokens];
+  uint64_t tokens[kMaxTokens];
+};
+
+void group_tokens(const int64_t* ids, int64_t num_tokens, Groups& groups) {
+  for (int64_t t = 0; t < num_tokens; ++t) {
+    int64_t g = 0;
+    while (g < groups.count && groups.cluster[g] != ids[t]) ++g;
+    if (g == groups.count) {
+      groups.cluster[g] = ids[t];
+      groups.tokens[g] = 0;
+      ++groups.count;
+    }
+    groups.tokens[g] |= uint64_t(1) << t;
+  }
+}
+
+// One pass: up to kMaxTokens tokens over the union of their sets, so that a row is read once
+// however many tokens want it.
+struct Pass {
+  const Ffn* ffn;
+  const Isa* isa;
+  const Kernels* kernels;
+  const uint8_t* sets;
+  int64_t set_stride;
+  Groups groups;
+  PackedTokens x;
+  const int32_t* rows;  // null: all neurons
+  int64_t num_rows;
+  int64_t num_parts;
+  int64_t held_rows;    // rows whose gate and up values are held
+  int64_t row_stride;   // floats between tokens in one part's gate and up values
+  int64_t sum_stride;   // floats between tokens in the sums
+  float* gate;          // [parts, tokens, row_stride]
+  float* up;
+  float* sums;          // [parts, tokens, sum_stride]
+  uint64_t* masks;      // [parts, held_rows], used where tokens have different sets
+};
+
+// The rows [begin, end) of a pass: gate and up, activation, down, into this part's own sums.
+//
+// A second band of neurons, which low-bit copies confirm before they are computed, belongs here:
+// each part takes its share of the band, appends the confirmed rows (and their token masks) to its
+// own list, and goes on as below; no thread has to wait for another.
+void compute_slice(const Pass& pass, int64_t part) {
+  const Ffn& ffn = *pass.ffn;
+  const int64_t tokens = pass.x.count;
+  float* const gate = pass.gate + part * tokens * pass.row_stride;
+  float* const up = pass.up + part * tokens * pass.row_stride;
+  float* const sums = pass.sums + part * tokens * pass.sum_stride;
+  uint64_t* const masks = pass.masks + part * pass.held_rows;
+  memset(sums, 0, size_t(tokens * pass.sum_stride) * sizeof(float));
+
+  const Range range = part_of(pass.num_rows, pass.num_parts, part, 8);
+  for (int64_t first = range.begin; first < range.end; first += pass.held_rows) {
+    Rows rows;
+    rows.first = first;
+    rows.count = at_most(range.end - first, pass.held_rows);
+    rows.index = pass.rows ? pass.rows + first : nullptr;
+    rows.tokens = nullptr;
+    if (pass.groups.count > 1) {
+      for (int64_t r = 0; r < rows.count; ++r) {
+        const int64_t i = rows.index[r];
+        uint64_t mask = 0;
+        for (int64_t g = 0; g < pass.groups.count; ++g) {
+          const uint8_t* const set = pass.sets + pass.groups.cluster[g] * pass.set_stride;
+          if (set[i >> 3] >> (i & 7) & 1) mask |= pass.groups.tokens[g];
+        }
+        masks[r] = mask;
+      }
+      rows.tokens = masks;
+    }
+    pass.kernels->gate_up(ffn.w_gate, ffn.w_up, ffn.hidden_size, rows, pass.x, gate, up,
+                          pass.row_stride);
+    for (int64_t t = 0; t < tokens; ++t)
+      pass.isa->common.activate(ffn.activation, gate + t * pass.row_stride,
+                                up + t * pass.row_stride, rows.count);
+    pass.kernels->down(ffn.w_down_t, ffn.hidden_size, rows, tokens, gate, pass.row_stride, sums,
+                       pass.sum_stride);
+  }
+}
+
+void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
+              char* y) {
+  const Isa& isa = current_isa();
+  const Kernels& kernels = isa.by_dtype[ffn.dtype];
+  Pass pass;
+  pass.ffn = &ffn;
+  pass.isa = &isa;
+  pass.kernels = &kernels;
+  pass.sets = clusters.sets;
+  pass.set_stride = clusters.stride;
+  if (clusters.sets) group_tokens(ids, x.count, pass.groups);
+
+  const int64_t neurons = ffn.num_neurons, tokens = x.count;
+  const int64_t set_bytes = (neurons + 7) / 8;
+  const int64_t packed_size = kernels.packed_size(ffn.hidden_size);
+  const int64_t most_parts = num_threads_for(3 * neurons * ffn.hidden_size * ffn.element_size);
+  pass.sum_stride = round_up(ffn.hidden_size, kernels.block);
+  pass.held_rows = round_up(at_most(at_least(kHeldValues / tokens, 64), neurons + 8), 8);
+  pass.row_stride = round_up(pass.held_rows, 16);
+
+  const int64_t values = most_parts * tokens * pass.row_stride;
+  const int64_t sums = most_parts * tokens * pass.sum_stride;
+  Scratch& memory = scratch();
+  memory.reserve(Scratch::size<char>(tokens * packed_size) + Scratch::size<uint8_t>(set_bytes) +
+                 Scratch::size<int32_t>(neurons + 16) + 2 * Scratch::size<float>(values) +
+                 Scratch::size<float>(sums) +
+                 Scratch::size<uint64_t>(most_parts * pass.held_rows));
+  char* const packed = memory.take<char>(tokens * packed_size);
+  uint8_t* const joined = memory.take<uint8_t>(set_bytes);
+  int32_t* const rows = memory.take<int32_t>(neurons + 16);
+  pass.gate = memory.take<float>(values);
+  pass.up = memory.take<float>(values);
+  pass.sums = memory.take<float>(sums);
+  pass.masks = memory.take<uint64_t>(most_parts * pass.held_rows);
+
+  pass.x = pack(kernels, x, ffn.element_size, ffn.hidden_size, packed);
+  pass.rows = nullptr;
+  pass.num_rows = neurons;
+  if (clusters.sets) {
+    const uint8_t* set = clusters.sets + pass.groups.cluster[0] * clusters.stride;
+    if (pass.groups.count > 1) {
+      memcpy(joined, set, size_t(set_bytes));
+      for (int64_t g = 1; g < pass.groups.count; ++g) {
+        const uint8_t* const other = clusters.sets + pass.groups.cluster[g] * clusters.stride;
+        for (int64_t i = 0; i < set_bytes; ++i) joined[i] |= other[i];
+      }
+      set = joined;
+    }
+    pass.num_rows = isa.common.decode(set, neurons, rows);
+    pass.rows = rows;
+  }
+  pass.num_parts = at_most(
+      num_threads_for(3 * pass.num_rows * ffn.hidden_size * ffn.element_size), most_parts);
+
+  const int64_t hidden = ffn.hidden_size, size = ffn.element_size;
+  const auto finish = [&](int64_t token, int64_t begin, int64_t end) {
+    const char* bias = nullptr;
+    if (cluster_bias.data)
+      bias = static_cast<const char*>(cluster_bias.data) + ids[token] * cluster_bias.stride * size;
+    kernels.finish(pass.sums + token * pass.sum_stride, tokens * pass.sum_stride, pass.num_parts,
+                   hidden, begin, end, bias, y + token * hidden * size);
+  };
+  const bool last_thread_sums =
+      pass.num_parts == 1 || pass.num_parts * tokens * pass.sum_stride <= kLastThreadSums;
+  std::atomic<int64_t> running{pass.num_parts};
+  parallel(pass.num_parts, [&](int64_t part) {
+    compute_slice(pass, part);
+    if (running.fetch_sub(1, std::memory_order_acq_rel) == 1 && last_thread_sums)
+      for (int64_t t = 0; t < tokens; ++t) finish(t, 0, hidden);
+  });
+  if (last_thread_sums) return;
+  // Several tokens: by token. Few: by columns as well.
+  const int64_t columns = at_least((pass.num_parts + tokens - 1) / tokens, 1);
+  parallel(pass.num_parts, [&](int64_t part) {
+    const Range range = part_of(tokens * columns, pass.num_parts, part, 1);
+    for (int64_t i = range.begin; i < range.end; ++i) {
+      const Range span = part_of(hidden, columns, i % columns, kernels.block);
+      finish(i / columns, span.begin, span.end);
+    }
+  });
+}
+
+template <class Body>
+void in_passes(Tokens x, int64_t element_size, const Body& body) {
+  for (int64_t first = 0; first < x.count; first += kMaxTokens) {
+    const Tokens some = {static_cast<const char*>(x.data) + first * x.stride * element_size,
+                         x.stride, at_most(x.count - first, kMaxTokens)};
+    body(some, first);
+  }
+}
+
+// y[t * ld + r] for one pass of tokens and all rows, in fp32.
+void linear_values(const Kernels& kernels, Matrix weight, int64_t rows, int64_t length,
+                   int64_t element_size, PackedTokens x, float* y, int64_t ld) {
+  const int64_t parts = num_threads_for(rows * length * element_size);
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(rows, parts, part, 16);
+    kernels.linear(weight, length, range.begin, range.end - range.begin, x, y + range.begin, ld);
+  });
+}
+
+bool beats(float value, float best) {
+  return value > best || (value != value && best == best);
+}
+
+}  // namespace
+
+void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
+             void* y) {
+  in_passes(x, ffn.element_size, [&](Tokens some, int64_t first) {
+    run_pass(ffn, some, clusters, ids ? ids + first : nullptr, cluster_bias,
+             static_cast<char*>(y) + first * ffn.hidden_size * ffn.element_size);
+  });
+}
+
+void run_router(const Ffn& ffn, Tokens x, const Router& router, int64_t num_clusters,
+                int64_t* ids) {
+  const Kernels& kernels = current_isa().by_dtype[ffn.dtype];
+  const int64_t hidden = ffn.hidden_size, rank = router.rank, size = ffn.element_size;
+  in_passes(x, size, [&](Tokens some, int64_t first) {
+    const int64_t tokens = some.count;
+    const int64_t packed_size = kernels.packed_size(hidden);
+    const int64_t packed_rank = kernels.packed_size(rank);
+    const int64_t ld = round_up(num_clusters, 32), rank_ld = round_up(rank, 32);
+    Scratch& memory = scratch();
+    memory.reserve(Scratch::size<char>(tokens * packed_size) +
+                   Scratch::size<char>(tokens * packed_rank) +
+                   Scratch::size<char>(tokens * rank * size) +
+                   Scratch::size<float>(tokens * rank_ld) + Scratch::size<float>(tokens * ld) +
+                   Scratch::size<float>(ld));
+    char* const packed = memory.take<char>(tokens * packed_size);
+    char* const packed_low = memory.take<char>(tokens * packed_rank);
+    char* const low = memory.take<char>(tokens * rank * size);
+    float* const low_values = memory.take<float>(tokens * rank_ld);
+    float* const logits = memory.take<float>(tokens * ld);
+    float* const bias = memory.take<float>(ld);
+
+    PackedTokens in = pack(kernels, some, size, hidden, packed);
+    int64_t length = hidden;
+    if (rank > 0) {
+      // Rounded between the two matrices, as two linear layers would.
+      linear_values(kernels, router.down, rank, hidden, size, in, low_values, rank_ld);
+      for (int64_t t = 0; t < tokens; ++t)
+        kernels.store(low_values + t * rank_ld, rank, nullptr, low + t * rank * size);
+      in = pack(kernels, {low, rank, tokens}, size, rank, packed_low);
+      length = rank;
+    }
+    linear_values(kernels, router.up, num_clusters, length, size, in, logits, ld);
+    if (router.bias)
+      kernels.widen(router.bias, num_clusters, bias);
+    else
+      memset(bias, 0, size_t(num_clusters) * sizeof(float));
+    for (int64_t t = 0; t < tokens; ++t) {
+      const float* const row = logits + t * ld;
+      int64_t winner = 0;
+      float best = row[0] + bias[0];
+      for (int64_t k = 1; k < num_clusters; ++k) {
+        const float value = row[k] + bias[k];
+        if (beats(value, best)) {
+          best = value;
+          winner = k;
+        }
+      }
+      ids[first + t] = winner;
+    }
+  });
+}
+
+void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int64_t rows,
+                int64_t length, const void* bias, void* y) {
+  const Kernels& kernels = current_isa().by_dtype[dtype];
+  in_passes(x, element_size, [&](Tokens some, int64_t first) {
+    const int64_t packed_size = kernels.packed_size(length);
+    const int64_t parts = num_threads_for(rows * length * element_size);
+    const int64_t values = some.count * kLinearRows;
+    Scratch& memory = scratch();
+    memory.reserve(Scratch::size<char>(some.count * packed_size) +
+                   Scratch::size<float>(parts * values));
+    char* const packed = memory.take<char>(some.count * packed_size);
+    float* const buffer = memory.take<float>(parts * values);
+    const PackedTokens in = pack(kernels, some, element_size, length, packed);
+    char* const out = static_cast<char*>(y) + first * rows * element_size;
+    const char* const extra = static_cast<const char*>(bias);
+    parallel(parts, [&](int64_t part) {
+      const Range range = part_of(rows, parts, part, 16);
+      float* const own = buffer + part * values;
+      for (int64_t r = range.begin; r < range.end; r += kLinearRows) {
+        const int64_t count = at_most(range.end - r, kLinearRows);
+        kernels.linear(weight, length, r, count, in, own, kLinearRows);
+        for (int64_t t = 0; t < some.count; ++t)
+          kernels.store(own + t * kLinearRows, count, extra ? extra + r * element_size : nullptr,
+                        out + (t * rows + r) * element_size);
+      }
+    });
+  });
+}
+
+uint64_t run_read(const void* data, int64_t num_words) {
+  const Isa& isa = current_isa();
+  const int64_t parts = num_threads_for(num_words * 8);
+  std::atomic<uint64_t> sum{0};
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(num_words, parts, part, 512);
+    sum.fetch_add(isa.common.read(static_cast<const uint64_t*>(data) + range.begin,
+                                  range.end - range.begin),
+                  std::memory_order_relaxed);
+  });
+  return sum.load();
+}
+
+}  // namespace sparse_ffn

@@ -1,0 +1,56 @@
+// The operations over plain pointers: planning, threads and scratch memory. Arguments are valid;
+// ops.cpp has checked them.
+#pragma once
+
+#include "dispatch.h"
+
+namespace sparse_ffn {
+
+struct Ffn {
+  DType dtype;
+  int64_t element_size;
+  int64_t hidden_size;
+  int64_t num_neurons;
+  Matrix w_gate, w_up, w_down_t;
+  Activation activation;
+};
+
+struct Tokens {
+  const void* data;  // dtype of the weights
+  int64_t stride;    // elements
+  int64_t count;
+};
+
+// Bitmaps of the neurons each cluster computes, [K, ceil(I / 8)] with `stride` bytes between rows.
+// A band of neurons that low-bit copies must confirm first would be a second bitmap here; see
+// compute_slice.
+struct Clusters {
+  const uint8_t* sets;  // null: every neuron for every token
+  int64_t stride;
+  int64_t count;
+};
+
+struct Router {
+  int64_t rank;  // 0: no first matrix
+  Matrix down;   // [rank, H]
+  Matrix up;     // [K, H] or [K, rank]
+  const void* bias;  // [K] or null, dtype of the weights
+};
+
+// y[t] = FFN of x[t] over the neurons of ids[t]'s set, plus cluster_bias[ids[t]] where given.
+// `ids` may be null where clusters.sets is.
+void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
+             void* y);
+
+// ids[t] = argmax of the router's logits; the lowest index wins a tie, NaN counts as largest.
+void run_router(const Ffn& ffn, Tokens x, const Router& router, int64_t num_clusters,
+                int64_t* ids);
+
+// y [n, rows] = x · weightᵀ + bias
+void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int64_t rows,
+                int64_t length, const void* bias, void* y);
+
+// Sum of 64-bit words, read by all threads.
+uint64_t run_read(const void* data, int64_t num_words);
+
+}  // namespace sparse_ffn

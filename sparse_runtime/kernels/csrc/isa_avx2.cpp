@@ -1,0 +1,99 @@
+// AVX2 + FMA + F16C.
+#include <immintrin.h>
+
+#include "kernels.h"
+#include "scalar.h"
+
+namespace {
+
+using V = __m256;
+constexpr int64_t kWidth = 8;
+constexpr int kTokens = 2;  // 8 sums, 2 widened weights and their temporaries in 16 registers
+constexpr int kDownRows = 4;
+
+inline V zero() { return _mm256_setzero_ps(); }
+inline V set1(float v) { return _mm256_set1_ps(v); }
+inline V load(const float* p) { return _mm256_loadu_ps(p); }
+inline void store(float* p, V v) { _mm256_storeu_ps(p, v); }
+inline V madd(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+inline V add(V a, V b) { return _mm256_add_ps(a, b); }
+inline V sub(V a, V b) { return _mm256_sub_ps(a, b); }
+inline V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+inline V divide(V a, V b) { return _mm256_div_ps(a, b); }
+inline V vmin(V a, V b) { return _mm256_min_ps(a, b); }
+inline V vmax(V a, V b) { return _mm256_max_ps(a, b); }
+inline V round_nearest(V v) {
+  return _mm256_round_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+inline V exp2_int(V n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
+}
+inline void sum4(V a, V b, V c, V d, float* out) {
+  const V pairs = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(pairs), _mm256_extractf128_ps(pairs, 1)));
+}
+
+inline void load2(const float* p, V& a, V& b) {
+  a = load(p);
+  b = load(p + 8);
+}
+inline void store2(float* p, V a, V b) {
+  store(p, a);
+  store(p + 8, b);
+}
+
+inline void load2(const fp16* p, V& a, V& b) {
+  a = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  b = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p) + 1));
+}
+inline void store2(fp16* p, V a, V b) {
+  __m128i* const q = reinterpret_cast<__m128i*>(p);
+  _mm_storeu_si128(q, _mm256_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT));
+  _mm_storeu_si128(q + 1, _mm256_cvtps_ph(b, _MM_FROUND_TO_NEAREST_INT));
+}
+
+inline void load2(const bf16* p, V& a, V& b) {
+  const __m256i line = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  a = _mm256_castsi256_ps(_mm256_slli_epi32(line, 16));
+  b = _mm256_castsi256_ps(_mm256_and_si256(line, _mm256_set1_epi32(int(0xffff0000))));
+}
+inline __m256i round_bf16(V v) {  // the result in the upper halves
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const V nan = _mm256_cmp_ps(v, v, _CMP_UNORD_Q);
+  return _mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), _mm256_castps_si256(nan));
+}
+inline void store2(bf16* p, V a, V b) {
+  const __m256i upper = _mm256_set1_epi32(int(0xffff0000));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm256_or_si256(_mm256_srli_epi32(round_bf16(a), 16),
+                                      _mm256_and_si256(round_bf16(b), upper)));
+}
+
+uint64_t read(const void* data, int64_t num_words) {
+  const char* p = static_cast<const char*>(data);
+  __m256i sums[4] = {};
+  int64_t i = 0;
+  for (; i + 16 <= num_words; i += 16)
+    for (int s = 0; s < 4; ++s)
+      sums[s] = _mm256_add_epi64(
+          sums[s], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i * 8) + s));
+  uint64_t lanes[4];
+  _mm256_storeu_si256(
+      reinterpret_cast<__m256i*>(lanes),
+      _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3])));
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + read_words(p + i * 8, num_words - i);
+}
+
+}  // namespace
+
+#include "loops.h"
+
+namespace sparse_ffn {
+const Isa kAvx2Isa = {"avx2",
+                      {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
+                      {activate, decode_bits, read}};
+}

@@ -1,0 +1,98 @@
+// The interface between the threading code (ffn.cpp) and the inner loops, which are compiled once
+// per instruction set (isa_*.cpp).
+//
+// The isa_*.cpp files are built with flags such as -mavx512f. Nothing in them may be an inline
+// function with external linkage (no C++ standard library, no torch headers): the linker keeps one
+// copy of such a function for the whole library, and it could be the AVX-512 one.
+#pragma once
+
+#include <stdint.h>
+
+namespace sparse_ffn {
+
+enum DType { kBFloat16, kFloat16, kFloat32, kNumDTypes };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+
+// A matrix of contiguous rows. Strides count elements.
+struct Matrix {
+  const void* data;
+  int64_t stride;
+};
+
+// Neurons to compute: index[0..count), or first..first+count where index is null.
+struct Rows {
+  const int32_t* index;
+  int64_t first;
+  int64_t count;
+  // Bit t of tokens[r] says whether token t wants neuron r; null when all tokens want all of them.
+  const uint64_t* tokens;
+};
+
+// Bits of Rows::tokens.
+constexpr int64_t kMaxTokens = 64;
+
+// Tokens in the layout that the loops of one instruction set and dtype want (pack_tokens), each
+// `stride` bytes from the next.
+struct PackedTokens {
+  const void* data;
+  int64_t stride;
+  int64_t count;
+};
+
+// fp32 sums are kept per token in blocks of `block` elements, in an order inside a block that is
+// the loops' own; `accumulator_size` floats for a row of that many elements.
+struct Kernels {
+  int64_t block;
+
+  // Bytes of one packed token.
+  int64_t (*packed_size)(int64_t length);
+  void (*pack_token)(const void* source, int64_t length, void* packed);
+
+  // gate[t * ld + r] = gate_row(r) . x_t, and up likewise; 0 where token t does not want neuron r.
+  void (*gate_up)(Matrix w_gate, Matrix w_up, int64_t length, Rows rows, PackedTokens x,
+                  float* gate, float* up, int64_t ld);
+
+  // y[t * ldy + .] += sum over r of h[t * ld + r] * down_row(r)
+  void (*down)(Matrix w_down_t, int64_t length, Rows rows, int64_t num_tokens, const float* h,
+               int64_t ld, float* y, int64_t ldy);
+
+  // y[t * ld + r] = row(first + r) . x_t for r < count
+  void (*linear)(Matrix weight, int64_t length, int64_t first, int64_t count, PackedTokens x,
+                 float* y, int64_t ld);
+
+  // out = sum over parts of y[part * part_stride + .] (+ bias), for elements [begin, end) of a row
+  // of `length`; begin is a multiple of block. bias (dtype of out) may be null.
+  void (*finish)(const float* y, int64_t part_stride, int64_t parts, int64_t length, int64_t begin,
+                 int64_t end, const void* bias, void* out);
+
+  // out = y (+ bias), natural order. bias (dtype of out) may be null.
+  void (*store)(const float* y, int64_t length, const void* bias, void* out);
+  void (*widen)(const void* source, int64_t length, float* out);
+};
+
+// Loops that do not depend on the dtype.
+struct CommonKernels {
+  // gate[r] = act(gate[r]) * up[r]
+  void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
+  // Positions of the ones among the first num_bits bits. `rows` has room for num_bits + 16.
+  int64_t (*decode)(const uint8_t* bitmap, int64_t num_bits, int32_t* rows);
+  // Sum of 64-bit words, wrapping.
+  uint64_t (*read)(const void* data, int64_t num_words);
+};
+
+struct Isa {
+  const char* name;
+  Kernels by_dtype[kNumDTypes];
+  CommonKernels common;
+};
+
+extern const Isa kScalarIsa;
+#if defined(__x86_64__)
+extern const Isa kAvx2Isa;
+extern const Isa kAvx512Isa;
+extern const Isa kAvx512Bf16Isa;
+#elif defined(__aarch64__)
+extern const Isa kNeonIsa;
+#endif
+
+}  // namespace sparse_ffn

@@ -1,0 +1,101 @@
+// Conversions of single elements, the portable bitmap decoder and read loop. Everything has
+// internal linkage, as kernels.h asks for.
+#pragma once
+
+#include <stdint.h>
+#include <string.h>
+
+namespace {
+
+// Distinct types, so that overloads tell the 16-bit formats apart.
+struct bf16 {
+  uint16_t bits;
+};
+struct fp16 {
+  uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, 4);
+  return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, 4);
+  return bits;
+}
+
+inline float to_float(float value) { return value; }
+
+inline float to_float(bf16 value) { return bits_to_float(uint32_t(value.bits) << 16); }
+
+inline float to_float(fp16 value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16;
+  const uint32_t exponent = value.bits >> 10 & 0x1f, mantissa = value.bits & 0x3ff;
+  if (exponent == 0x1f) return bits_to_float(sign | 0x7f800000 | mantissa << 13);
+  if (exponent == 0) {  // zero and subnormals: mantissa * 2^-24
+    const float magnitude = float(mantissa) * 5.9604644775390625e-8f;
+    return sign ? -magnitude : magnitude;
+  }
+  return bits_to_float(sign | (exponent + 112) << 23 | mantissa << 13);
+}
+
+template <class T>
+inline T from_float(float value);
+
+template <>
+inline float from_float<float>(float value) {
+  return value;
+}
+
+template <>
+inline bf16 from_float<bf16>(float value) {
+  const uint32_t bits = float_to_bits(value);
+  if ((bits & 0x7fffffff) > 0x7f800000) return {0x7fc0};
+  return {uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+template <>
+inline fp16 from_float<fp16>(float value) {
+  const uint32_t bits = float_to_bits(value), sign = bits >> 16 & 0x8000;
+  const uint32_t magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return {uint16_t(sign | 0x7e00)};
+  if (magnitude >= 0x477ff000) return {uint16_t(sign | 0x7c00)};  // rounds to 2^16 or more
+  if (magnitude < 0x38800000) {
+    // Subnormal: adding 0.5 leaves the mantissa in the low bits, rounded to nearest even.
+    return {uint16_t(sign | (float_to_bits(bits_to_float(magnitude) + 0.5f) - 0x3f000000))};
+  }
+  const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+  return {uint16_t(sign | (rounded - 0x38000000) >> 13)};
+}
+
+inline uint64_t load_word(const uint8_t* p, int64_t num_bytes) {
+  uint64_t word = 0;
+  for (int64_t i = 0; i < num_bytes; ++i) word |= uint64_t(p[i]) << (8 * i);
+  return word;
+}
+
+inline int64_t decode_bits(const uint8_t* bitmap, int64_t num_bits, int32_t* rows) {
+  int64_t count = 0;
+  for (int64_t first = 0; first < num_bits; first += 64) {
+    const int64_t left = num_bits - first;
+    uint64_t word = load_word(bitmap + first / 8, left >= 64 ? 8 : (left + 7) / 8);
+    if (left < 64) word &= (uint64_t(1) << left) - 1;  // padding bits may hold anything
+    for (; word; word &= word - 1) rows[count++] = int32_t(first + __builtin_ctzll(word));
+  }
+  return count;
+}
+
+inline uint64_t read_words(const void* data, int64_t num_words) {
+  const uint64_t* p = static_cast<const uint64_t*>(data);
+  uint64_t sums[8] = {};
+  int64_t i = 0;
+  for (; i + 8 <= num_words; i += 8)
+    for (int s = 0; s < 8; ++s) sums[s] += p[i + s];
+  for (; i < num_words; ++i) sums[0] += p[i];
+  return sums[0] + sums[1] + sums[2] + sums[3] + sums[4] + sums[5] + sums[6] + sums[7];
+}
+
+}  // namespace
