@@ -10,6 +10,7 @@ objective, the mean coverage, so the alternation converges and needs no balance 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -76,22 +77,31 @@ def best_sets(importance: Tensor, active_sets: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def cluster_means(
-    importance: Tensor, assignment: Tensor, num_clusters: int, shrinkage: float = 0.0
+    values: Tensor,
+    assignment: Tensor,
+    num_clusters: int,
+    shrinkage: float = 0.0,
+    transform: Callable[[Tensor], Tensor] = normalized,
 ) -> Tensor:
-    """Mean normalized importance of each cluster's tokens, float32 [K, I].
+    """Mean over each cluster's tokens of their normalized importance, float32 [K, C].
 
     Args:
-        importance: [N, I].
+        values: one row per token [N, C′].
         assignment: cluster of each token, int64 [N].
         num_clusters: K.
         shrinkage: weight, in tokens, of the mean over all tokens; keeps small clusters from
             following noise. An empty cluster gets that mean.
+        transform: what is averaged, rows [n, C′] -> [n, C].
     """
-    sums = torch.zeros(num_clusters, importance.shape[1], device=importance.device)
-    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
-        sums.index_add_(0, assignment[rows], normalized(importance[rows]))
+    sums: Tensor | None = None
+    for rows in chunk_slices(values.shape[0], _CHUNK_TOKENS):
+        chunk = transform(values[rows])
+        if sums is None:
+            sums = torch.zeros(num_clusters, chunk.shape[1], device=chunk.device)
+        sums.index_add_(0, assignment[rows], chunk)
+    assert sums is not None, "no tokens to average"
     counts = torch.bincount(assignment, minlength=num_clusters).unsqueeze(-1)
-    overall = sums.sum(0) / max(importance.shape[0], 1)
+    overall = sums.sum(0) / values.shape[0]
     prior = max(shrinkage, 1e-6)
     return (sums + prior * overall) / (counts + prior)
 

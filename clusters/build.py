@@ -11,13 +11,15 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
@@ -25,6 +27,7 @@ from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, LayerClusters, check_output_folder
 from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
+from sparse_runtime.clusters.budget import global_threshold, threshold_sets
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.data import (
@@ -33,13 +36,21 @@ from sparse_runtime.clusters.data import (
     calibration_windows,
     parse_source,
 )
+from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.clusters.layer_build import (
-    build_layer,
+    FittedLayer,
+    LayerData,
+    captured_squares,
+    finish_layer,
     fit_clusters,
+    fit_layer,
     fit_paper_clusters,
     fit_router,
+    layer_cost,
+    load_fitted,
     load_layer,
     packed_patterns,
+    save_fitted,
     set_size_for,
 )
 from sparse_runtime.errors import ConfigError, DataError
@@ -148,30 +159,36 @@ def _build(
         progress=progress,
     )
     seconds = {"capture": time.perf_counter() - started}
-    rank = _choose_router(states, layers, config, num_fit, work, progress)
-    pooled = _pooled_clusters(states, layers, config, num_fit, rank, work, progress)
-    built: dict[int, LayerClusters] = {}
-    figures = []
+    fisher = _fisher(model, text.windows, num_fit, config, work, progress)
+    seconds["fisher"] = time.perf_counter() - started - seconds["capture"]
+    context = _Context(states, layers, fisher, config, num_fit, work, progress)
+    rank = _choose_router(context)
+    pooled = _pooled_clusters(context, rank)
+    fitted = []
     with progress.task("layers", len(layers)) as advance:
         for position, layer in enumerate(layers):
             file = work / f"layer_{layer.index}.safetensors"
             if not file.exists():
-                data, matrix = load_layer(
-                    states, position, layer, config, num_fit=num_fit, work=work
-                )
-                clusters, layer_figures = build_layer(
-                    data,
-                    config,
-                    rank,
-                    set_size_for(layer, config, rank),
-                    _generator(config, layer.index),
-                    pooled,
-                )
-                matrix.close()
-                _save_layer(file, clusters, {"index": layer.index, **layer_figures})
-            built[layer.index], layer_figures = _load_layer(file)
-            figures.append(layer_figures)
+                with context.layer(position) as data:
+                    generator = _generator(config, layer.index)
+                    weights = context.fisher_of(position)
+                    save_fitted(
+                        file, fit_layer(data, layer, config, rank, weights, generator, pooled)
+                    )
+            fitted.append(load_fitted(file))
             advance(1)
+    built: dict[int, LayerClusters] = {}
+    with progress.task("sets", len(layers)) as advance:
+        for position, (layer, sets) in enumerate(
+            zip(layers, _final_sets(fitted, layers, config, rank), strict=True)
+        ):
+            with context.layer(position) as data:
+                built[layer.index], scores = finish_layer(
+                    data, layer, config, fitted[position], sets
+                )
+            fitted[position].figures["held_out"] = scores
+            advance(1)
+    figures = [layer.figures for layer in fitted]
     for stage in ("clustering", "router"):
         seconds[stage] = sum(entry["seconds"][stage] for entry in figures)
     return ClusterSet(
@@ -179,6 +196,72 @@ def _build(
         fingerprint=fingerprint,
         build={**build, "router_rank": rank, "seconds": seconds, "layers": figures},
     )
+
+
+@dataclass(frozen=True)
+class _Context:
+    """What the stages after the capture share."""
+
+    states: HiddenStates
+    layers: list[FFNLayer]
+    fisher: list[Tensor] | None
+    config: BuildConfig
+    num_fit: int
+    work: Path
+    progress: ProgressReporter
+
+    def fisher_of(self, position: int) -> Tensor | None:
+        """Fisher weights of a layer [I], if the build has them."""
+        return None if self.fisher is None else self.fisher[position]
+
+    @contextmanager
+    def layer(self, position: int) -> Iterator[LayerData]:
+        """A layer's tokens, freed when the context ends."""
+        data, matrix = load_layer(
+            self.states,
+            position,
+            self.layers[position],
+            self.config,
+            num_fit=self.num_fit,
+            work=self.work,
+            fisher=self.fisher_of(position),
+        )
+        try:
+            yield data
+        finally:
+            matrix.close()
+
+
+def _fisher(
+    model: Any,
+    windows: Tensor,
+    num_fit: int,
+    config: BuildConfig,
+    work: Path,
+    progress: ProgressReporter,
+) -> list[Tensor] | None:
+    if not config.needs_fisher:
+        return None
+    file = work / "fisher.safetensors"
+    if not file.exists():
+        window = windows.shape[1]
+        count = max(1, min(num_fit, config.fisher_tokens) // window)
+        weights = fisher_weights(model, windows[:count], progress=progress)
+        write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
+    saved = load_file(file)
+    return [saved[str(position)] for position in range(len(saved))]
+
+
+def _final_sets(
+    fitted: list[FittedLayer], layers: list[FFNLayer], config: BuildConfig, rank: int | None
+) -> list[Tensor]:
+    """Active sets of all layers: of one size, or cut by one threshold on the estimated loss."""
+    losses = [layer.losses for layer in fitted if layer.losses is not None]
+    if not losses:
+        return [layer.sets for layer in fitted]
+    density = layer_cost(layers[0], config, rank).density_for(config.budget)
+    threshold = global_threshold(losses, [layer.shares for layer in fitted], density)
+    return [threshold_sets(values, threshold) for values in losses]
 
 
 def _generator(config: BuildConfig, stream: int) -> torch.Generator:
@@ -199,42 +282,37 @@ def _claim(work: Path, key: dict[str, Any]) -> None:
     write_json(key_file, digest)
 
 
-def _choose_router(
-    states: HiddenStates,
-    layers: list[FFNLayer],
-    config: BuildConfig,
-    num_fit: int,
-    work: Path,
-    progress: ProgressReporter,
-) -> int | None:
-    """Rank of the router (None: linear), by held-out coverage at the budget on two layers."""
+def _choose_router(context: _Context) -> int | None:
+    """Rank of the router (None: linear) that captures most at the budget, on two layers.
+
+    Judged by e², not by the coverage that the router is trained on: that forgives losing the few
+    tokens whose neurons are large, which perplexity does not (docs/LOG.md).
+    """
+    config, layers = context.config, context.layers
     if config.router != "auto":
         return None if config.router == "linear" else int(config.router)
-    file = work / "router.json"
+    file = context.work / "router.json"
     if file.exists():
         rank: int | None = json.loads(file.read_text(encoding="utf-8"))
         return rank
     candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
     if not candidates:
         set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
-    if len(candidates) == 1:
-        return candidates[0]
-    coverage = dict.fromkeys(candidates, 0.0)
+    captured = dict.fromkeys(candidates, 0.0)
     probes = sorted({len(layers) // 4, 3 * len(layers) // 4})
-    with progress.task("choose router", len(probes) * len(candidates)) as advance:
+    with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
         for position in probes:
             layer = layers[position]
-            data, matrix = load_layer(states, position, layer, config, num_fit=num_fit, work=work)
-            for rank in candidates:
-                # One stream for all candidates: they differ in the router only.
-                generator = _generator(config, layer.index)
-                size = set_size_for(layer, config, rank)
-                clustering = fit_clusters(data, config, size, generator)
-                history = fit_router(data, clustering, config, rank, size, generator)[-1]
-                coverage[rank] += history[-1] / len(probes)
-                advance(1)
-            matrix.close()
-    best = max(candidates, key=lambda rank: coverage[rank])
+            with context.layer(position) as data:
+                for rank in candidates:
+                    # One stream for all candidates: they differ in the router only.
+                    generator = _generator(config, layer.index)
+                    size = set_size_for(layer, config, rank)
+                    clustering = fit_clusters(data, config, size, generator)
+                    router, sets, *_ = fit_router(data, clustering, config, rank, size, generator)
+                    captured[rank] += captured_squares(data, router, sets)
+                    advance(1)
+    best = max(candidates, key=lambda rank: captured[rank])
     write_json(file, best)
     return best
 
@@ -247,52 +325,18 @@ def _fits(layer: FFNLayer, config: BuildConfig, rank: int | None) -> bool:
     return rank is None or rank < min(layer.hidden_size, config.num_clusters)
 
 
-def _pooled_clusters(
-    states: HiddenStates,
-    layers: list[FFNLayer],
-    config: BuildConfig,
-    num_fit: int,
-    rank: int | None,
-    work: Path,
-    progress: ProgressReporter,
-) -> Clustering | None:
+def _pooled_clusters(context: _Context, rank: int | None) -> Clustering | None:
     """The paper's one table for all layers, fitted on the patterns of all; None if not pooled."""
+    config, layers = context.config, context.layers
     if not (config.method == "awc-paper" and config.paper_pooled):
         return None
     parts = []
-    with progress.task("patterns", len(layers)) as advance:
-        for position, layer in enumerate(layers):
-            data, matrix = load_layer(states, position, layer, config, num_fit=num_fit, work=work)
-            parts.append(packed_patterns(data.importance[data.fit]))
-            matrix.close()
+    with context.progress.task("patterns", len(layers)) as advance:
+        for position in range(len(layers)):
+            with context.layer(position) as data:
+                parts.append(packed_patterns(data.importance[data.fit]))
             advance(1)
     density = set_size_for(layers[0], config, rank) / layers[0].intermediate_size
-    return fit_paper_clusters(
-        PackedPatterns.concat(parts), config, density, _generator(config, -1 % 100_003)
-    )
-
-
-_LAYER_TENSORS = (
-    "active_sets",
-    "static_set",
-    "router_down",
-    "router_up",
-    "router_bias",
-    "centroids",
-)
-
-
-def _save_layer(file: Path, clusters: LayerClusters, figures: dict[str, Any]) -> None:
-    tensors: dict[str, Tensor] = {}
-    for name in _LAYER_TENSORS:
-        tensor = getattr(clusters, name)
-        if tensor is not None:
-            tensors[name] = tensor.contiguous()
-    write_tensors(file, tensors, {"figures": json.dumps(figures)})
-
-
-def _load_layer(file: Path) -> tuple[LayerClusters, dict[str, Any]]:
-    with safe_open(file, framework="pt") as reader:
-        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        figures = json.loads(reader.metadata()["figures"])
-    return LayerClusters(**tensors), figures
+    # One stream beyond those of the layers.
+    generator = _generator(config, len(layers))
+    return fit_paper_clusters(PackedPatterns.concat(parts), config, density, generator)

@@ -19,8 +19,14 @@ class BuildConfig:
     Args:
         method: ``awc`` (coverage clustering on importance) or ``awc-paper`` (the paper's, on binary
             patterns).
-        importance: ``norm`` or ``binary``, see ``clusters/importance.py``; ``awc-paper`` is always
-            binary.
+        importance: ``norm``, ``fisher`` or ``binary``, what tokens are clustered by (see
+            ``clusters/importance.py``); ``awc-paper`` is always binary.
+        allocation: how ``awc`` spends the budget. ``fisher`` keeps the neurons that are estimated to
+            matter most for the loss, by one threshold over all layers and clusters; ``uniform`` gives
+            every set the same size. ``awc-paper`` is always uniform.
+        fisher_tokens: calibration tokens of the backward passes that estimate the loss's
+            sensitivity.
+        cluster_bias: add, for each cluster, the mean of what its set leaves out (``awc`` only).
         num_clusters: K, 1 to 16,384.
         budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
             the dense FFN's. The density follows from it.
@@ -44,7 +50,10 @@ class BuildConfig:
     """
 
     method: Literal["awc", "awc-paper"] = "awc"
-    importance: Literal["norm", "binary"] = "norm"
+    importance: Literal["norm", "fisher", "binary"] = "norm"
+    allocation: Literal["fisher", "uniform"] = "fisher"
+    fisher_tokens: int = 16_384
+    cluster_bias: bool = True
     num_clusters: int = 256
     budget: float = 0.5
     router: str = "auto"
@@ -64,6 +73,7 @@ class BuildConfig:
         one_of = {
             "method": METHODS,
             "importance": IMPORTANCE_KINDS,
+            "allocation": ("fisher", "uniform"),
             "paper_init": ("random", "kmeans++"),
         }
         for name, choices in one_of.items():
@@ -78,6 +88,7 @@ class BuildConfig:
             "max_tokens": (self.max_tokens is None or self.max_tokens > 0, "1 or more"),
             "window": (self.window >= 2, "2 or more"),
             "held_out_share": (0 < self.held_out_share < 1, "a share between 0 and 1"),
+            "fisher_tokens": (self.fisher_tokens >= 1, "1 or more"),
             "clustering_tokens": (self.clustering_tokens >= 1, "1 or more"),
             "memory_mib": (self.memory_mib >= 1, "1 or more"),
             "percentile": (0 < self.percentile < 100, "a percentage between 0 and 100"),
@@ -86,6 +97,16 @@ class BuildConfig:
         for name, (valid, expected) in ranges.items():
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
+
+    @property
+    def needs_fisher(self) -> bool:
+        """Whether the build runs backward passes."""
+        return self.method == "awc" and "fisher" in (self.importance, self.allocation)
+
+    @property
+    def adds_bias(self) -> bool:
+        """Whether clusters get a bias."""
+        return self.method == "awc" and self.cluster_bias
 
     def record(self) -> dict[str, Any]:
         """All settings, as JSON."""

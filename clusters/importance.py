@@ -13,9 +13,10 @@ from torch import Tensor
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
-#: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``binary``: whether
-#: that length is above the layer's median.
-IMPORTANCE_KINDS = ("norm", "binary")
+#: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
+#: |h_i|·w_i with the loss's sensitivity w_i (``clusters/fisher.py``). ``binary``: whether the norm
+#: importance is above a percentile of its layer.
+IMPORTANCE_KINDS = ("norm", "fisher", "binary")
 
 
 @dataclass(frozen=True)
@@ -25,40 +26,40 @@ class ImportanceScorer:
     Attributes:
         gate: gate projection [I, H] float32.
         up: up projection [I, H] float32.
-        neuron_weights: weight of each neuron's |h| [I] float32; ‖down_i‖₂ for ``norm``.
+        neuron_weights: weight of each neuron's |h| [I] float32.
         activation: kernel name of the activation.
-        threshold: scores above it count as 1, others as 0; None keeps the scores.
     """
 
     gate: Tensor
     up: Tensor
     neuron_weights: Tensor
     activation: str
-    threshold: float | None = None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Score hidden states [n, H]: e(t, i) = |h(t, i)|·w(i), float32 [n, I], ≥ 0."""
+        return self.activations(hidden_states).abs_().mul_(self.neuron_weights)
+
+    def activations(self, hidden_states: Tensor) -> Tensor:
+        """h of hidden states [n, H], float32 [n, I]."""
         x = hidden_states.float()
         act = ACTIVATION_FUNCTIONS[self.activation]
-        h = act(F.linear(x, self.gate)).mul_(F.linear(x, self.up))
-        scores = h.abs_().mul_(self.neuron_weights)
-        return scores if self.threshold is None else (scores > self.threshold).float()
+        return act(F.linear(x, self.gate)).mul_(F.linear(x, self.up))
 
 
-def importance_scorer(layer: FFNLayer, threshold: float | None = None) -> ImportanceScorer:
+def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> ImportanceScorer:
     """Make the scorer of a layer from its weights.
 
     Args:
         layer: an FFN found by ``find_ffn_layers``.
-        threshold: see :class:`ImportanceScorer`; None for ``norm`` importance.
+        neuron_weights: [I], as of ``fisher_weights``; ‖down_i‖₂ (``norm``) if None.
     """
-    down = layer.down.weight.detach().float()
+    if neuron_weights is None:
+        neuron_weights = layer.down.weight.detach().float().norm(dim=0)
     return ImportanceScorer(
         gate=layer.gate.weight.detach().float(),
         up=layer.up.weight.detach().float(),
-        neuron_weights=down.norm(dim=0),
+        neuron_weights=neuron_weights.to(layer.gate.weight.device),
         activation=layer.activation,
-        threshold=threshold,
     )
 
 

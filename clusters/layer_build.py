@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.atomic import write_tensors
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.clusters.awc import (
@@ -25,11 +28,17 @@ from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
 from sparse_runtime.clusters.binary_patterns import PackedPatterns, percentile_threshold
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
+from sparse_runtime.clusters.importance import (
+    ImportanceMatrix,
+    ImportanceScorer,
+    chunk_slices,
+    importance_scorer,
+    normalized,
+)
 from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.predictors import Router
+from sparse_runtime.predictors import Router, new_router
 from sparse_runtime.predictors.training import initial_router, route, train_router
 
 _CHUNK_TOKENS = 4096
@@ -64,8 +73,10 @@ class LayerData:
 
 def layer_cost(layer: FFNLayer, config: BuildConfig, rank: int | None) -> FFNCost:
     """Cost of a layer with a router of this rank, in the runtime's default bfloat16."""
-    parameters = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
-    return FFNCost(layer.hidden_size, layer.intermediate_size, parameters)
+    extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
+    if config.adds_bias:
+        extra += layer.hidden_size
+    return FFNCost(layer.hidden_size, layer.intermediate_size, extra)
 
 
 def set_size_for(layer: FFNLayer, config: BuildConfig, rank: int | None) -> int:
@@ -94,8 +105,11 @@ def load_layer(
     *,
     num_fit: int,
     work: Path,
+    fisher: Tensor | None = None,
 ) -> tuple[LayerData, ImportanceMatrix]:
     """Read a layer's hidden states and score its neurons.
+
+    ``fisher`` is the layer's ``fisher_weights`` [I], used for importance ``fisher``.
 
     Returns:
         The data and the matrix behind its importance, to be closed after use.
@@ -107,7 +121,8 @@ def load_layer(
         memory_mib=config.memory_mib,
         spill_file=work / "importance.bin",
     )
-    scorer = importance_scorer(layer)
+    by_fisher = config.method == "awc" and config.importance == "fisher"
+    scorer = importance_scorer(layer, fisher if by_fisher else None)
     device = layer.gate.weight.device
     for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
         matrix.values[rows] = scorer(hidden_states[rows].to(device)).to("cpu", torch.bfloat16)
@@ -200,45 +215,82 @@ def fit_router(
     return router, sets, centroids, history
 
 
-def build_layer(
+def captured_squares(data: LayerData, router: Router, sets: Tensor) -> float:
+    """Mean share of e² that held-out tokens find in the set of their router's choice."""
+    ids = route(router, data.hidden_states[data.held_out])
+    squares = normalized(data.importance[data.held_out].float().square())
+    return (squares * sets[ids]).sum(-1).mean().item()
+
+
+@dataclass
+class FittedLayer:
+    """A layer's router and what is needed to cut sets for any budget.
+
+    Attributes:
+        router: trained, rounded to bfloat16.
+        sets: active sets of equal size, bool [K, I].
+        centroids: mean normalized importance of each cluster's tokens [K, I].
+        shares: share of fit tokens that the router sends to each cluster [K].
+        losses: mean estimated loss of leaving a neuron out, e² by Fisher importance [K, I]; None
+            without it.
+        activations: mean h of each cluster's tokens [K, I]; None without a bias.
+        figures: of clustering and training, as JSON.
+    """
+
+    router: Router
+    sets: Tensor
+    centroids: Tensor
+    shares: Tensor
+    losses: Tensor | None
+    activations: Tensor | None
+    figures: dict[str, Any]
+
+
+def fit_layer(
     data: LayerData,
+    layer: FFNLayer,
     config: BuildConfig,
     rank: int | None,
-    set_size: int,
+    fisher: Tensor | None,
     generator: torch.Generator,
     clustering: Clustering | None = None,
-) -> tuple[LayerClusters, dict[str, Any]]:
-    """Build one layer.
+) -> FittedLayer:
+    """Cluster one layer and train its router.
 
     Args:
         data: the layer's tokens.
+        layer: its FFN.
         config: settings.
         rank: of the router, None for linear.
-        set_size: neurons per active set.
+        fisher: the layer's ``fisher_weights`` [I], if there are any.
         generator: randomness, on the CPU.
         clustering: clusters to use instead of fitting them here (pooled over layers).
-
-    Returns:
-        The layer of the artifact, and its figures: held-out scores, objective per iteration, cluster
-        sizes, router history, seconds by stage.
     """
+    set_size = set_size_for(layer, config, rank)
     started = time.perf_counter()
     clustering = clustering or fit_clusters(data, config, set_size, generator)
     clustered = time.perf_counter()
     router, sets, centroids, history = fit_router(
         data, clustering, config, rank, set_size, generator
     )
-    importance = data.importance[data.fit]
-    overall = cluster_means(importance, torch.zeros(len(importance), dtype=torch.int64), 1)
-    mean_size = max(1, round(sets.sum().item() / len(sets)))
-    static_set = top_sets(overall, mean_size)[0]
     router = router.to(torch.bfloat16).float()
-    scorer = SetScorer(sets, static_set)
-    held_out_ids = route(router, data.hidden_states[data.held_out])
-    scorer.add(data.importance[data.held_out], held_out_ids)
-    sizes = torch.bincount(route(router, data.hidden_states[data.fit]), minlength=len(sets))
+    num_clusters = len(sets)
+    assignment = route(router, data.hidden_states[data.fit])
+    sizes = torch.bincount(assignment, minlength=num_clusters)
+    losses = activations = None
+    if config.method == "awc" and config.allocation == "fisher":
+        scorer = importance_scorer(layer, fisher)
+        losses = _clipped_square_means(data, scorer, assignment, num_clusters)
+    if config.adds_bias:
+        activations = cluster_means(
+            data.hidden_states[data.fit],
+            assignment,
+            num_clusters,
+            _SHRINKAGE,
+            importance_scorer(layer).activations,
+        )
     figures = {
-        "held_out": scorer.scores(),
+        "index": layer.index,
         "iterations": clustering.history,
         "router_coverage": history,
         "cluster_sizes": sizes.tolist(),
@@ -248,13 +300,93 @@ def build_layer(
             "router": time.perf_counter() - clustered,
         },
     }
-    state = {name: tensor.detach() for name, tensor in router.state_dict().items()}
+    shares = sizes / sizes.sum()
+    return FittedLayer(router, sets, centroids, shares, losses, activations, figures)
+
+
+def _clipped_square_means(
+    data: LayerData, scorer: ImportanceScorer, assignment: Tensor, num_clusters: int
+) -> Tensor:
+    """Mean e² over each cluster's tokens [K, I], no token's total above the 99th percentile.
+
+    Without the clip a handful of tokens with huge activations decides the threshold.
+    """
+    states = data.hidden_states[data.fit]
+    sample = states[:: max(1, len(states) // _CHUNK_TOKENS)]
+    limit = scorer(sample).square_().sum(-1).quantile(0.99)
+
+    def clipped(chunk: Tensor) -> Tensor:
+        squares = scorer(chunk).square_()
+        return squares * (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+
+    return cluster_means(states, assignment, num_clusters, _SHRINKAGE, clipped)
+
+
+def finish_layer(
+    data: LayerData, layer: FFNLayer, config: BuildConfig, fitted: FittedLayer, sets: Tensor
+) -> tuple[LayerClusters, dict[str, float]]:
+    """Turn a fitted layer and its final sets into the artifact's layer.
+
+    Args:
+        data: the layer's tokens.
+        layer: its FFN.
+        config: settings.
+        fitted: router and centroids.
+        sets: active sets bool [K, I].
+
+    Returns:
+        The layer, and its scores on the held-out tokens by the router's ids.
+    """
+    importance = data.importance[data.fit]
+    overall = cluster_means(importance, torch.zeros(len(importance), dtype=torch.int64), 1)
+    mean_size = max(1, round((sets.sum(-1) * fitted.shares).sum().item()))
+    static_set = top_sets(overall, mean_size)[0]
+    bias = None
+    if fitted.activations is not None:
+        left_out = fitted.activations.masked_fill(sets, 0)
+        bias = left_out @ layer.down.weight.detach().float().cpu().t()
+    scorer = SetScorer(sets, static_set)
+    held_out_ids = route(fitted.router, data.hidden_states[data.held_out])
+    scorer.add(data.importance[data.held_out], held_out_ids)
+    state = {name: tensor.detach() for name, tensor in fitted.router.state_dict().items()}
     clusters = LayerClusters(
         active_sets=pack_bits(sets),
         static_set=pack_bits(static_set),
         router_down=state.get("down"),
         router_up=state["up"],
         router_bias=state["bias"],
-        centroids=centroids if config.save_centroids else None,
+        cluster_bias=bias,
+        centroids=fitted.centroids if config.save_centroids else None,
     )
-    return clusters, figures
+    return clusters, scorer.scores()
+
+
+_FITTED_TENSORS = ("sets", "centroids", "shares", "losses", "activations")
+
+
+def save_fitted(file: Path, fitted: FittedLayer) -> None:
+    """Write a fitted layer, atomically, to go on from after an interruption."""
+    tensors = {f"router.{name}": tensor for name, tensor in fitted.router.state_dict().items()}
+    for name in _FITTED_TENSORS:
+        tensor = getattr(fitted, name)
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
+    write_tensors(file, tensors, {"figures": json.dumps(fitted.figures)})
+
+
+def load_fitted(file: Path) -> FittedLayer:
+    """Read what :func:`save_fitted` wrote."""
+    with safe_open(file, framework="pt") as reader:
+        tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        figures = json.loads(reader.metadata()["figures"])
+    state = {
+        name.removeprefix("router."): tensors.pop(name)
+        for name in list(tensors)
+        if name.startswith("router.")
+    }
+    rank = state["down"].shape[0] if "down" in state else None
+    hidden_size = state["down" if "down" in state else "up"].shape[1]
+    router = new_router(hidden_size, len(state["bias"]), rank)
+    router.load_state_dict(state)
+    fields = {name: tensors.get(name) for name in _FITTED_TENSORS}
+    return FittedLayer(router=router, figures=figures, **fields)  # type: ignore[arg-type]

@@ -25,8 +25,9 @@ PROMPTS = (
     "In Python, a list comprehension is",
     "The with statement is used to wrap the execution of a block",
 )
-BUILD = BuildConfig(budget=0.6, max_tokens=49_152)
-_EVALUATION_TOKENS = 8192
+# Sized for ten minutes on two cores; `build` without options spends more on quality.
+BUILD = BuildConfig(budget=0.6, max_tokens=24_576, fisher_tokens=8192, router="linear")
+_EVALUATION_TOKENS = 4096
 _NEW_TOKENS = 48
 
 

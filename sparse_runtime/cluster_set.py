@@ -51,6 +51,8 @@ class LayerClusters:
         router_down: first matrix of a low-rank router [r, H], or None for a linear router.
         router_up: [K, r], or [K, H] for a linear router.
         router_bias: [K].
+        cluster_bias: added to the output of a cluster's tokens, the mean of what their sets leave out
+            [K, H], or None.
         centroids: mean importance of each cluster's tokens [K, I], or None.
     """
 
@@ -59,6 +61,7 @@ class LayerClusters:
     router_up: Tensor
     router_bias: Tensor
     router_down: Tensor | None = None
+    cluster_bias: Tensor | None = None
     centroids: Tensor | None = None
 
     @property
@@ -72,10 +75,11 @@ class LayerClusters:
         return None if self.router_down is None else self.router_down.shape[0]
 
     @property
-    def router_parameters(self) -> int:
-        """Elements of all router tensors."""
+    def extra_elements(self) -> int:
+        """Elements read per token besides the neurons: all router tensors and one bias vector."""
         hidden_size = (self.router_up if self.router_down is None else self.router_down).shape[1]
-        return router_parameter_count(hidden_size, self.num_clusters, self.router_rank)
+        router = router_parameter_count(hidden_size, self.num_clusters, self.router_rank)
+        return router if self.cluster_bias is None else router + hidden_size
 
 
 @dataclass
@@ -183,6 +187,7 @@ class ClusterSet:
                 router_down=tensors.get(f"{prefix}router.down"),
                 router_up=tensors[f"{prefix}router.up"],
                 router_bias=tensors[f"{prefix}router.bias"],
+                cluster_bias=tensors.get(f"{prefix}cluster_bias"),
                 centroids=centroid_tensors.get(f"{prefix}centroids"),
             )
         return cls(layers=layers, fingerprint=config["fingerprint"], build=config["build"])
@@ -228,6 +233,7 @@ class ClusterSet:
                     "index": index,
                     "num_clusters": layer.num_clusters,
                     "router_rank": layer.router_rank,
+                    "cluster_bias": layer.cluster_bias is not None,
                 }
                 for index, layer in sorted(self.layers.items())
             ],
@@ -246,6 +252,8 @@ class ClusterSet:
                 clusters[f"{prefix}router.down"] = layer.router_down.to(torch.bfloat16)
             clusters[f"{prefix}router.up"] = layer.router_up.to(torch.bfloat16)
             clusters[f"{prefix}router.bias"] = layer.router_bias.to(torch.bfloat16)
+            if layer.cluster_bias is not None:
+                clusters[f"{prefix}cluster_bias"] = layer.cluster_bias.to(torch.bfloat16)
             if layer.centroids is not None:
                 centroids[f"{prefix}centroids"] = layer.centroids.to(torch.bfloat16)
         return (
@@ -364,6 +372,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             ("index", int),
             ("num_clusters", int),
             ("router_rank", (int, type(None))),
+            ("cluster_bias", bool),
         ):
             require(entry, key, kind, f"layers[{number}].")
 
@@ -385,6 +394,8 @@ def _expected_clusters(config: dict[str, Any]) -> _Expected:
         width = hidden_size if rank is None else rank
         expected[f"{prefix}router.up"] = ((clusters, width), torch.bfloat16)
         expected[f"{prefix}router.bias"] = ((clusters,), torch.bfloat16)
+        if entry["cluster_bias"]:
+            expected[f"{prefix}cluster_bias"] = ((clusters, hidden_size), torch.bfloat16)
     return expected
 
 

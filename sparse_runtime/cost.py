@@ -24,13 +24,13 @@ class FFNCost:
     Args:
         hidden_size: H.
         intermediate_size: I.
-        router_parameters: elements of all router tensors; each is read once per token.
+        extra_elements: elements read per token besides the neurons: router and compensation.
         element_size: bytes per weight (2 for bfloat16).
     """
 
     hidden_size: int
     intermediate_size: int
-    router_parameters: int
+    extra_elements: int
     element_size: int = 2
 
     @property
@@ -40,8 +40,8 @@ class FFNCost:
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes read whatever the cluster: the router and one bitmap."""
-        return self.router_parameters * self.element_size + packed_size(self.intermediate_size)
+        """Bytes read whatever the cluster: router, compensation and one bitmap."""
+        return self.extra_elements * self.element_size + packed_size(self.intermediate_size)
 
     def sparse_bytes(self, active_neurons: float) -> float:
         """Bytes for a token whose set holds ``active_neurons`` neurons."""

@@ -38,6 +38,7 @@ class SparseFFN(nn.Module):
     router_down: Tensor | None
     router_up: Tensor
     router_bias: Tensor
+    cluster_bias: Tensor | None
     cluster_counts: Tensor
     dense_token_count: Tensor
     _one: Tensor
@@ -54,18 +55,19 @@ class SparseFFN(nn.Module):
 
         device, dtype = layer.gate.weight.device, layer.gate.weight.dtype
         sets = clusters.active_sets.to(device)
-        router = {
+        weights = {
             name: None if tensor is None else tensor.to(device=device, dtype=dtype)
             for name, tensor in (
                 ("router_down", clusters.router_down),
                 ("router_up", clusters.router_up),
                 ("router_bias", clusters.router_bias),
+                ("cluster_bias", clusters.cluster_bias),
             )
         }
         buffers = {
             "active_sets": sets,
             "set_sizes": set_sizes(sets),
-            **router,
+            **weights,
             "cluster_counts": torch.zeros(sets.shape[0], dtype=torch.int64, device=device),
             "dense_token_count": torch.zeros((), dtype=torch.int64, device=device),
             "_one": torch.ones(1, dtype=torch.int64, device=device),
@@ -75,7 +77,7 @@ class SparseFFN(nn.Module):
         self.cost = FFNCost(
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
-            router_parameters=clusters.router_parameters,
+            extra_elements=clusters.extra_elements,
             element_size=element_size(dtype),
         )
         self.register_state_dict_post_hook(_hide_base_layer)
@@ -108,6 +110,8 @@ class SparseFFN(nn.Module):
             cluster_ids,
             self.activation,
         )
+        if self.cluster_bias is not None:
+            output += self.cluster_bias[cluster_ids]
         return output.reshape(hidden_states.shape)
 
     def reset_counts(self) -> None:

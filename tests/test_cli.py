@@ -69,7 +69,8 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     )
     assert result["perplexity"]["sparse"] != result["perplexity"]["dense"]
     assert (result["tokens"], result["window"], len(result["layers"])) == (640, 64, 3)
-    assert 0.6 < result["cost_share"] <= 0.7
+    # The budget is met on the calibration tokens; held-out ones fall on other clusters.
+    assert 0.65 < result["cost_share"] < 0.75
     for layer in result["layers"]:
         assert layer["coverage"] > layer["chance"] > 0.4
         assert 0 < layer["precision"] <= 1
@@ -127,7 +128,7 @@ def test_version_and_help(run):
         (["--clusters", 16385], 2, "num_clusters is 16385"),
         (["--clusters", 9000], 1, "9000 clusters were asked for, but only"),
         (["--method", "kmeans"], 2, "method is 'kmeans'"),
-        (["--importance", "fisher"], 2, "importance is 'fisher'"),
+        (["--importance", "size"], 2, "importance is 'size'"),
         (["--router", "mlp"], 2, "router is 'mlp'"),
         (["--dtype", "int4"], 2, "dtype is 'int4'"),
         (["--data", "wikitext9"], 1, "'wikitext9' is not known"),
@@ -191,7 +192,7 @@ def test_interrupted_build_resumes_to_the_same_artifact(
 ):
     folder = tmp_path / "interrupted"
     calls = []
-    original = build_module.build_layer
+    original = build_module.fit_layer
 
     def interrupt_at_second(*arguments, **options):
         calls.append(1)
@@ -199,7 +200,7 @@ def test_interrupted_build_resumes_to_the_same_artifact(
             raise KeyboardInterrupt
         return original(*arguments, **options)
 
-    monkeypatch.setattr(build_module, "build_layer", interrupt_at_second)
+    monkeypatch.setattr(build_module, "fit_layer", interrupt_at_second)
     code, _, err = run(*build_command(tiny_folder, text, folder))
     assert code == 130
     assert "run the same command again" in err

@@ -28,8 +28,7 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 int64_t at_least(int64_t value, int64_t bound) { return value < bound ? bound : value; }
 int64_t at_most(int64_t value, int64_t bound) { return value > bound ? bound : value; }
 
-// Scratch memory of a calling thread, kept between calls; grows, never shrinks, and is bounded by
-// the kMaxTokens tokens of one pass.
+// Scratch memory of a calling thread, kept between calls; it grows and never shrinks.
 class Scratch {
  public:
   Scratch() = default;
@@ -66,6 +65,7 @@ class Scratch {
   int64_t used_ = 0;
 };
 
+// For one pass, so its size is bounded by kMaxTokens tokens.
 Scratch& scratch() {
   static thread_local Scratch instance;
   return instance;
@@ -314,10 +314,10 @@ void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Ma
   });
 }
 
-void run_router(const Ffn& ffn, Tokens x, const Router& router, int64_t num_clusters,
-                int64_t* ids) {
-  const Kernels& kernels = current_isa().by_dtype[ffn.dtype];
-  const int64_t hidden = ffn.hidden_size, rank = router.rank, size = ffn.element_size;
+void run_router(DType dtype, int64_t element_size, Tokens x, int64_t hidden_size,
+                const Router& router, int64_t num_clusters, int64_t* ids) {
+  const Kernels& kernels = current_isa().by_dtype[dtype];
+  const int64_t hidden = hidden_size, rank = router.rank, size = element_size;
   in_passes(x, size, [&](Tokens some, int64_t first) {
     const int64_t tokens = some.count;
     const int64_t packed_size = kernels.packed_size(hidden);
@@ -394,6 +394,12 @@ void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int6
       }
     });
   });
+}
+
+int64_t* id_scratch(int64_t count) {
+  static thread_local Scratch memory;
+  memory.reserve(Scratch::size<int64_t>(count));
+  return memory.take<int64_t>(count);
 }
 
 uint64_t run_read(const void* data, int64_t num_words) {

@@ -43,12 +43,15 @@ void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Ma
              void* y);
 
 // ids[t] = argmax of the router's logits; the lowest index wins a tie, NaN counts as largest.
-void run_router(const Ffn& ffn, Tokens x, const Router& router, int64_t num_clusters,
-                int64_t* ids);
+void run_router(DType dtype, int64_t element_size, Tokens x, int64_t hidden_size,
+                const Router& router, int64_t num_clusters, int64_t* ids);
 
 // y [n, rows] = x · weightᵀ + bias
 void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int64_t rows,
                 int64_t length, const void* bias, void* y);
+
+// Room for the cluster ids of one call; the calling thread's own, kept between calls.
+int64_t* id_scratch(int64_t count);
 
 // Sum of 64-bit words, read by all threads.
 uint64_t run_read(const void* data, int64_t num_words);

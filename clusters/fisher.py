@@ -1,0 +1,68 @@
+"""Diagonal empirical Fisher information of FFN activations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.progress import ProgressReporter, SilentProgress
+
+
+def fisher_weights(
+    model: Any, windows: Tensor, *, progress: ProgressReporter | None = None
+) -> list[Tensor]:
+    """w_i = sqrt(mean_t (∂loss/∂h_i(t))²) of every neuron, by one backward pass per window.
+
+    With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the rise of a token's loss, in the same
+    unit for all layers (the second-order term with the empirical Fisher as curvature; LeCun et al.,
+    Optimal Brain Damage, 1989). Parameters get no gradient; memory is one window's activations.
+
+    Args:
+        model: a dense causal language model.
+        windows: token ids [W, window] int64.
+        progress: reports one unit per window.
+
+    Returns:
+        Per layer, weights [I] float32 on the CPU.
+    """
+    layers = find_ffn_layers(model)
+    sums = [
+        torch.zeros(layer.intermediate_size, device=layer.gate.weight.device) for layer in layers
+    ]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
+
+    def watch(position: int) -> Any:
+        def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
+            def add(gradient: Tensor) -> None:
+                sums[position] += gradient.float().square().flatten(0, -2).sum(0)
+
+            arguments[0].register_hook(add)
+
+        return hook
+
+    for position, layer in enumerate(layers):
+        handles.append(layer.down.register_forward_pre_hook(watch(position)))
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        with (progress or SilentProgress()).task("fisher", len(windows)) as advance:
+            for row in windows.split(1):
+                ids = row.to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+                # Summed, not averaged: each token's own loss, as the empirical Fisher wants.
+                torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                advance(1)
+    finally:
+        for handle in handles:
+            handle.remove()
+        for parameter in trained:
+            parameter.requires_grad_(True)
+    return [(total / windows.numel()).sqrt().cpu() for total in sums]
+
+
+def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:
+    return output.requires_grad_(True)

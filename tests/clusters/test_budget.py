@@ -1,0 +1,132 @@
+"""Fisher weights against autograd, one threshold over layers, and the bias of what is left out."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.clusters import BuildConfig, build_clusters
+from sparse_runtime.clusters.budget import global_threshold, threshold_sets
+from sparse_runtime.clusters.fisher import fisher_weights
+from sparse_runtime.clusters.importance import importance_scorer
+
+
+def test_fisher_weights_match_autograd(tiny_model):
+    windows = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
+    weights = fisher_weights(tiny_model, windows)
+
+    sums = [torch.zeros(44) for _ in range(3)]
+    for row in windows:
+        kept = []
+        handles = [
+            layer.mlp.down_proj.register_forward_pre_hook(
+                lambda m, a, kept=kept: (a[0].retain_grad(), kept.append(a[0]))[0]
+            )
+            for layer in tiny_model.model.layers
+        ]
+        logits = tiny_model(row.unsqueeze(0)).logits[0, :-1]
+        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        for handle in handles:
+            handle.remove()
+        for total, h in zip(sums, kept, strict=True):
+            total += h.grad[0].square().sum(0)
+    for weight, total in zip(weights, sums, strict=True):
+        assert total.min() > 0
+        torch.testing.assert_close(weight, (total / 20).sqrt())
+
+
+def test_fisher_leaves_no_trace(tiny_model):
+    fisher_weights(tiny_model, torch.randint(0, 250, (1, 10)))
+    assert all(p.requires_grad and p.grad is None for p in tiny_model.parameters())
+    hooks = [m for m in tiny_model.modules() if m._forward_hooks or m._forward_pre_hooks]
+    assert hooks == []
+
+
+def test_threshold_by_hand():
+    values = torch.tensor([[0.5, 0.1, 0.3], [0.01, 0.02, 0.03]])
+    assert threshold_sets(values, 0.2).tolist() == [[True, False, True], [False, False, True]]
+
+
+@pytest.mark.parametrize("density", [0.2, 0.5, 0.9, 1.0])
+def test_global_threshold_meets_the_budget_and_prefers_what_matters(density):
+    g = torch.Generator().manual_seed(0)
+    values = [torch.rand(4, 500, generator=g) ** 4 * scale for scale in (1.0, 0.05)]
+    shares = [torch.tensor([0.7, 0.1, 0.1, 0.1]), torch.full((4,), 0.25)]
+    threshold = global_threshold(values, shares, density)
+    densities = [
+        float((threshold_sets(v, threshold).float().mean(-1) * s).sum())
+        for v, s in zip(values, shares, strict=True)
+    ]
+    assert sum(densities) / 2 == pytest.approx(density, abs=0.005)
+    assert sum(densities) / 2 <= density + 1e-6
+    if density < 1:
+        assert densities[0] > densities[1] + 0.05
+
+
+@pytest.fixture
+def text(tmp_path):
+    file = tmp_path / "text.txt"
+    picks = torch.randint(97, 110, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
+    file.write_text("".join(map(chr, picks)))
+    return str(file)
+
+
+def config(**changes):
+    options = {"num_clusters": 6, "budget": 0.7, "router": "2", "window": 50, "max_tokens": 2000}
+    return BuildConfig(**(options | changes))
+
+
+def test_bias_is_the_mean_of_what_is_left_out(tiny_model, tiny_tokenizer, text):
+    clusters = build_clusters(tiny_model, tiny_tokenizer, [text], config(num_clusters=1))
+    layer, built = find_ffn_layers(tiny_model)[1], clusters.layers[1]
+    left_out = ~unpack_bits(built.active_sets, 44)[0]
+    assert left_out.any()
+
+    # Capture, on the same windows, what the neurons left out would have added.
+    added = []
+
+    def watch(module, arguments):
+        h = importance_scorer(layer).activations(arguments[0].reshape(-1, 32))
+        added.append((h * left_out) @ layer.down.weight.detach().t())
+
+    from sparse_runtime.clusters.data import calibration_windows, parse_source
+
+    windows = calibration_windows(
+        [parse_source(text)], tiny_tokenizer, max_tokens=2000, window=50
+    ).windows
+    handle = layer.mlp.register_forward_pre_hook(watch)
+    with torch.inference_mode():
+        for row in windows[: round(len(windows) * 0.9)]:
+            tiny_model.model(row.unsqueeze(0))
+    handle.remove()
+    expected = torch.cat(added).mean(0)
+    assert expected.abs().max() > 0.01
+    torch.testing.assert_close(built.cluster_bias[0], expected, atol=0.02, rtol=0.02)
+
+    sparsify(tiny_model, clusters, config=SparseConfig(prefill="sparse"))
+    module = sparse_modules(tiny_model)[1]
+    x = torch.randn(3, 32)
+    with_bias = module(x)
+    module.cluster_bias.zero_()
+    torch.testing.assert_close(with_bias - module(x), expected.expand(3, -1), atol=0.02, rtol=0.02)
+
+
+@pytest.mark.parametrize("importance", ["norm", "fisher", "binary"])
+@pytest.mark.parametrize("allocation", ["fisher", "uniform"])
+def test_budget_is_met_on_calibration_text(
+    tiny_model, tiny_tokenizer, text, importance, allocation
+):
+    clusters = build_clusters(
+        tiny_model, tiny_tokenizer, [text], config(importance=importance, allocation=allocation)
+    )
+    sizes = {int(unpack_bits(c.active_sets, 44).sum(-1).max()) for c in clusters.layers.values()}
+    assert (len(sizes) == 1) == (allocation == "uniform")
+    # The artifact's budget is in bfloat16, the dtype of a normal run.
+    sparsify(tiny_model.to(torch.bfloat16), clusters, config=SparseConfig(prefill="sparse"))
+    ids = tiny_tokenizer(Path(text).read_text()[:400], return_tensors="pt")["input_ids"]
+    with torch.inference_mode():
+        tiny_model(ids)
+    assert cost_report(tiny_model).cost_share == pytest.approx(0.7, abs=0.04)
