@@ -145,6 +145,8 @@ class Wheel(bdist_wheel):
 
 
 setup(
+    # The sources belong into the source distribution only.
+    include_package_data=False,
     ext_modules=[
         Extension(
             LIBRARY,

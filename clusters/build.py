@@ -37,10 +37,11 @@ from sparse_runtime.clusters.data import (
     parse_source,
 )
 from sparse_runtime.clusters.fisher import fisher_weights
+from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import (
     FittedLayer,
     LayerData,
-    captured_squares,
+    estimated_loss,
     finish_layer,
     fit_clusters,
     fit_layer,
@@ -58,7 +59,7 @@ from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
-ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
+ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 32)
 
 
 def build_clusters(
@@ -283,10 +284,10 @@ def _claim(work: Path, key: dict[str, Any]) -> None:
 
 
 def _choose_router(context: _Context) -> int | None:
-    """Rank of the router (None: linear) that captures most at the budget, on two layers.
+    """Rank of the router (None: linear) that loses least at the budget, on three layers.
 
-    Judged by e², not by the coverage that the router is trained on: that forgives losing the few
-    tokens whose neurons are large, which perplexity does not (docs/LOG.md).
+    Judged by the estimated loss, not by the coverage that the router is trained on: that forgives
+    what perplexity does not (docs/LOG.md).
     """
     config, layers = context.config, context.layers
     if config.router != "auto":
@@ -298,11 +299,12 @@ def _choose_router(context: _Context) -> int | None:
     candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
     if not candidates:
         set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
-    captured = dict.fromkeys(candidates, 0.0)
-    probes = sorted({len(layers) // 4, 3 * len(layers) // 4})
+    loss = dict.fromkeys(candidates, 0.0)
+    probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
     with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
         for position in probes:
             layer = layers[position]
+            scorer = importance_scorer(layer, context.fisher_of(position))
             with context.layer(position) as data:
                 for rank in candidates:
                     # One stream for all candidates: they differ in the router only.
@@ -310,9 +312,9 @@ def _choose_router(context: _Context) -> int | None:
                     size = set_size_for(layer, config, rank)
                     clustering = fit_clusters(data, config, size, generator)
                     router, sets, *_ = fit_router(data, clustering, config, rank, size, generator)
-                    captured[rank] += captured_squares(data, router, sets)
+                    loss[rank] += estimated_loss(data, scorer, router, sets)
                     advance(1)
-    best = max(candidates, key=lambda rank: captured[rank])
+    best = min(candidates, key=lambda rank: loss[rank])
     write_json(file, best)
     return best
 

@@ -30,8 +30,8 @@ class BuildConfig:
         num_clusters: K, 1 to 16,384.
         budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
             the dense FFN's. The density follows from it.
-        router: ``auto`` tries several kinds on two layers and takes the one with the best held-out
-            coverage at this budget; ``linear``; or the rank of a low-rank router.
+        router: ``auto`` tries several kinds on three layers and takes the one with the least estimated
+            loss on held-out tokens at this budget; ``linear``; or the rank of a low-rank router.
         router_rounds: reassign–recompute rounds after the first training (``awc`` only).
         max_tokens: calibration tokens; None takes all the text there is.
         window: tokens per calibration window.
@@ -52,7 +52,7 @@ class BuildConfig:
     method: Literal["awc", "awc-paper"] = "awc"
     importance: Literal["norm", "fisher", "binary"] = "norm"
     allocation: Literal["fisher", "uniform"] = "fisher"
-    fisher_tokens: int = 16_384
+    fisher_tokens: int = 8192
     cluster_bias: bool = True
     num_clusters: int = 256
     budget: float = 0.5

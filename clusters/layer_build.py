@@ -33,7 +33,6 @@ from sparse_runtime.clusters.importance import (
     ImportanceScorer,
     chunk_slices,
     importance_scorer,
-    normalized,
 )
 from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.cost import FFNCost, router_parameter_count
@@ -215,11 +214,20 @@ def fit_router(
     return router, sets, centroids, history
 
 
-def captured_squares(data: LayerData, router: Router, sets: Tensor) -> float:
-    """Mean share of e² that held-out tokens find in the set of their router's choice."""
-    ids = route(router, data.hidden_states[data.held_out])
-    squares = normalized(data.importance[data.held_out].float().square())
-    return (squares * sets[ids]).sum(-1).mean().item()
+def estimated_loss(
+    data: LayerData, scorer: ImportanceScorer, router: Router, sets: Tensor
+) -> float:
+    """Mean over held-out tokens of Σ e² over the neurons that the router's choice leaves out.
+
+    In units of the loss if the scorer has Fisher weights, so that layers may be added up.
+    """
+    states = data.hidden_states[data.held_out]
+    ids = route(router, states)
+    left_out = [
+        (scorer(states[rows]).square_() * ~sets[ids[rows]]).sum(-1)
+        for rows in chunk_slices(len(states), _CHUNK_TOKENS)
+    ]
+    return 0.5 * torch.cat(left_out).mean().item()
 
 
 @dataclass

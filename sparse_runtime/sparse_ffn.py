@@ -13,7 +13,7 @@ from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
-from sparse_runtime.kernels import sparse_ffn
+from sparse_runtime.kernels import resolve_backend, sparse_ffn
 from sparse_runtime.predictors import router_logits
 
 
@@ -29,6 +29,7 @@ class SparseFFN(nn.Module):
     Attributes:
         cluster_counts: tokens routed to each cluster so far [K] int64.
         dense_token_count: tokens that took the dense path so far, int64 scalar tensor.
+        backend: kernel backend in use, ``cpu`` or ``reference``.
         forced_dense: run ``base_layer`` whatever the call (see ``sparse_runtime.dense``).
         route: hidden states [n, H] -> cluster ids [n] int64; evaluation swaps it for an oracle.
     """
@@ -50,6 +51,9 @@ class SparseFFN(nn.Module):
         self.activation = layer.activation
         self.config = config
         self.forced_dense = False
+        self.backend = resolve_backend(
+            config.backend, layer.gate.weight.device, strict=config.strict
+        )
         self._projections = (layer.gate, layer.up, layer.down)
         self.route: Callable[[Tensor], Tensor] = self._predict
 
@@ -99,6 +103,8 @@ class SparseFFN(nn.Module):
             return self.base_layer(hidden_states)
         gate, up, down = self._projections
         x = hidden_states.reshape(-1, hidden_states.shape[-1]).to(gate.weight.device)
+        if self.backend == "cpu" and self.route == self._predict:
+            return self._fused(x).reshape(hidden_states.shape)
         cluster_ids = self.route(x)
         self.cluster_counts.scatter_add_(0, cluster_ids, self._one.expand(num_tokens))
         output = sparse_ffn(
@@ -129,6 +135,23 @@ class SparseFFN(nn.Module):
         if self.forced_dense:
             return True
         return self.config.prefill == "dense" and num_tokens > self.config.max_sparse_tokens
+
+    def _fused(self, x: Tensor) -> Tensor:
+        gate, up, down = self._projections
+        output: Tensor = torch.ops.sparse_runtime.cpu_routed_ffn(
+            x,
+            gate.weight,
+            up.weight,
+            down.weight.t(),
+            self.active_sets,
+            self.router_down,
+            self.router_up,
+            self.router_bias,
+            self.cluster_bias,
+            self.cluster_counts,
+            self.activation,
+        )
+        return output
 
     def _predict(self, x: Tensor) -> Tensor:
         return router_logits(x, self.router_down, self.router_up, self.router_bias).argmax(-1)

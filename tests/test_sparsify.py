@@ -19,12 +19,15 @@ from sparse_runtime import (
 )
 from sparse_runtime.errors import (
     AlreadySparseError,
+    BackendUnavailableError,
     ConfigError,
     FingerprintMismatchError,
     NothingMatchedError,
     NotSparseError,
     UnsupportedArchitectureError,
 )
+from sparse_runtime.kernels import cpu as cpu_backend
+from sparse_runtime.kernels import load_cpu_library
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -180,6 +183,36 @@ def fail_on_recompile_after(compiled):
     with torch.inference_mode():
         compiled(torch.zeros(1, 1, compiled._orig_mod.cost.hidden_size))
     return "fail_on_recompile"
+
+
+def test_backends_agree_and_count_alike(tiny_model):
+    if not load_cpu_library():
+        pytest.skip("libsparse_ffn_cpu.so is not built: pip install -e . with a C++ compiler")
+    clusters = random_cluster_set(tiny_model, 0.4)
+    for layer in clusters.layers.values():
+        layer.cluster_bias = torch.randn(6, 32, generator=torch.Generator().manual_seed(1))
+    outputs, counts = [], []
+    for backend in ("reference", "cpu"):
+        config = SparseConfig(prefill="sparse", backend=backend)
+        sparsify(tiny_model, clusters, config=config)
+        outputs.append(logits(tiny_model))
+        counts.append([module.cluster_counts.tolist() for module in sparse_modules(tiny_model)])
+        unsparsify(tiny_model)
+    torch.testing.assert_close(*outputs, atol=1e-5, rtol=0)
+    assert counts[0] == counts[1]
+    assert sum(counts[0][0]) == IDS.numel()
+
+
+def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
+    monkeypatch.setattr(cpu_backend, "load_cpu_library", lambda: False)
+    cpu_backend._warn_once.cache_clear()
+    clusters = random_cluster_set(tiny_model, 0.4)
+    for config in (SparseConfig(backend="cpu"), SparseConfig(strict=True)):
+        with pytest.raises(BackendUnavailableError, match="pip install"):
+            sparsify(tiny_model, clusters, config=config)
+    with pytest.warns(UserWarning, match="slower than dense"):
+        sparsify(tiny_model, clusters)
+    assert {module.backend for module in sparse_modules(tiny_model)} == {"reference"}
 
 
 def test_sparsify_twice(tiny_model):

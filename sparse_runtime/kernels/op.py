@@ -8,7 +8,7 @@ from torch import Tensor
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 
-BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "cpu", "reference")
 
 
 def sparse_ffn(

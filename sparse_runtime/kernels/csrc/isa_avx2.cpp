@@ -8,7 +8,9 @@ namespace {
 
 using V = __m256;
 constexpr int64_t kWidth = 8;
-constexpr int kTokens = 2;  // 8 sums, 2 widened weights and their temporaries in 16 registers
+constexpr int kFewTokens = 1;
+constexpr int kTokens = 2;
+constexpr int kDownRowsOne = 8;
 constexpr int kDownRows = 4;
 
 inline V zero() { return _mm256_setzero_ps(); }

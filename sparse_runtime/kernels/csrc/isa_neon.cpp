@@ -8,7 +8,9 @@ namespace {
 
 using V = float32x4_t;
 constexpr int64_t kWidth = 4;
-constexpr int kTokens = 4;  // 16 sums and 2 widened weights in 32 registers
+constexpr int kFewTokens = 2;
+constexpr int kTokens = 4;
+constexpr int kDownRowsOne = 16;
 constexpr int kDownRows = 8;
 
 inline V zero() { return vdupq_n_f32(0.0f); }

@@ -6,7 +6,9 @@ namespace {
 
 using V = float;
 constexpr int64_t kWidth = 1;
+constexpr int kFewTokens = 1;
 constexpr int kTokens = 1;
+constexpr int kDownRowsOne = 8;
 constexpr int kDownRows = 4;
 
 inline V zero() { return 0.0f; }

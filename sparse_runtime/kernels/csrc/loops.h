@@ -2,8 +2,9 @@
 // including this file:
 //
 //   V, kWidth                   a vector of fp32 and its length
-//   kTokens                     tokens per pass of a dot product (bounded by registers)
-//   kDownRows                   neurons per pass of down when there are several tokens
+//   kFewTokens, kTokens         tokens per pass of a dot product of 8 and of 4 rows, kDownRowsOne,
+//   kDownRows                   and rows per pass of down for one token and for several: what the
+//                               registers hold
 //   zero set1 load store madd add sub mul divide vmin vmax round_nearest exp2_int
 //   sum4(a, b, c, d, out)       the four horizontal sums
 //   load2(p, a, b)              2·kWidth weights of type T at p as fp32
@@ -30,11 +31,29 @@ using namespace sparse_ffn;
 
 constexpr int64_t kBlock = 2 * kWidth;
 
-// down reads 16 rows' worth of scattered streams, too many for the hardware's prefetchers.
 #ifndef SPARSE_FFN_PREFETCH_BYTES
 #define SPARSE_FFN_PREFETCH_BYTES 1024
 #endif
 constexpr int64_t kPrefetchBytes = SPARSE_FFN_PREFETCH_BYTES;
+
+template <class T>
+inline int64_t prefetch_distance() {
+  return kPrefetchBytes / int64_t(sizeof(T));
+}
+
+// Where prefetching turns to the rows that come next, in a row of `whole` elements.
+template <class T>
+inline int64_t turning_point(int64_t whole) {
+  const int64_t distance = prefetch_distance<T>();
+  return whole > distance ? (whole - distance) / kBlock * kBlock : 0;
+}
+
+// The cache lines of the kBlock elements at p.
+template <class T>
+inline void prefetch_block(const T* p) {
+  __builtin_prefetch(p, 0, 3);
+  if (kBlock * sizeof(T) > 64) __builtin_prefetch(p + 64 / sizeof(T), 0, 3);
+}
 
 template <class T>
 inline const T* row_of(const Matrix& m, const Rows& rows, int64_t r) {
@@ -108,68 +127,79 @@ void pack_token(const void* source, int64_t length, void* packed) {
 }
 
 // ---------------------------------------------------------------------------------------------
-// Dot products of four rows with N tokens
+// Dot products of R rows with N tokens
 
-template <int N, class T>
-inline __attribute__((always_inline)) void dot4(const T* const (&w)[4], int64_t length,
-                                                const typename Dot<T>::X* const (&x)[N],
-                                                float (&out)[N][4]) {
-  // One token: two chains of additions a row, or the loop waits for the latency of fma.
-  constexpr int kChains = N == 1 ? 2 : 1;
-  V sums[N][4][kChains];
-  for (int t = 0; t < N; ++t)
-    for (int s = 0; s < 4; ++s)
-      for (int c = 0; c < kChains; ++c) sums[t][s][c] = zero();
-  int64_t k = 0;
-  for (; k + kBlock <= length; k += kBlock) {
-#pragma GCC unroll 4
-    for (int s = 0; s < 4; ++s) {
+// Adds the products of the elements [begin, end), whole blocks, to `sums`, and prefetches `ahead`.
+template <int R, int N, int C, class T>
+inline __attribute__((always_inline)) void dot_span(const T* const* w, const T* const* ahead,
+                                                    int64_t begin, int64_t end,
+                                                    const typename Dot<T>::X* const* x,
+                                                    V (&sums)[N][R][C]) {
+  for (int64_t k = begin; k < end; k += kBlock) {
+#pragma GCC unroll 16
+    for (int s = 0; s < R; ++s) {
       const typename Dot<T>::W v = Dot<T>::weights(w[s] + k);
+      prefetch_block(ahead[s] + k);
 #pragma GCC unroll 8
-      for (int t = 0; t < N; ++t)
-        Dot<T>::step(v, x[t] + k, sums[t][s][0], sums[t][s][kChains - 1]);
+      for (int t = 0; t < N; ++t) Dot<T>::step(v, x[t] + k, sums[t][s][0], sums[t][s][C - 1]);
     }
-  }
-  if (k < length) {
-    for (int s = 0; s < 4; ++s) {
-      const typename Dot<T>::W v = Dot<T>::weights_tail(w[s] + k, length - k);
-      for (int t = 0; t < N; ++t)
-        Dot<T>::step(v, x[t] + k, sums[t][s][0], sums[t][s][kChains - 1]);
-    }
-  }
-  for (int t = 0; t < N; ++t) {
-    V total[4];
-    for (int s = 0; s < 4; ++s) {
-      total[s] = sums[t][s][0];
-      if (kChains == 2) total[s] = add(total[s], sums[t][s][kChains - 1]);
-    }
-    sum4(total[0], total[1], total[2], total[3], out[t]);
   }
 }
 
-// out[i][s] for `count` tokens given by number, in passes of kTokens, then fewer.
-template <int N, class T>
+// `next` are the rows that come after these, whose beginnings are prefetched while the ends of
+// these are read; prefetching past a row's end would fetch rows that nobody wants.
+template <int R, int N, class T>
+inline void dot(const T* const* w, const T* const* next, int64_t length,
+                const typename Dot<T>::X* const* x, float (*out)[R]) {
+  // Enough chains of additions to hide the latency of madd.
+  constexpr int C = R * N < 8 ? 2 : 1;
+  V sums[N][R][C];
+  for (int t = 0; t < N; ++t)
+    for (int s = 0; s < R; ++s)
+      for (int c = 0; c < C; ++c) sums[t][s][c] = zero();
+  const int64_t whole = length / kBlock * kBlock, turn = turning_point<T>(whole);
+  const T* ahead[R];
+  for (int s = 0; s < R; ++s) ahead[s] = w[s] + prefetch_distance<T>();
+  dot_span<R, N, C, T>(w, ahead, 0, turn, x, sums);
+  for (int s = 0; s < R; ++s) ahead[s] = next[s] - turn;
+  dot_span<R, N, C, T>(w, ahead, turn, whole, x, sums);
+  if (whole < length) {
+    for (int s = 0; s < R; ++s) {
+      const typename Dot<T>::W v = Dot<T>::weights_tail(w[s] + whole, length - whole);
+      for (int t = 0; t < N; ++t)
+        Dot<T>::step(v, x[t] + whole, sums[t][s][0], sums[t][s][C - 1]);
+    }
+  }
+  for (int t = 0; t < N; ++t) {
+    V total[R];
+    for (int s = 0; s < R; ++s)
+      total[s] = C == 2 ? add(sums[t][s][0], sums[t][s][C - 1]) : sums[t][s][0];
+    for (int s = 0; s < R; s += 4)
+      sum4(total[s], total[s + 1], total[s + 2], total[s + 3], out[t] + s);
+  }
+}
+
+// out[i][s] for `count` tokens given by number, in passes of N, then fewer.
+template <int R, int N, class T>
 struct DotTokens {
-  static inline int64_t run(const T* const (&w)[4], int64_t length, const PackedTokens& x,
-                            const uint8_t* token, int64_t count, float (*out)[4]) {
-    int64_t done = 0;
-    for (; done + N <= count; done += N) {
+  static inline void run(const T* const* w, const T* const* next, int64_t length,
+                         const PackedTokens& x, const uint8_t* token, int64_t count,
+                         float (*out)[R]) {
+    for (; count >= N; count -= N, token += N, out += N) {
       const typename Dot<T>::X* pointers[N];
       for (int t = 0; t < N; ++t)
         pointers[t] = reinterpret_cast<const typename Dot<T>::X*>(
-            static_cast<const char*>(x.data) + token[done + t] * x.stride);
-      dot4<N, T>(w, length, pointers, *reinterpret_cast<float(*)[N][4]>(out + done));
+            static_cast<const char*>(x.data) + token[t] * x.stride);
+      dot<R, N, T>(w, next, length, pointers, out);
     }
-    return done + DotTokens<N - 1, T>::run(w, length, x, token + done, count - done, out + done);
+    DotTokens<R, N - 1, T>::run(w, next, length, x, token, count, out);
   }
 };
 
-template <class T>
-struct DotTokens<0, T> {
-  static inline int64_t run(const T* const (&)[4], int64_t, const PackedTokens&, const uint8_t*,
-                            int64_t, float (*)[4]) {
-    return 0;
-  }
+template <int R, class T>
+struct DotTokens<R, 0, T> {
+  static inline void run(const T* const*, const T* const*, int64_t, const PackedTokens&,
+                         const uint8_t*, int64_t, float (*)[R]) {}
 };
 
 // The numbers of the bits of `mask`.
@@ -183,101 +213,120 @@ inline uint64_t all_tokens(int64_t count) {
   return count >= 64 ? ~uint64_t(0) : (uint64_t(1) << count) - 1;
 }
 
+// R / 2 neurons at once: R streams.
+template <int R, int N, class T>
+void gate_up_rows(Matrix w_gate, Matrix w_up, int64_t length, Rows rows, PackedTokens x,
+                  float* gate, float* up, int64_t ld) {
+  constexpr int kNeurons = R / 2;
+  uint8_t token[kMaxTokens];
+  float dots[kMaxTokens][R];
+  int64_t count = list_tokens(all_tokens(x.count), token);
+  const int64_t last = rows.count - 1;
+  for (int64_t r = 0; r < rows.count; r += kNeurons) {
+    // Past the end, the last neuron again.
+    const int64_t real = rows.count - r < kNeurons ? rows.count - r : kNeurons;
+    const T* w[R];
+    const T* next[R];
+    uint64_t wanted = 0;
+    for (int s = 0; s < kNeurons; ++s) {
+      const int64_t here = r + s < last ? r + s : last;
+      const int64_t after = here + kNeurons < last ? here + kNeurons : last;
+      w[s] = row_of<T>(w_gate, rows, here);
+      w[kNeurons + s] = row_of<T>(w_up, rows, here);
+      next[s] = row_of<T>(w_gate, rows, after);
+      next[kNeurons + s] = row_of<T>(w_up, rows, after);
+      if (rows.tokens) wanted |= rows.tokens[here];
+    }
+    if (rows.tokens) {
+      count = list_tokens(wanted, token);
+      for (int64_t t = 0; t < x.count; ++t)
+        for (int64_t s = 0; s < real; ++s) gate[t * ld + r + s] = up[t * ld + r + s] = 0.0f;
+    }
+    DotTokens<R, N, T>::run(w, next, length, x, token, count, dots);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t t = token[i];
+      for (int64_t s = 0; s < real; ++s) {
+        if (rows.tokens && !(rows.tokens[r + s] >> t & 1)) continue;
+        gate[t * ld + r + s] = dots[i][s];
+        up[t * ld + r + s] = dots[i][kNeurons + s];
+      }
+    }
+  }
+}
+
 template <class T>
 void gate_up(Matrix w_gate, Matrix w_up, int64_t length, Rows rows, PackedTokens x, float* gate,
              float* up, int64_t ld) {
+  if (x.count <= kFewTokens)
+    gate_up_rows<8, kFewTokens, T>(w_gate, w_up, length, rows, x, gate, up, ld);
+  else
+    gate_up_rows<4, kTokens, T>(w_gate, w_up, length, rows, x, gate, up, ld);
+}
+
+template <int R, int N, class T>
+void linear_rows(Matrix weight, int64_t length, int64_t first, int64_t count, PackedTokens x,
+                 float* y, int64_t ld) {
   uint8_t token[kMaxTokens];
-  float dots[kMaxTokens][4];
-  int64_t count = list_tokens(all_tokens(x.count), token);
-  for (int64_t r = 0; r < rows.count; r += 2) {
-    // The last of an odd number is paired with itself.
-    const int64_t q = r + 1 < rows.count ? r + 1 : r;
-    uint64_t wanted[2] = {0, 0};
-    if (rows.tokens) {
-      wanted[0] = rows.tokens[r];
-      wanted[1] = rows.tokens[q];
-      count = list_tokens(wanted[0] | wanted[1], token);
-      for (int64_t t = 0; t < x.count; ++t) {
-        gate[t * ld + r] = gate[t * ld + q] = 0.0f;
-        up[t * ld + r] = up[t * ld + q] = 0.0f;
-      }
+  float dots[kMaxTokens][R];
+  list_tokens(all_tokens(x.count), token);
+  const T* const base = static_cast<const T*>(weight.data) + first * weight.stride;
+  const int64_t last = count - 1;
+  for (int64_t r = 0; r < count; r += R) {
+    const T* w[R];
+    const T* next[R];
+    for (int64_t s = 0; s < R; ++s) {
+      w[s] = base + (r + s < last ? r + s : last) * weight.stride;
+      next[s] = base + (r + s + R < last ? r + s + R : last) * weight.stride;
     }
-    const T* const w[4] = {row_of<T>(w_gate, rows, r), row_of<T>(w_gate, rows, q),
-                           row_of<T>(w_up, rows, r), row_of<T>(w_up, rows, q)};
-    DotTokens<kTokens, T>::run(w, length, x, token, count, dots);
-    for (int64_t i = 0; i < count; ++i) {
-      const int64_t t = token[i];
-      if (!rows.tokens || (wanted[0] >> t & 1)) {
-        gate[t * ld + r] = dots[i][0];
-        up[t * ld + r] = dots[i][2];
-      }
-      if (!rows.tokens || (wanted[1] >> t & 1)) {
-        gate[t * ld + q] = dots[i][1];
-        up[t * ld + q] = dots[i][3];
-      }
-    }
+    DotTokens<R, N, T>::run(w, next, length, x, token, x.count, dots);
+    const int64_t real = count - r < R ? count - r : R;
+    for (int64_t t = 0; t < x.count; ++t)
+      for (int64_t s = 0; s < real; ++s) y[t * ld + r + s] = dots[t][s];
   }
 }
 
 template <class T>
 void linear(Matrix weight, int64_t length, int64_t first, int64_t count, PackedTokens x, float* y,
             int64_t ld) {
-  uint8_t token[kMaxTokens];
-  float dots[kMaxTokens][4];
-  list_tokens(all_tokens(x.count), token);
-  const T* const base = static_cast<const T*>(weight.data) + first * weight.stride;
-  for (int64_t r = 0; r < count; r += 4) {
-    const int64_t last = count - 1;
-    const T* w[4];
-    for (int64_t s = 0; s < 4; ++s) w[s] = base + (r + s < last ? r + s : last) * weight.stride;
-    const T* const pointers[4] = {w[0], w[1], w[2], w[3]};
-    DotTokens<kTokens, T>::run(pointers, length, x, token, x.count, dots);
-    const int64_t real = count - r < 4 ? count - r : 4;
-    for (int64_t t = 0; t < x.count; ++t)
-      for (int64_t s = 0; s < real; ++s) y[t * ld + r + s] = dots[t][s];
-  }
+  if (x.count <= kFewTokens)
+    linear_rows<8, kFewTokens, T>(weight, length, first, count, x, y, ld);
+  else
+    linear_rows<4, kTokens, T>(weight, length, first, count, x, y, ld);
 }
 
 // ---------------------------------------------------------------------------------------------
 // Down: R rows at once, added to the sums of one token or of several
 
-template <int R, class T, bool kPrefetch>
-inline __attribute__((always_inline)) void down_one_span(const T* const* w,
-                                                         const T* const* ahead, int64_t begin,
-                                                         int64_t end, const V* h, float* y) {
+template <int R, class T>
+inline __attribute__((always_inline)) void down_span(const T* const* w, const T* const* ahead,
+                                                     int64_t begin, int64_t end, const V* h,
+                                                     float* y) {
   for (int64_t k = begin; k < end; k += kBlock) {
     V a0 = load(y + k), b0 = load(y + k + kWidth);
-#pragma GCC unroll 8
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       V a, b;
       load2(w[r] + k, a, b);
       a0 = madd(h[r], a, a0);
       b0 = madd(h[r], b, b0);
-      if (kPrefetch) {
-        __builtin_prefetch(ahead[r] + k, 0, 3);
-        if (kBlock * sizeof(T) > 64) __builtin_prefetch(ahead[r] + k + 64 / sizeof(T), 0, 3);
-      }
+      prefetch_block(ahead[r] + k);
     }
     store(y + k, a0);
     store(y + k + kWidth, b0);
   }
 }
 
-// One token. `next` are the rows that come after these, whose beginnings are prefetched while the
-// ends of these are read; prefetching past a row's end would fetch rows that nobody wants.
+// One token; `next` as for dot.
 template <int R, class T>
-void down_one(const T* const* w, const T* const* next, int64_t length, const float* h,
-              float* y) {
+void down_one(const T* const* w, const T* const* next, int64_t length, const float* h, float* y) {
   V weight[R];
   for (int r = 0; r < R; ++r) weight[r] = set1(h[r]);
-  const int64_t whole = length / kBlock * kBlock;
-  const int64_t distance = kPrefetchBytes / int64_t(sizeof(T));
-  const int64_t turn = whole > distance ? (whole - distance) / kBlock * kBlock : 0;
+  const int64_t whole = length / kBlock * kBlock, turn = turning_point<T>(whole);
   const T* ahead[R];
-  for (int r = 0; r < R; ++r) ahead[r] = w[r] + distance;
-  down_one_span<R, T, true>(w, ahead, 0, turn, weight, y);
+  for (int r = 0; r < R; ++r) ahead[r] = w[r] + prefetch_distance<T>();
+  down_span<R, T>(w, ahead, 0, turn, weight, y);
   for (int r = 0; r < R; ++r) ahead[r] = next[r] - turn;
-  down_one_span<R, T, true>(w, ahead, turn, whole, weight, y);
+  down_span<R, T>(w, ahead, turn, whole, weight, y);
   if (whole < length) {
     V a0 = load(y + whole), b0 = load(y + whole + kWidth);
     for (int r = 0; r < R; ++r) {
@@ -296,17 +345,14 @@ template <int R, class T>
 void down_many(const T* const* w, const T* const* next, int64_t length,
                const uint8_t* token, int64_t num_tokens, const float* h, int64_t ld, float* y,
                int64_t ldy) {
-  const int64_t distance = kPrefetchBytes / int64_t(sizeof(T));
-  const int64_t turn = length > distance ? length - distance : 0;
+  const int64_t turn = turning_point<T>(length / kBlock * kBlock);
   for (int64_t k = 0; k < length; k += kBlock) {
     V a[R], b[R];
     if (k + kBlock <= length) {
 #pragma GCC unroll 8
       for (int r = 0; r < R; ++r) {
         load2(w[r] + k, a[r], b[r]);
-        const T* ahead = k < turn ? w[r] + k + distance : next[r] + (k - turn);
-        __builtin_prefetch(ahead, 0, 3);
-        if (kBlock * sizeof(T) > 64) __builtin_prefetch(ahead + 64 / sizeof(T), 0, 3);
+        prefetch_block(k < turn ? w[r] + k + prefetch_distance<T>() : next[r] + (k - turn));
       }
     } else {
 #pragma GCC unroll 8
@@ -362,10 +408,11 @@ template <class T>
 void down(Matrix m, int64_t length, Rows rows, int64_t num_tokens, const float* h, int64_t ld,
           float* y, int64_t ldy) {
   int64_t r = 0;
-  if (num_tokens == 1)
-    r = down_rows<8, T>(m, length, rows, r, num_tokens, h, ld, y, ldy);
-  else
+  if (num_tokens == 1) {
+    r = down_rows<kDownRowsOne, T>(m, length, rows, r, num_tokens, h, ld, y, ldy);
+  } else {
     r = down_rows<kDownRows, T>(m, length, rows, r, num_tokens, h, ld, y, ldy);
+  }
   r = down_rows<2, T>(m, length, rows, r, num_tokens, h, ld, y, ldy);
   down_rows<1, T>(m, length, rows, r, num_tokens, h, ld, y, ldy);
 }
