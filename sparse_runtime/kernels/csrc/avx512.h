@@ -99,19 +99,17 @@ int64_t decode(const uint8_t* bitmap, int64_t num_bits, int32_t* rows) {
   return count;
 }
 
+inline __m512i read_line(const char* p, __m512i sum) {
+  return _mm512_add_epi64(sum, _mm512_loadu_si512(p));
+}
+inline uint64_t sum_of(__m512i sum) {
+  uint64_t lanes[8], total = 0;
+  _mm512_storeu_si512(lanes, sum);
+  for (int i = 0; i < 8; ++i) total += lanes[i];
+  return total;
+}
 uint64_t read(const void* data, int64_t num_words) {
-  const char* p = static_cast<const char*>(data);
-  __m512i sums[4] = {};
-  int64_t i = 0;
-  for (; i + 32 <= num_words; i += 32)
-    for (int s = 0; s < 4; ++s)
-      sums[s] = _mm512_add_epi64(sums[s], _mm512_loadu_si512(p + i * 8 + s * 64));
-  const __m512i total =
-      _mm512_add_epi64(_mm512_add_epi64(sums[0], sums[1]), _mm512_add_epi64(sums[2], sums[3]));
-  uint64_t lanes[8], sum = 0;
-  _mm512_storeu_si512(lanes, total);
-  for (int s = 0; s < 8; ++s) sum += lanes[s];
-  return sum + read_words(p + i * 8, num_words - i);
+  return read_streams<__m512i, read_line, sum_of>(data, num_words);
 }
 
 }  // namespace

@@ -75,19 +75,17 @@ inline void store2(bf16* p, V a, V b) {
                                       _mm256_and_si256(round_bf16(b), upper)));
 }
 
-uint64_t read(const void* data, int64_t num_words) {
-  const char* p = static_cast<const char*>(data);
-  __m256i sums[4] = {};
-  int64_t i = 0;
-  for (; i + 16 <= num_words; i += 16)
-    for (int s = 0; s < 4; ++s)
-      sums[s] = _mm256_add_epi64(
-          sums[s], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + i * 8) + s));
+inline __m256i read_line(const char* p, __m256i sum) {
+  const __m256i* const q = reinterpret_cast<const __m256i*>(p);
+  return _mm256_add_epi64(sum, _mm256_add_epi64(_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)));
+}
+inline uint64_t sum_of(__m256i sum) {
   uint64_t lanes[4];
-  _mm256_storeu_si256(
-      reinterpret_cast<__m256i*>(lanes),
-      _mm256_add_epi64(_mm256_add_epi64(sums[0], sums[1]), _mm256_add_epi64(sums[2], sums[3])));
-  return lanes[0] + lanes[1] + lanes[2] + lanes[3] + read_words(p + i * 8, num_words - i);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(lanes), sum);
+  return lanes[0] + lanes[1] + lanes[2] + lanes[3];
+}
+uint64_t read(const void* data, int64_t num_words) {
+  return read_streams<__m256i, read_line, sum_of>(data, num_words);
 }
 
 }  // namespace
