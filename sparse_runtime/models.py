@@ -180,9 +180,9 @@ def as_mistral(llama: Any) -> Any:
         mistral = MistralForCausalLM(config)
     mistral.load_state_dict(llama.state_dict(), assign=True)
     mistral.tie_weights()
-    # Buffers are not in the state dict: the rotary frequencies are computed anew from the config.
+    # Buffers are not in the state dict: the rotary frequencies are computed anew from the config, and
+    # stay float32 whatever the weights are, as in from_pretrained.
     mistral.model.rotary_emb = type(mistral.model.rotary_emb)(config)
-    mistral.to(llama.dtype)
     mistral.config.dtype = llama.dtype
     mistral.generation_config = llama.generation_config
     return mistral.eval()

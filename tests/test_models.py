@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sparse_runtime.models as models
 from sparse_runtime.errors import ConfigError, ModelError
@@ -26,6 +26,31 @@ def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
         assert torch.equal(reloaded(ids).logits, logits)
+
+
+def test_mistral_in_bfloat16_keeps_the_llamas_rotary_frequencies():
+    torch.manual_seed(0)
+    llama = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=64,
+            hidden_size=32,
+            intermediate_size=44,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            initializer_range=0.2,
+            tie_word_embeddings=True,
+        )
+    ).eval()
+    for parameter in llama.parameters():
+        parameter.data = parameter.data.bfloat16()
+    ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        expected = llama(ids).logits
+        model = models.as_mistral(llama)
+        assert expected.float().std() > 0.1
+        assert torch.equal(model(ids).logits, expected)
+    assert model.model.rotary_emb.inv_freq.dtype == torch.float32
 
 
 def test_local_folder(tiny_folder, tiny_model):
