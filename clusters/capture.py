@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch import Tensor
 
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
+from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"
@@ -40,18 +44,35 @@ class HiddenStates:
         self.num_tokens = sum(self._shard_tokens)
         self.hidden_size: int = index["hidden_size"]
 
-    def layer(self, position: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Hidden states of one layer [N, H], tokens in the order of the windows.
+    def layer(
+        self,
+        position: int,
+        start: int = 0,
+        stop: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Tensor:
+        """Hidden states of tokens ``start`` to ``stop`` of one layer [n, H], in the windows' order.
 
-        Only this layer's bytes are read.
+        Only these bytes are read.
         """
-        states = torch.empty(self.num_tokens, self.hidden_size, dtype=dtype)
-        start = 0
+        rows = range(self.num_tokens)[start:stop]
+        states = torch.empty(len(rows), self.hidden_size, dtype=dtype)
+        first = 0
         for number, tokens in enumerate(self._shard_tokens):
-            with safe_open(_shard_file(self._folder, number), framework="pt") as shard:
-                states[start : start + tokens] = shard.get_tensor(str(position))
-            start += tokens
+            low, high = max(rows.start, first), min(rows.stop, first + tokens)
+            if low < high:
+                with safe_open(_shard_file(self._folder, number), framework="pt") as shard:
+                    part = shard.get_slice(str(position))[low - first : high - first]
+                states[low - rows.start : high - rows.start] = part
+            first += tokens
         return states
+
+    def chunks(
+        self, position: int, chunk_tokens: int, dtype: torch.dtype = torch.float32
+    ) -> Iterator[Tensor]:
+        """Hidden states of one layer in pieces [≤ chunk_tokens, H], in the windows' order."""
+        for start in range(0, self.num_tokens, chunk_tokens):
+            yield self.layer(position, start, start + chunk_tokens, dtype)
 
 
 def capture_hidden_states(
@@ -59,23 +80,25 @@ def capture_hidden_states(
     windows: Tensor,
     folder: Path,
     *,
+    batch_windows: int = 1,
     memory_mib: int = 512,
     progress: ProgressReporter | None = None,
 ) -> HiddenStates:
     """Run a model over windows of text and keep the input of every FFN.
 
     A shard is written whenever its buffers would exceed ``memory_mib``. A second call with the same
-    windows goes on after the last whole shard; shards of other windows are discarded.
+    model and windows goes on after the last whole shard; any other shards are discarded.
 
     Args:
         model: a dense causal language model.
         windows: token ids [W, window] int64.
         folder: where the shards go.
+        batch_windows: windows in one forward pass, more for a GPU.
         memory_mib: bound on the buffers, in MiB; at least one window is held whatever the bound.
         progress: reports one unit per window.
 
     Raises:
-        OutputFolderError: a shard could not be written.
+        OutputFolderError: a shard could not be written, or the disk has no room for all of them.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     layers = find_ffn_layers(model)
@@ -84,11 +107,11 @@ def capture_hidden_states(
     bytes_per_window = len(layers) * window * hidden_size * 2
     # The hooks hold one shard, and writing it makes one more copy.
     shard_windows = max(1, memory_mib * 2**20 // (2 * bytes_per_window))
-    key = hashlib.sha256(windows.numpy().tobytes()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    index = _load_index(folder, key)
+    index = _load_index(folder, _key(model, windows))
     index |= {"num_layers": len(layers), "hidden_size": hidden_size}
     done = sum(index["shard_tokens"]) // window
+    _check_space(folder, (num_windows - done) * bytes_per_window)
     captured: list[list[Tensor]] = [[] for _ in layers]
 
     def keep(position: int) -> Any:
@@ -109,15 +132,33 @@ def capture_hidden_states(
             with torch.inference_mode():
                 while done < num_windows:
                     shard = windows[done : done + shard_windows]
-                    for row in shard.split(1):
-                        decoder(input_ids=row.to(model.device), use_cache=False)
-                        advance(1)
+                    for batch in shard.split(batch_windows):
+                        decoder(input_ids=batch.to(model.device), use_cache=False)
+                        advance(len(batch))
                     _write_shard(folder, index, captured)
                     done += len(shard)
     finally:
         for handle in handles:
             handle.remove()
     return HiddenStates(folder)
+
+
+def _key(model: Any, windows: Tensor) -> str:
+    """Identify what is captured: the model's weights and the windows, with their shape."""
+    digest = hashlib.sha256(json.dumps(model_fingerprint(model), sort_keys=True).encode())
+    digest.update(repr(tuple(windows.shape)).encode())
+    digest.update(windows.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _check_space(folder: Path, needed: int) -> None:
+    """Fail before hours of work rather than after them."""
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputFolderError(
+            f"{folder} has {free} bytes free, but the hidden states need {needed} more; free some "
+            "space, choose another output folder or lower max_tokens"
+        )
 
 
 def _write_shard(folder: Path, index: dict[str, Any], captured: list[list[Tensor]]) -> None:
@@ -139,6 +180,8 @@ def _load_index(folder: Path, key: str) -> dict[str, Any]:
         index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
         if index["key"] == key:
             return index
+    # The index goes first: it must never name shards that are gone.
+    file.unlink(missing_ok=True)
     for old in folder.glob("shard_*.safetensors"):
         old.unlink()
     return {"key": key, "shard_tokens": []}

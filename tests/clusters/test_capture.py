@@ -1,11 +1,13 @@
 """Capture: what the hooks see, shards bounded by memory, resumption, cleaning up."""
 
 import errno
+from collections import namedtuple
 
 import pytest
 import torch
 
 import sparse_runtime.atomic as atomic
+import sparse_runtime.clusters.capture as capture
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.errors import OutputFolderError
 
@@ -72,3 +74,68 @@ def test_other_windows_discard_old_shards(tiny_model, windows, tmp_path):
     assert len(list(tmp_path.glob("shard_*"))) == 2
     expected = expected_states(tiny_model, windows[:2].flip(0), 2)
     assert torch.equal(states.layer(2), expected.bfloat16().float())
+
+
+def test_another_model_discards_old_shards(tiny_model, windows, tmp_path):
+    capture_hidden_states(tiny_model, windows, tmp_path)
+    with torch.no_grad():
+        for parameter in tiny_model.parameters():
+            parameter.mul_(1.5)
+    states = capture_hidden_states(tiny_model, windows, tmp_path)
+    expected = expected_states(tiny_model, windows, 2)
+    assert torch.equal(states.layer(2), expected.bfloat16().float())
+
+
+def test_windows_of_another_length_discard_old_shards(tiny_model, windows, tmp_path):
+    capture_hidden_states(tiny_model, windows, tmp_path)
+    halves = windows.reshape(18, 8)
+    states = capture_hidden_states(tiny_model, halves, tmp_path)
+    expected = expected_states(tiny_model, halves, 2)
+    assert torch.equal(states.layer(2), expected.bfloat16().float())
+
+
+def test_interruption_while_discarding(tiny_model, windows, tmp_path, monkeypatch):
+    capture_hidden_states(tiny_model, windows, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(capture, "_write_shard", lambda *unused: (_ for _ in ()).throw(OSError()))
+        with pytest.raises(OSError):  # noqa: PT011
+            capture_hidden_states(tiny_model, windows.flip(0), tmp_path)
+    states = capture_hidden_states(tiny_model, windows, tmp_path)
+    expected = expected_states(tiny_model, windows, 0)
+    assert torch.equal(states.layer(0), expected.bfloat16().float())
+
+
+def test_windows_in_batches(tiny_model, windows, tmp_path):
+    batches = []
+    handle = tiny_model.model.register_forward_pre_hook(
+        lambda module, arguments, options: batches.append(len(options["input_ids"])),
+        with_kwargs=True,
+    )
+    states = capture_hidden_states(tiny_model, windows, tmp_path, batch_windows=4)
+    handle.remove()
+    assert batches == [4, 4, 1]
+    # Batches may round differently in float32, which can tip a value to the next bfloat16.
+    expected = expected_states(tiny_model, windows, 1)
+    torch.testing.assert_close(states.layer(1), expected, rtol=2**-7, atol=1e-5)
+
+
+def test_parts_of_a_layer_across_shards(tiny_model, windows, tmp_path):
+    states = capture_hidden_states(tiny_model, windows, tmp_path, memory_mib=0)
+    whole = states.layer(1)
+    assert torch.equal(whole, expected_states(tiny_model, windows, 1).bfloat16().float())
+    assert torch.equal(states.layer(1, 10, 53), whole[10:53])
+    assert torch.equal(states.layer(1, 140), whole[140:])
+    assert states.layer(1, 7, 7).shape == (0, 32)
+    assert states.layer(1, 3, 5, torch.bfloat16).dtype == torch.bfloat16
+    chunks = list(states.chunks(1, 50))
+    assert [len(chunk) for chunk in chunks] == [50, 50, 44]
+    assert torch.equal(torch.cat(chunks), whole)
+
+
+def test_too_small_a_disk_fails_at_once(tiny_model, windows, tmp_path, monkeypatch):
+    usage = namedtuple("usage", "free")(1000)
+    monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
+    needed = 9 * 16 * 3 * 32 * 2
+    with pytest.raises(OutputFolderError, match=f"1000 bytes free.*need {needed} more"):
+        capture_hidden_states(tiny_model, windows, tmp_path)
+    assert not any(tmp_path.iterdir())
