@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.models import hub_failure
 
 TEXT_SUFFIXES = (".txt", ".raw", ".tokens", ".md")
 #: Short name -> (Hub id, configuration, split for evaluation).
@@ -127,7 +128,7 @@ def token_stream(
 
     Raises:
         DataError: the source is unknown, cannot be read, or holds no text.
-        ConfigError: ``self`` without ``max_tokens``.
+        ConfigError: ``self`` without ``max_tokens`` or model, or a split that ``pydoc`` has not.
     """
     if source.name == "self":
         return _sample_from_model(model, tokenizer, max_tokens, seed)
@@ -283,6 +284,8 @@ def _record_text(record: Any, keys: tuple[str, ...], where: str) -> str:
 
 
 def _pydoc_topics(split: str) -> Iterator[str]:
+    if split not in ("train", "test"):
+        raise ConfigError(f"data source 'pydoc' has no split {split!r}; expected train or test")
     from pydoc_data.topics import topics
 
     for number, name in enumerate(sorted(topics)):
@@ -305,16 +308,19 @@ def _hub_documents(source: DataSource, split: str) -> Iterator[str]:
         raise
     except Exception as error:
         # datasets, huggingface_hub, fsspec and httpx raise their own types here.
-        reason = next((line for line in str(error).splitlines() if line.strip()), "no details")
+        first_line = next((line for line in str(error).splitlines() if line.strip()), "no details")
+        reason = hub_failure(error) or f"{type(error).__name__}: {first_line}"
         raise DataError(
-            f"{where} could not be read from the Hub ({type(error).__name__}: {reason}). Check the "
+            f"{where} could not be read from the Hub ({reason}). Check the "
             "name and the network, or give a local .txt or .jsonl file, or 'pydoc', which needs no "
             "network"
         ) from error
 
 
 def _sample_from_model(model: Any, tokenizer: Any, max_tokens: int | None, seed: int) -> Tensor:
-    if max_tokens is None or model is None:
+    if model is None:
+        raise ConfigError("data source 'self' needs the model to sample from; pass model")
+    if max_tokens is None:
         raise ConfigError("data source 'self' needs a number of tokens to sample; set max_tokens")
     start = next(
         token for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, 0) if token is not None

@@ -1,7 +1,8 @@
-"""Loading by name, and the demo model's identity with its Llama source."""
+"""Loading by name, the demo model's identity with its Llama source, and its cache."""
 
 import pytest
 import torch
+from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sparse_runtime.models as models
@@ -78,6 +79,98 @@ def test_damaged_folder(tiny_folder):
     (tiny_folder / "model.safetensors").write_bytes(b"nonsense")
     with pytest.raises(ModelError, match="local folder gave"):
         load_model(str(tiny_folder))
+
+
+def test_offline_is_named():
+    with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
+        load_model("nobody/no-such-model")
+
+
+def test_hub_failure_is_found_in_the_chain(monkeypatch):
+    monkeypatch.setattr(models, "is_offline_mode", lambda: False)
+    error = OSError("could not load")
+    error.__cause__ = LocalEntryNotFoundError("no route")
+    assert "could not be reached" in models.hub_failure(error)
+    assert models.hub_failure(OSError("no such file in the repository")) is None
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("demo", {"device_map": "auto"}), ("x", {"device_map": "auto", "device": "cpu"})],
+)
+def test_device_map_that_would_be_ignored(name, options):
+    with pytest.raises(ConfigError, match="device_map is 'auto'"):
+        load_model(name, **options)
+
+
+class TestDemoCache:
+    @pytest.fixture
+    def converted(self, tiny_model, tiny_tokenizer, tmp_path, monkeypatch):
+        """Names of the files converted; the conversion gives the tiny model."""
+        gguf = tmp_path / "model.gguf"
+        gguf.write_bytes(b"weights")
+        calls = []
+
+        def convert(file):
+            calls.append(file.name)
+            return tiny_model, tiny_tokenizer
+
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+        monkeypatch.setattr(models, "_demo_file", lambda: gguf)
+        monkeypatch.setattr(models, "_convert_demo", convert)
+        monkeypatch.setattr(models, "version", lambda package: "9")
+        return calls
+
+    def test_second_load_reads_the_same_model(self, converted, tmp_path):
+        ids = torch.arange(100).view(1, -1)
+        first, tokenizer = load_model("demo")
+        second, cached_tokenizer = load_model("demo")
+        assert len(converted) == 1
+        assert first.dtype == second.dtype == torch.bfloat16
+        with torch.inference_mode():
+            logits = first(ids).logits
+            assert logits.float().std() > 0.1
+            assert torch.equal(second(ids).logits, logits)
+        assert second.model.rotary_emb.inv_freq.dtype == torch.float32
+        assert cached_tokenizer("Grüße")["input_ids"] == tokenizer("Grüße")["input_ids"]
+        assert [f.name for f in (tmp_path / "cache/sparse_runtime").iterdir()] == ["demo-9"]
+
+    def test_nothing_is_drawn(self, converted, capfd):
+        load_model("demo")
+        load_model("demo")
+        assert capfd.readouterr() == ("", "")
+
+    def test_weights_changed_in_place_stay_out_of_the_cache(self, converted):
+        load_model("demo")
+        model, _ = load_model("demo", dtype=torch.float32)
+        expected = model.lm_head.weight.clone()
+        with torch.no_grad():
+            model.lm_head.weight.zero_()
+        again, _ = load_model("demo", dtype=torch.float32)
+        assert expected.std() > 0.01
+        assert torch.equal(again.lm_head.weight, expected)
+        assert len(converted) == 1
+
+    def test_another_gguf_is_converted_anew(self, converted, tmp_path):
+        load_model("demo")
+        (tmp_path / "model.gguf").write_bytes(b"others!")
+        load_model("demo")
+        load_model("demo")
+        assert len(converted) == 2
+
+    @pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "origin.json"])
+    def test_damaged_cache_is_converted_anew(self, converted, tmp_path, damaged):
+        load_model("demo")
+        (tmp_path / "cache/sparse_runtime/demo-9" / damaged).write_bytes(b"{")
+        model, _ = load_model("demo")
+        assert len(converted) == 2
+        assert model.lm_head.weight.float().std() > 0.01
+
+    def test_no_cache_where_none_can_be_written(self, converted, tmp_path):
+        (tmp_path / "cache").write_text("a file, not a folder")
+        load_model("demo")
+        load_model("demo")
+        assert len(converted) == 2
 
 
 def test_demo_without_its_package(monkeypatch):

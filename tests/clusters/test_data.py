@@ -86,13 +86,18 @@ def test_pydoc_splits_are_disjoint_and_stable(tiny_tokenizer):
     assert torch.equal(train, stream("pydoc", tiny_tokenizer))
 
 
+def test_pydoc_has_two_splits(tiny_tokenizer):
+    with pytest.raises(ConfigError, match=r"no split 'validation'.*train or test"):
+        stream("pydoc,split=validation", tiny_tokenizer)
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [
         ("wikitext3", "'wikitext3' is not known.*wikitext2, c4, pydoc, self"),
         ("missing.txt", "there is no such file"),
         (".", "is a folder"),
-        ("wikitext2", "could not be read from the Hub.*local .txt"),
+        ("wikitext2", "HF_HUB_OFFLINE is set.*local .txt"),
         ("nobody/nothing", "could not be read from the Hub.*local .txt"),
     ],
 )
@@ -122,6 +127,8 @@ def test_self_samples_without_touching_the_global_state(tiny_model, tiny_tokeniz
     assert not torch.equal(one, stream("self", tiny_tokenizer, seed=2, **options))
     with pytest.raises(ConfigError, match="max_tokens"):
         stream("self", tiny_tokenizer, model=tiny_model)
+    with pytest.raises(ConfigError, match="pass model"):
+        stream("self", tiny_tokenizer, 40)
 
 
 def test_windows_are_mixed_by_weight(text_file, tmp_path, tiny_tokenizer):
