@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,7 +25,7 @@ from torch import Tensor
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, LayerClusters, check_output_folder
-from sparse_runtime.clusters.awc import Clustering
+from sparse_runtime.clusters.awc import Clustering, top_sets
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.budget import global_threshold, threshold_sets
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
@@ -306,12 +306,14 @@ def _choose_router(context: _Context) -> int | None:
             layer = layers[position]
             scorer = importance_scorer(layer, context.fisher_of(position))
             with context.layer(position) as data:
+                # One clustering for all candidates; the sets' size follows the router's.
+                generator = _generator(config, layer.index)
+                size = set_size_for(layer, config, candidates[0])
+                clustering = fit_clusters(data, config, size, generator)
                 for rank in candidates:
-                    # One stream for all candidates: they differ in the router only.
-                    generator = _generator(config, layer.index)
                     size = set_size_for(layer, config, rank)
-                    clustering = fit_clusters(data, config, size, generator)
-                    router, sets, *_ = fit_router(data, clustering, config, rank, size, generator)
+                    start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
+                    router, sets, *_ = fit_router(data, start, config, rank, size, generator)
                     loss[rank] += estimated_loss(data, scorer, router, sets)
                     advance(1)
     best = min(candidates, key=lambda rank: loss[rank])

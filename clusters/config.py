@@ -57,7 +57,7 @@ class BuildConfig:
     num_clusters: int = 256
     budget: float = 0.5
     router: str = "auto"
-    router_rounds: int = 2
+    router_rounds: int = 1
     max_tokens: int | None = 32_768
     window: int = 512
     held_out_share: float = 0.1

@@ -38,11 +38,18 @@ from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.predictors import Router, new_router
-from sparse_runtime.predictors.training import initial_router, route, train_router
+from sparse_runtime.predictors.training import (
+    RouterTraining,
+    initial_router,
+    route,
+    train_router,
+)
 
 _CHUNK_TOKENS = 4096
 # Weight, in tokens, of the layer's mean pattern in a recomputed centroid (docs/LOG.md).
 _SHRINKAGE = 8.0
+# Before a reassignment one epoch is enough: the start in closed form is nearly there.
+_ROUND_TRAINING = RouterTraining(max_epochs=1)
 
 
 @dataclass
@@ -206,6 +213,7 @@ def fit_router(
             data.hidden_states[data.held_out],
             coverage[data.held_out],
             generator=generator,
+            config=_ROUND_TRAINING if number < rounds else RouterTraining(),
         )
         if number < rounds:
             assignment = route(router, data.hidden_states[data.fit])
@@ -285,18 +293,7 @@ def fit_layer(
     num_clusters = len(sets)
     assignment = route(router, data.hidden_states[data.fit])
     sizes = torch.bincount(assignment, minlength=num_clusters)
-    losses = activations = None
-    if config.method == "awc" and config.allocation == "fisher":
-        scorer = importance_scorer(layer, fisher)
-        losses = _clipped_square_means(data, scorer, assignment, num_clusters)
-    if config.adds_bias:
-        activations = cluster_means(
-            data.hidden_states[data.fit],
-            assignment,
-            num_clusters,
-            _SHRINKAGE,
-            importance_scorer(layer).activations,
-        )
+    losses, activations = _cluster_statistics(data, layer, config, fisher, assignment, num_clusters)
     figures = {
         "index": layer.index,
         "iterations": clustering.history,
@@ -312,22 +309,40 @@ def fit_layer(
     return FittedLayer(router, sets, centroids, shares, losses, activations, figures)
 
 
-def _clipped_square_means(
-    data: LayerData, scorer: ImportanceScorer, assignment: Tensor, num_clusters: int
-) -> Tensor:
-    """Mean e² over each cluster's tokens [K, I], no token's total above the 99th percentile.
+def _cluster_statistics(
+    data: LayerData,
+    layer: FFNLayer,
+    config: BuildConfig,
+    fisher: Tensor | None,
+    assignment: Tensor,
+    num_clusters: int,
+) -> tuple[Tensor | None, Tensor | None]:
+    """Mean e² and mean h of each cluster's tokens, [K, I] each; None what the build does not need.
 
-    Without the clip a handful of tokens with huge activations decides the threshold.
+    No token's total e² counts above the 99th percentile: without the clip a handful of tokens with
+    huge activations decides the threshold.
     """
+    allocates = config.method == "awc" and config.allocation == "fisher"
+    if not (allocates or config.adds_bias):
+        return None, None
     states = data.hidden_states[data.fit]
+    scorer = importance_scorer(layer, fisher)
+    weights = scorer.neuron_weights
     sample = states[:: max(1, len(states) // _CHUNK_TOKENS)]
     limit = scorer(sample).square_().sum(-1).quantile(0.99)
 
-    def clipped(chunk: Tensor) -> Tensor:
-        squares = scorer(chunk).square_()
-        return squares * (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+    def statistics(chunk: Tensor) -> Tensor:
+        activations = scorer.activations(chunk)
+        squares = (activations * weights).square_()
+        squares *= (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+        return torch.cat([squares, activations], dim=-1)
 
-    return cluster_means(states, assignment, num_clusters, _SHRINKAGE, clipped)
+    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, statistics)
+    losses, activations = means.chunk(2, dim=-1)
+    return (
+        losses.contiguous() if allocates else None,
+        activations.contiguous() if config.adds_bias else None,
+    )
 
 
 def finish_layer(

@@ -29,7 +29,7 @@ class RouterTraining:
         patience: epochs without a better held-out coverage before stopping.
     """
 
-    max_epochs: int = 6
+    max_epochs: int = 3
     max_samples: int = 400_000
     batch_tokens: int = 1024
     learning_rate: float = 2e-3

@@ -23,7 +23,7 @@ from sparse_runtime.api import cost_report, dense, reset_cost, sparsify
 from sparse_runtime.atomic import write_json
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cluster_set import ClusterSet, check_output_folder
-from sparse_runtime.errors import ConfigError, SparseRuntimeError
+from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError
 from sparse_runtime.models import load_model, parse_dtype
 from sparse_runtime.progress import RichProgress
 from sparse_runtime.version import __version__
@@ -236,6 +236,106 @@ def evaluate(
 
 
 @app.command()
+def paper(
+    model: ModelArgument,
+    data: DataOption = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+    ] = None,
+    clusters: Annotated[str, typer.Option(help="Values of K, with commas.")] = "256",
+    densities: Annotated[
+        str, typer.Option(help="Densities of the centroids, with commas.")
+    ] = "0.6,0.7,0.8",
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers of the coverage table, with commas; all if not given."),
+    ] = None,
+    masks: Annotated[
+        bool,
+        typer.Option("--masks", help="Also perplexity under separate masks of gate, up and down."),
+    ] = False,
+    percentile: Annotated[float, typer.Option(help="Threshold of the patterns.")] = 50.0,
+    init: Annotated[str, typer.Option(help="random or kmeans++.")] = "random",
+    seed: Annotated[int, typer.Option(help="Of windows and initialization.")] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 32_768,
+    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Reproduce the AWC paper's figures; evaluation only, nothing is saved or skipped."""
+    from sparse_runtime.clusters.data import calibration_windows, parse_source, token_stream
+    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.paper import paper_coverage, paper_perplexity
+
+    counts, shares = (
+        _numbers("--clusters", clusters, int),
+        _numbers("--densities", densities, float),
+    )
+    chosen = None if layers is None else _numbers("--layers", layers, int)
+    sources = data or ["wikitext2"]
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    text = calibration_windows(
+        [parse_source(source) for source in sources],
+        tokenizer,
+        max_tokens=max_tokens,
+        window=window,
+        seed=seed,
+        model=loaded,
+    )
+    tokens = token_stream(
+        parse_source(test or sources[0]),
+        tokenizer,
+        max_tokens=test_tokens,
+        split="test",
+        model=loaded,
+    )
+    whole = len(tokens) // window
+    if whole == 0:
+        raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
+    options: dict[str, Any] = {"percentile": percentile, "init": init, "seed": seed}
+    progress = RichProgress(err)
+    result: dict[str, Any] = {"model": model, "data": text.record, "layers": chosen, **options}
+    result["coverage"] = paper_coverage(
+        loaded,
+        text.windows,
+        tokens[: whole * window].view(whole, window),
+        clusters=counts,
+        densities=shares,
+        layers=chosen,
+        progress=progress,
+        **options,
+    )
+    _print_rows("oracle ids, held-out text", result["coverage"])
+    if masks:
+        result["perplexity"] = paper_perplexity(
+            loaded,
+            text.windows,
+            tokens,
+            num_clusters=counts[0],
+            densities=shares,
+            window=window,
+            progress=progress,
+            **options,
+        )
+        figures = result["perplexity"]
+        out.print(
+            f"perplexity: dense {figures['dense']:.2f}, thresholds only "
+            f"{figures['thresholds_only']:.2f}; under separate masks:"
+        )
+        rows = []
+        for row in figures["masks"]:
+            scores = {
+                f"{name} coverage": values["coverage"]
+                for name, values in row["projections"].items()
+            }
+            rows.append({name: row[name] for name in ("density", "perplexity", "ratio")} | scores)
+        _print_rows("", rows)
+    _write(json_file, {**result, "host": host_record(loaded.device)})
+
+
+@app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")] = None,
     clusters: Annotated[
@@ -433,6 +533,23 @@ def _print_quality(source: str, result: dict[str, Any]) -> None:
         f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
         f"{mean['precision']:.3f}"
     )
+
+
+def _numbers(option: str, text: str, kind: type) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} is {text!r}; expected numbers separated by commas, such as "
+            + ("256,1024" if kind is int else "0.6,0.7")
+        ) from None
+
+
+def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    table = Table(*rows[0], title=title or None)
+    for row in rows:
+        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+    out.print(table)
 
 
 def _print_bench(name: str, result: dict[str, Any]) -> None:

@@ -113,6 +113,22 @@ def test_paper_method(run, tiny_folder, text, tmp_path):
         assert same == bool(options)
 
 
+def test_paper_figures(run, tiny_folder, text, tmp_path):
+    file = tmp_path / "paper.json"
+    code, out, err = run(
+        "paper", tiny_folder, "--data", text, "--clusters", "4,8", "--densities", "0.6",
+        "--window", 64, "--test-tokens", 256, "--masks", "--dtype", "float32", "--json", file,
+    )  # fmt: skip
+    assert code == 0, err
+    assert "thresholds only" in out
+    result = json.loads(file.read_text())
+    assert [row["clusters"] for row in result["coverage"]] == [4, 8]
+    assert result["perplexity"]["masks"][0]["ratio"] > 0
+    code, _, err = run("paper", tiny_folder, "--data", text, "--clusters", "4;8")
+    assert code == 2
+    assert "--clusters is '4;8'" in err
+
+
 def test_version_and_help(run):
     assert run("--version")[1].strip() == "0.1.0"
     code, out, _ = run("--help")

@@ -1,0 +1,197 @@
+"""The paper's own figures, on any model (arXiv 2507.14179): coverage by binary clusters, and
+perplexity under its three masks. Evaluation only; nothing here makes a model faster."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
+from sparse_runtime.clusters.binary_patterns import (
+    assign,
+    chance,
+    coverage,
+    precision,
+    static_coverage,
+)
+from sparse_runtime.clusters.capture import capture_hidden_states
+from sparse_runtime.clusters.config import BuildConfig
+from sparse_runtime.clusters.layer_build import load_layer, packed_patterns
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.eval.paper_masks import (
+    collect_paper_patterns,
+    fit_paper_masks,
+    paper_masks_applied,
+    score_paper_masks,
+)
+from sparse_runtime.eval.perplexity import perplexity
+from sparse_runtime.progress import ProgressReporter, SilentProgress
+
+
+def paper_coverage(
+    model: Any,
+    fit_windows: Tensor,
+    test_windows: Tensor,
+    *,
+    clusters: Sequence[int],
+    densities: Sequence[float],
+    layers: Sequence[int] | None = None,
+    percentile: float = 50.0,
+    init: str = "random",
+    seed: int = 0,
+    progress: ProgressReporter | None = None,
+) -> list[dict[str, Any]]:
+    """Coverage by the paper's clusters over a grid of K and density, per layer.
+
+    Patterns are those of ``build --method awc-paper``: neurons whose |h_i|·‖down_i‖ is above the
+    percentile of their layer, one pattern for gate, up and down.
+
+    Args:
+        model: a dense causal language model.
+        fit_windows: calibration text [W, T] int64.
+        test_windows: held-out text [W', T] int64.
+        clusters: values of K.
+        densities: densities of the centroids, in (0, 1).
+        layers: layer indices; all if None.
+        percentile: threshold of the patterns.
+        init: ``random`` or ``kmeans++``.
+        seed: of the initialization.
+        progress: reports one unit per fit.
+
+    Returns:
+        One row per K and density, means over the layers of oracle ids' ``coverage``, ``static``
+        (the most frequent neurons), ``chance`` (the centroids' density) and ``precision`` on the
+        held-out text; ``fitted_coverage`` on the text that was fitted, as the paper scores;
+        ``iterations`` and ``seconds`` of one layer.
+
+    Raises:
+        ConfigError: a layer does not exist, or a value is out of range.
+        DataError: there are more clusters than tokens.
+    """
+    found = find_ffn_layers(model)
+    wanted = [layer.index for layer in found] if layers is None else list(layers)
+    unknown = sorted(set(wanted) - {layer.index for layer in found})
+    if unknown or not wanted:
+        raise ConfigError(f"layers are {wanted}; expected some of 0 to {len(found) - 1}")
+    grid = [
+        AWCPaperConfig(num_clusters=count, top_percentile=1 - density, init=init)
+        for count in clusters
+        for density in densities
+    ]
+    config = BuildConfig(method="awc-paper", percentile=percentile, seed=seed)
+    progress = progress or SilentProgress()
+    num_fit = fit_windows.numel()
+    rows: list[list[dict[str, float]]] = [[] for _ in grid]
+    with TemporaryDirectory() as folder:
+        work = Path(folder)
+        windows = torch.cat([fit_windows, test_windows])
+        states = capture_hidden_states(model, windows, work, progress=progress)
+        with progress.task("paper's clusters", len(wanted) * len(grid)) as advance:
+            for position, layer in enumerate(found):
+                if layer.index not in wanted:
+                    continue
+                data, matrix = load_layer(
+                    states, position, layer, config, num_fit=num_fit, work=work
+                )
+                fit, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
+                matrix.close()
+                for scores, settings in zip(rows, grid, strict=True):
+                    generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
+                    started = time.perf_counter()
+                    result = fit_awc_paper(fit, settings, generator=generator)
+                    seconds = time.perf_counter() - started
+                    ids = assign(test, result.centroids)
+                    by_chance = chance(test, result.centroids, ids)
+                    scores.append(
+                        {
+                            "coverage": coverage(test, result.centroids, ids),
+                            "static": static_coverage(fit.frequency(), test, by_chance),
+                            "chance": by_chance,
+                            "precision": precision(test, result.centroids, ids),
+                            "fitted_coverage": coverage(
+                                fit, result.centroids, assign(fit, result.centroids)
+                            ),
+                            "iterations": float(len(result.history)),
+                            "seconds": seconds,
+                        }
+                    )
+                    advance(1)
+    return [
+        {
+            "clusters": settings.num_clusters,
+            "density": round(1 - settings.top_percentile, 6),
+            **{name: sum(s[name] for s in scores) / len(scores) for name in scores[0]},
+        }
+        for settings, scores in zip(grid, rows, strict=True)
+    ]
+
+
+def paper_perplexity(
+    model: Any,
+    fit_windows: Tensor,
+    tokens: Tensor,
+    *,
+    num_clusters: int,
+    densities: Sequence[float],
+    window: int = 512,
+    percentile: float = 50.0,
+    init: str = "random",
+    pooled: bool = True,
+    seed: int = 0,
+    progress: ProgressReporter | None = None,
+) -> dict[str, Any]:
+    """Perplexity under the paper's separate masks for gate, up and down, oracle ids.
+
+    Args:
+        model: a dense causal language model.
+        fit_windows: calibration text [W, T] int64.
+        tokens: held-out text [n] int64.
+        num_clusters: K.
+        densities: densities of the centroids.
+        window: tokens per window of the perplexity.
+        percentile: of |value|, the enforced sparsity; 50 in the paper.
+        init: ``random`` or ``kmeans++``.
+        pooled: one table per projection for all layers, as in the paper.
+        seed: of the initialization.
+        progress: reports windows and iterations.
+
+    Returns:
+        ``dense`` and ``thresholds_only`` (the sparsity without clusters) perplexity, and under
+        ``masks`` one row per density with its perplexity, ``ratio`` to dense and the scores of
+        ``score_paper_masks`` by projection.
+    """
+    test_windows = tokens[: len(tokens) // window * window].view(-1, window)
+    fitted = collect_paper_patterns(model, fit_windows, percentile, progress=progress)
+    held_out = collect_paper_patterns(
+        model, test_windows, thresholds=fitted.thresholds, progress=progress
+    )
+    dense = perplexity(model, tokens, window=window, progress=progress)
+    thresholds_only, rows = None, []
+    for density in densities:
+        settings = AWCPaperConfig(num_clusters=num_clusters, top_percentile=1 - density, init=init)
+        generator = torch.Generator().manual_seed(seed)
+        masks = fit_paper_masks(
+            fitted, settings, pooled=pooled, generator=generator, progress=progress
+        )
+        if thresholds_only is None:
+            with paper_masks_applied(model, masks, thresholds_only=True):
+                thresholds_only = perplexity(model, tokens, window=window, progress=progress)
+        with paper_masks_applied(model, masks):
+            masked = perplexity(model, tokens, window=window, progress=progress)
+        rows.append(
+            {
+                "clusters": num_clusters,
+                "density": density,
+                "perplexity": masked,
+                "ratio": masked / dense,
+                "projections": score_paper_masks(masks, fitted, held_out),
+            }
+        )
+    return {"dense": dense, "thresholds_only": thresholds_only, "masks": rows}
