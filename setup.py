@@ -33,7 +33,7 @@ SOURCES = "sparse_runtime/kernels/csrc"
 LIBRARY = "sparse_runtime.kernels.libsparse_ffn_cpu"
 # The oldest torch that the library loads in: 2.10, the first with parallel_for in the stable ABI.
 TORCH_TARGET_VERSION = "0x020a000000000000"
-FLAGS = ["-O3", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG"]
+FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Each file with its own instruction set; dispatch.cpp chooses at run time.
@@ -82,7 +82,7 @@ def find_torch() -> Path:
                 folders.append(str(Path(prefix) / "lib" / version / "site-packages"))
         candidates += [Path(folder) / "torch" for folder in dict.fromkeys(folders)]
     for candidate in candidates:
-        if (candidate / "include" / "torch" / "csrc" / "stable" / "library.h").is_file():
+        if (candidate / "include" / "torch" / "csrc" / "stable" / "c" / "shim.h").is_file():
             return candidate
     looked_in = ", ".join(map(str, candidates))
     raise CompileError(f"no torch >= 2.10 with headers found in {looked_in}; set TORCH_DIR")

@@ -11,12 +11,9 @@ namespace {
 
 using V = __m512;
 constexpr int64_t kWidth = 16;
-#ifndef DR1
-#define DR1 16
-#endif
 constexpr int kFewTokens = 2;
 constexpr int kTokens = 4;
-constexpr int kDownRowsOne = DR1;
+constexpr int kDownRowsOne = 16;
 constexpr int kDownRows = 8;
 
 inline V zero() { return _mm512_setzero_ps(); }

@@ -20,6 +20,9 @@ constexpr int64_t kHeldValues = 32 * 1024;
 // Partial sums up to this many floats are added up by the thread that finishes last; it is cheaper
 // than another parallel region.
 constexpr int64_t kLastThreadSums = 64 * 1024;
+// Added to the distance between tokens: hidden sizes are multiples of 4 KB, and without it the same
+// columns of all tokens and rows would fall into one set of the L1 cache.
+constexpr int64_t kSkewBytes = 128;
 // Rows of a linear layer per pass.
 constexpr int64_t kLinearRows = 1024;
 
@@ -105,9 +108,13 @@ Range part_of(int64_t count, int64_t parts, int64_t i, int64_t unit) {
   return {at_most(units * i / parts * unit, count), at_most(units * (i + 1) / parts * unit, count)};
 }
 
+int64_t packed_stride(const Kernels& kernels, int64_t length) {
+  return kernels.packed_size(length) + kSkewBytes;
+}
+
 PackedTokens pack(const Kernels& kernels, Tokens x, int64_t element_size, int64_t length,
                   char* buffer) {
-  const int64_t stride = kernels.packed_size(length);
+  const int64_t stride = packed_stride(kernels, length);
   for (int64_t t = 0; t < x.count; ++t)
     kernels.pack_token(static_cast<const char*>(x.data) + t * x.stride * element_size, length,
                        buffer + t * stride);
@@ -213,11 +220,12 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
 
   const int64_t neurons = ffn.num_neurons, tokens = x.count;
   const int64_t set_bytes = (neurons + 7) / 8;
-  const int64_t packed_size = kernels.packed_size(ffn.hidden_size);
+  const int64_t packed_size = packed_stride(kernels, ffn.hidden_size);
   const int64_t most_parts = num_threads_for(3 * neurons * ffn.hidden_size * ffn.element_size);
-  pass.sum_stride = round_up(ffn.hidden_size, kernels.block);
+  pass.sum_stride =
+      round_up(ffn.hidden_size, kernels.block) + kSkewBytes / int64_t(sizeof(float));
   pass.held_rows = round_up(at_most(at_least(kHeldValues / tokens, 64), neurons + 8), 8);
-  pass.row_stride = round_up(pass.held_rows, 16);
+  pass.row_stride = pass.held_rows + kSkewBytes / int64_t(sizeof(float));
 
   const int64_t values = most_parts * tokens * pass.row_stride;
   const int64_t sums = most_parts * tokens * pass.sum_stride;
@@ -320,8 +328,8 @@ void run_router(DType dtype, int64_t element_size, Tokens x, int64_t hidden_size
   const int64_t hidden = hidden_size, rank = router.rank, size = element_size;
   in_passes(x, size, [&](Tokens some, int64_t first) {
     const int64_t tokens = some.count;
-    const int64_t packed_size = kernels.packed_size(hidden);
-    const int64_t packed_rank = kernels.packed_size(rank);
+    const int64_t packed_size = packed_stride(kernels, hidden);
+    const int64_t packed_rank = packed_stride(kernels, rank);
     const int64_t ld = round_up(num_clusters, 32), rank_ld = round_up(rank, 32);
     Scratch& memory = scratch();
     memory.reserve(Scratch::size<char>(tokens * packed_size) +
@@ -371,7 +379,7 @@ void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int6
                 int64_t length, const void* bias, void* y) {
   const Kernels& kernels = current_isa().by_dtype[dtype];
   in_passes(x, element_size, [&](Tokens some, int64_t first) {
-    const int64_t packed_size = kernels.packed_size(length);
+    const int64_t packed_size = packed_stride(kernels, length);
     const int64_t parts = num_threads_for(rows * length * element_size);
     const int64_t values = some.count * kLinearRows;
     Scratch& memory = scratch();

@@ -1,13 +1,14 @@
 // The operations as torch sees them: LibTorch's stable ABI, so that one library serves every
 // torch from 2.10 on and every Python.
 //
-// Arguments are unpacked by hand instead of by TORCH_BOX: its string conversion never frees the
-// string (seen in torch 2.10 to 2.13), and these run once per layer and token.
+// Only its C functions are used. The C++ layer over them (torch/csrc/stable/library.h) never frees
+// string arguments (torch 2.13), which here are one per layer and token, and needs a libstdc++
+// newer than manylinux_2_28 promises.
 
 #include <stdexcept>
 #include <string>
 
-#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/c/shim.h>
 
 #include "ffn.h"
 
@@ -24,6 +25,17 @@ void check(int32_t error, const char* what) {
 // ---------------------------------------------------------------------------------------------
 // Arguments
 
+// Handles travel in the low bytes of a StableIValue; an optional argument is a pointer to one, ours
+// to delete, or null.
+template <class Handle>
+Handle from_value(StableIValue value) {
+  return reinterpret_cast<Handle>(static_cast<uintptr_t>(value));
+}
+template <class Handle>
+StableIValue to_value(Handle handle) {
+  return static_cast<StableIValue>(reinterpret_cast<uintptr_t>(handle));
+}
+
 struct DTypeInfo {
   DType dtype;
   int64_t size;
@@ -33,7 +45,7 @@ struct DTypeInfo {
 class Argument {
  public:
   Argument(const char* name, StableIValue value)
-      : name_(name), handle_(torch::stable::detail::to<AtenTensorHandle>(value)) {}
+      : name_(name), handle_(from_value<AtenTensorHandle>(value)) {}
   Argument(const char* name, AtenTensorHandle handle) : name_(name), handle_(handle) {}
   Argument(const Argument&) = delete;
   Argument& operator=(const Argument&) = delete;
@@ -43,9 +55,9 @@ class Argument {
 
   // An optional one: null handle for None.
   static AtenTensorHandle optional_handle(StableIValue value) {
-    auto* const inner = torch::stable::detail::to<StableIValue*>(value);
+    auto* const inner = from_value<StableIValue*>(value);
     if (!inner) return nullptr;
-    const auto handle = torch::stable::detail::to<AtenTensorHandle>(*inner);
+    const auto handle = from_value<AtenTensorHandle>(*inner);
     delete inner;
     return handle;
   }
@@ -131,7 +143,7 @@ class Argument {
 class StringArgument {
  public:
   explicit StringArgument(StableIValue value)
-      : handle_(torch::stable::detail::to<StringHandle>(value)) {}
+      : handle_(from_value<StringHandle>(value)) {}
   StringArgument(const StringArgument&) = delete;
   StringArgument& operator=(const StringArgument&) = delete;
   ~StringArgument() { torch_delete_string(handle_); }
@@ -179,7 +191,7 @@ class Result {
   }
   void* data() const { return data_; }
   StableIValue release() {
-    const StableIValue value = torch::stable::detail::from(handle_);
+    const StableIValue value = to_value(handle_);
     handle_ = nullptr;
     return value;
   }
@@ -420,7 +432,7 @@ void read_op(StableIValue* stack, uint64_t, uint64_t) {
 StableIValue new_string(const std::string& text) {
   StringHandle handle = nullptr;
   check(torch_new_string_handle(text.data(), text.size(), &handle), "new_string_handle");
-  return torch::stable::detail::from(handle);
+  return to_value(handle);
 }
 
 void isa_op(StableIValue* stack, uint64_t, uint64_t) { stack[0] = new_string(current_isa().name); }
@@ -440,33 +452,71 @@ void force_isa_op(StableIValue* stack, uint64_t, uint64_t) {
     fail("instruction set '" + wanted + "' is unknown or not usable on this machine");
 }
 
+// ---------------------------------------------------------------------------------------------
+// Registration
+
+struct Operation {
+  const char* schema;
+  const char* name;
+  bool takes_tensors;  // dispatched by them: on the CPU only
+  void (*run)(StableIValue*, uint64_t, uint64_t);
+};
+
+const Operation kOperations[] = {
+    {kSparseFfn, "cpu_sparse_ffn", true, sparse_ffn_op},
+    {kDenseFfn, "cpu_dense_ffn", true, dense_ffn_op},
+    {kRoute, "cpu_route", true, route_op},
+    {kRoutedFfn, "cpu_routed_ffn", true, routed_ffn_op},
+    {kLinear, "cpu_linear", true, linear_op},
+    {kRead, "cpu_read", true, read_op},
+    // The instruction set in use; the usable ones, best first, separated by commas; and, for
+    // tests, a switch to one of them ("" = the best again).
+    {"cpu_isa() -> str", "cpu_isa", false, isa_op},
+    {"cpu_isas() -> str", "cpu_isas", false, isas_op},
+    {"cpu_force_isa(str name) -> ()", "cpu_force_isa", false, force_isa_op},
+};
+
+// Registers when the library is loaded and deregisters when it is unloaded. A failure (an operation
+// of that name exists: a second copy of the library) leaves the rest unregistered; throwing from
+// here would end the process.
+class Registration {
+ public:
+  Registration() {
+    TorchLibraryHandle definitions = open(nullptr);
+    if (!definitions) return;
+    for (const Operation& operation : kOperations)
+      if (aoti_torch_library_def(definitions, operation.schema) != 0) return;
+    TorchLibraryHandle cpu = open("CPU"), any = open("CompositeExplicitAutograd");
+    if (!cpu || !any) return;
+    for (const Operation& operation : kOperations) {
+      const TorchLibraryHandle library = operation.takes_tensors ? cpu : any;
+      if (torch_library_impl(library, operation.name, operation.run, TORCH_TARGET_VERSION) != 0)
+        return;
+    }
+  }
+  ~Registration() {
+    while (count_ > 0) aoti_torch_delete_library_object(handles_[--count_]);
+  }
+  Registration(const Registration&) = delete;
+  Registration& operator=(const Registration&) = delete;
+
+ private:
+  TorchLibraryHandle open(const char* dispatch_key) {
+    TorchLibraryHandle handle = nullptr;
+    const AOTITorchError error =
+        dispatch_key ? aoti_torch_library_init_impl("sparse_runtime", dispatch_key, __FILE__,
+                                                    __LINE__, &handle)
+                     : aoti_torch_library_init_fragment("sparse_runtime", __FILE__, __LINE__,
+                                                        &handle);
+    if (error != 0) return nullptr;
+    handles_[count_++] = handle;
+    return handle;
+  }
+
+  TorchLibraryHandle handles_[3];
+  int count_ = 0;
+};
+
+const Registration registration;
+
 }  // namespace
-
-STABLE_TORCH_LIBRARY_FRAGMENT(sparse_runtime, m) {
-  m.def(kSparseFfn);
-  m.def(kDenseFfn);
-  m.def(kRoute);
-  m.def(kRoutedFfn);
-  m.def(kLinear);
-  m.def(kRead);
-  // The instruction set in use; the usable ones, best first, separated by commas; and, for tests,
-  // a switch to one of them ("" = the best again).
-  m.def("cpu_isa() -> str");
-  m.def("cpu_isas() -> str");
-  m.def("cpu_force_isa(str name) -> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(sparse_runtime, CPU, m) {
-  m.impl("cpu_sparse_ffn", sparse_ffn_op);
-  m.impl("cpu_dense_ffn", dense_ffn_op);
-  m.impl("cpu_route", route_op);
-  m.impl("cpu_routed_ffn", routed_ffn_op);
-  m.impl("cpu_linear", linear_op);
-  m.impl("cpu_read", read_op);
-}
-
-STABLE_TORCH_LIBRARY_IMPL(sparse_runtime, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", isa_op);
-  m.impl("cpu_isas", isas_op);
-  m.impl("cpu_force_isa", force_isa_op);
-}
