@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from sparse_runtime.hardware import cpu_name
+
 _PACKAGES = ("sparse-runtime", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -23,7 +25,7 @@ def host_record(device: torch.device | str = "cpu") -> dict[str, Any]:
     record: dict[str, Any] = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "isa": torch.backends.cpu.get_cpu_capability(),
         "python": platform.python_version(),
@@ -54,16 +56,6 @@ def read_bandwidth_gbps(
 def _synchronize(device: torch.device | str) -> None:
     if torch.device(device).type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -12,6 +12,7 @@ from sparse_runtime.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
 
 __all__ = [
@@ -23,7 +24,9 @@ __all__ = [
     "__version__",
     "cost_report",
     "dense",
+    "fast_linear",
     "reset_cost",
+    "slow_linear",
     "sparse_modules",
     "sparsify",
     "unsparsify",

@@ -6,16 +6,18 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport, count_cost
 from sparse_runtime.errors import AlreadySparseError, NothingMatchedError, NotSparseError
-from sparse_runtime.sparse_ffn import SparseFFN
+from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.sparse_ffn import Padding, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -25,6 +27,7 @@ def sparsify(
     clusters: ClusterSet | str | os.PathLike[str],
     *,
     config: SparseConfig | None = None,
+    **options: Any,
 ) -> ModelT:
     """Make a model's FFNs read only the neurons that each token's cluster needs, in place.
 
@@ -34,18 +37,21 @@ def sparsify(
         model: a causal language model whose type is in the architecture table.
         clusters: the artifact, or the folder or Hub id it is loaded from.
         config: run-time options; the defaults route decode steps and leave prefill dense.
+        options: fields of :class:`SparseConfig` by name, in place of those of ``config``:
+            ``sparsify(model, clusters, fast_linear=True)``.
 
     Returns:
         The same model.
 
     Raises:
+        ConfigError: an option is unknown or out of range.
         AlreadySparseError: the model is sparse already.
         UnsupportedArchitectureError: the model type, or one of its FFNs, is not supported.
         NothingMatchedError: no layer of the artifact is in the model.
         FingerprintMismatchError: the artifact was built for other weights.
         ArtifactError: the artifact cannot be read.
     """
-    config = config or SparseConfig()
+    config = (config or SparseConfig()).with_options(options)
     if _sparse_modules(model):
         raise AlreadySparseError(
             "the model is sparse already; call unsparsify(model) before another sparsify"
@@ -63,9 +69,14 @@ def sparsify(
             f"has {[layer.index for layer in layers]}; build clusters for this model"
         )
     sparse = [(layer, SparseFFN(layer, clusters.layers[layer.index], config)) for layer in matched]
+    padding = Padding()
     for layer, module in sparse:
         module.train(layer.mlp.training)
+        module.padding = padding
         setattr(layer.parent, layer.attribute, module)
+    model.register_forward_pre_hook(_NotePadding(padding), with_kwargs=True)
+    if config.fast_linear:
+        fast_linear(model)
     return model
 
 
@@ -78,7 +89,11 @@ def unsparsify(model: ModelT) -> ModelT:
     for name, module in _require_sparse(model):
         parent_name, _, attribute = name.rpartition(".")
         setattr(model.get_submodule(parent_name), attribute, module.restore())
-    return model
+    for key, hook in list(model._forward_pre_hooks.items()):
+        if isinstance(hook, _NotePadding):
+            del model._forward_pre_hooks[key]
+            model._forward_pre_hooks_with_kwargs.pop(key, None)
+    return slow_linear(model)
 
 
 @contextmanager
@@ -125,6 +140,25 @@ def sparse_modules(model: nn.Module) -> list[SparseFFN]:
         NotSparseError: the model holds no sparse FFN.
     """
     return [module for _, module in _require_sparse(model)]
+
+
+class _NotePadding:
+    """Forward pre-hook of the model: padding tokens of the coming call, for the FFNs to skip."""
+
+    def __init__(self, padding: Padding) -> None:
+        self._padding = padding
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._padding.mask = None
+        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
+        mask = kwargs.get("attention_mask")
+        if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor)):
+            return
+        # On a GPU, asking whether there is padding would wait for the device.
+        if mask.device.type == "cpu" and mask.dim() == 2 and tokens.shape[1] <= mask.shape[1]:
+            self._padding.mask = mask[:, -tokens.shape[1] :]
 
 
 def _sparse_modules(model: nn.Module) -> list[tuple[str, SparseFFN]]:

@@ -345,37 +345,43 @@ def bench(
         str | None, typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m.")
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of --shape.")] = None,
-    density: Annotated[float, typer.Option(help="Density of --shape's random sets.")] = 0.5,
-    prompt_tokens: Annotated[int, typer.Option(min=1, help="Prompt length.")] = 128,
-    new_tokens: Annotated[int, typer.Option(min=2, help="Tokens per run.")] = 32,
+    density: Annotated[
+        str, typer.Option(help="Densities of --shape's random sets, with commas.")
+    ] = "0.5",
+    prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 128,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 5,
+    batches: Annotated[
+        str | None, typer.Option(help="Further batch sizes to decode, with commas.")
+    ] = None,
     dtype: DtypeOption = "bfloat16",
-    device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Prefill and decode latency, sparse beside dense in one run."""
+    """FFN, prefill and decode latency on the CPU, sparse beside dense in one run."""
     from sparse_runtime.eval.latency import bench as run_bench
     from sparse_runtime.eval.shapes import random_clusters, random_model
 
+    sizes = [] if batches is None else _numbers("--batches", batches, int)
     if shape is not None:
         if model is not None or clusters is not None:
             raise ConfigError(
                 "--shape makes its own model and clusters; leave MODEL and --clusters"
             )
+        densities = _numbers("--density", density, float)
         loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype))
-        artifact = random_clusters(loaded, density=density)
-        loaded.to(device or "cpu")
+        artifacts = [random_clusters(loaded, density=share) for share in densities]
     else:
         if model is None or clusters is None:
             raise ConfigError("give MODEL and --clusters DIR, or --shape")
-        artifact = ClusterSet.from_pretrained(clusters)
-        loaded, _ = load_model(model, dtype=_dtype(dtype, device), device=device)
-    sparsify(loaded, artifact)
+        artifacts = [ClusterSet.from_pretrained(clusters)]
+        loaded, _ = load_model(model, dtype=parse_dtype(dtype))
     result = run_bench(
         loaded,
+        artifacts,
         prompt_tokens=prompt_tokens,
         new_tokens=new_tokens,
         repeats=repeats,
+        batches=sizes,
         progress=RichProgress(err),
     )
     _print_bench(shape or str(model), result)
@@ -553,22 +559,45 @@ def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def _print_bench(name: str, result: dict[str, Any]) -> None:
-    table = Table("", "dense ms", "sparse ms", "speed-up", title=escape(name))
-    for stage in ("prefill", "decode"):
-        figures = result[stage]
-        table.add_row(
-            stage if stage == "decode" else f"prefill of {figures['tokens']} tokens",
-            f"{figures['dense_ms']:.1f}",
-            f"{figures['sparse_ms']:.1f}",
-            f"{figures['speedup']:.2f}×",
+    for run in result["runs"]:
+        mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
+        out.print(
+            f"[bold]{escape(name)}[/bold], density {mlp['density']:.2f}, cost share "
+            f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
         )
-    out.print(table)
-    decode = result["decode"]
+        out.print(
+            f"one FFN, one token: F.linear {mlp['dense_ms']:.3f} ms, prepacked "
+            f"{mlp['prepacked_ms'] or float('nan'):.3f} ms, sparse {mlp['sparse_ms']:.3f} ms "
+            f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
+            f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of the bandwidth)"
+        )
+        table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
+        for variant, gbps in decode["gbps"].items():
+            table.add_row(
+                variant.replace("_fast", " + fast linears"),
+                f"{decode[variant + '_ms']:.1f}",
+                f"{decode[variant + '_p90_ms']:.1f}",
+                f"{decode[variant + '_tok_s']:.1f}",
+                f"{gbps:.1f}",
+            )
+        out.print(table)
+        out.print(
+            f"decode: sparse {decode['speedup']:.2f}×, with fast linears on both sides "
+            f"{decode['speedup_fast']:.2f}× (ceiling by bytes {decode['ceiling']:.2f}×), both "
+            f"together {decode['speedup_total']:.2f}×; prefill of {result['prompt_tokens']} tokens "
+            f"{prefill['dense_ms']:.0f} → {prefill['sparse_ms']:.0f} ms "
+            f"({prefill['speedup']:.2f}×)\n"
+        )
+    for batch in result["batches"]:
+        out.print(
+            f"batch {batch['batch']}: {batch['dense_ms']:.1f} → {batch['sparse_ms']:.1f} ms "
+            f"({batch['speedup']:.2f}×)"
+        )
+    memory = result["memory"]
     out.print(
-        f"decode {decode['dense_tok_s']:.1f} → {decode['sparse_tok_s']:.1f} tokens/s at cost share "
-        f"{result['cost_share']:.3f} (ceiling {decode['ceiling']:.2f}×); "
-        f"{decode['dense_gbps']:.1f} → {decode['sparse_gbps']:.1f} GB/s of {result['read_gbps']:.1f} "
-        "measured"
+        f"memory: dense {memory['dense_mib']:.0f} MiB, sparse {memory['sparse_mib']:.0f} MiB; "
+        f"(weights + growth) ÷ weights = {memory['ratio']:.3f}, artifact "
+        f"{memory['artifact_mib']:.0f} MiB"
     )
 
 

@@ -97,6 +97,16 @@ class ClusterSet:
     fingerprint: dict[str, Any]
     build: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all its tensors in memory."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for layer in self.layers.values()
+            for tensor in vars(layer).values()
+            if isinstance(tensor, Tensor)
+        )
+
     def check_model(self, model: nn.Module) -> None:
         """Check that the artifact was built for this model.
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields, replace
+from typing import Any, Literal
 
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels import BACKENDS
@@ -14,19 +14,26 @@ class SparseConfig:
     """How a sparse model runs.
 
     Args:
-        backend: kernel backend; ``auto`` picks the best one for the device.
+        backend: kernel backend; ``auto`` picks the best one for the device, and leaves the model
+            dense, with a warning, where there is none. ``reference`` is for checking: it is slower
+            than dense.
         strict: raise where the backend asked for cannot run, instead of falling back with a warning.
-        prefill: ``dense`` runs calls of more than ``max_sparse_tokens`` tokens through the original
-            FFN; ``sparse`` routes every token of every call (evaluation does).
+        prefill: ``dense`` runs calls of many tokens through all neurons; ``sparse`` routes every
+            token of every call (evaluation does).
         max_sparse_tokens: largest number of tokens in one call (batch · sequence) that is run
-            sparsely when ``prefill`` is ``dense``.
+            sparsely when ``prefill`` is ``dense``; None finds the fastest path for each size by a
+            short measurement, kept in the user's cache folder (sparse up to 64 tokens at most).
+        fast_linear: also run the model's other linear layers (attention, output head) through the
+            CPU kernels in calls of few tokens, where torch reads bfloat16 weights at half of the
+            memory's speed; see :func:`sparse_runtime.fast_linear`.
         check_fingerprint: refuse an artifact that was built for other weights.
     """
 
     backend: str = "auto"
     strict: bool = False
     prefill: Literal["dense", "sparse"] = "dense"
-    max_sparse_tokens: int = 16
+    max_sparse_tokens: int | None = None
+    fast_linear: bool = False
     check_fingerprint: bool = True
 
     def __post_init__(self) -> None:
@@ -34,5 +41,17 @@ class SparseConfig:
             raise ConfigError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.prefill not in ("dense", "sparse"):
             raise ConfigError(f"prefill is {self.prefill!r}; expected 'dense' or 'sparse'")
-        if self.max_sparse_tokens < 1:
+        if self.max_sparse_tokens is not None and self.max_sparse_tokens < 1:
             raise ConfigError(f"max_sparse_tokens is {self.max_sparse_tokens}; expected 1 or more")
+
+    def with_options(self, options: dict[str, Any]) -> SparseConfig:
+        """Return a copy with some fields changed.
+
+        Raises:
+            ConfigError: a name is no field, or a value is out of range.
+        """
+        names = [field.name for field in fields(self)]
+        unknown = sorted(set(options) - set(names))
+        if unknown:
+            raise ConfigError(f"option {unknown[0]!r} is not known; expected some of {names}")
+        return replace(self, **options)

@@ -33,6 +33,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_runtime.errors import ConfigError, ModelError
+from sparse_runtime.user_cache import cache_folder
 from sparse_runtime.version import __version__
 
 DEMO = "demo"
@@ -194,7 +195,7 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map: str | None) -> t
 
 def _load_demo(dtype: torch.dtype) -> tuple[Any, Any]:
     file = _demo_file()
-    folder = _cache_folder()
+    folder = cache_folder() / f"demo-{version(_DEMO_PACKAGE)}"
     # Whatever the conversion depends on; a cached model made from anything else is not used.
     origin = {
         "gguf_sha256": _sha256(file),
@@ -247,11 +248,6 @@ def _quiet_transformers() -> Iterator[None]:
             reader.tqdm = tqdm  # type: ignore[attr-defined]
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-def _cache_folder() -> Path:
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "sparse_runtime" / f"demo-{version(_DEMO_PACKAGE)}"
 
 
 def _sha256(file: Path) -> str:

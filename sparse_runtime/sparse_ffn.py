@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +15,32 @@ from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
+from sparse_runtime.hardware import cpu_name
 from sparse_runtime.kernels import resolve_backend, sparse_ffn
+from sparse_runtime.kernels.token_paths import MAX_SPARSE_TOKENS, PathTable
 from sparse_runtime.predictors import router_logits
+from sparse_runtime.version import __version__
+
+#: The reference backend's bound on sparse calls.
+REFERENCE_SPARSE_TOKENS = 16
+
+
+class Padding:
+    """Which tokens of a call are padding; set by a hook on the model, read by its FFNs.
+
+    Attributes:
+        mask: attention mask [B, T] of the current call, nonzero for real tokens; None if unknown.
+    """
+
+    def __init__(self) -> None:
+        self.mask: Tensor | None = None
+
+    def kept(self, num_tokens: int) -> Tensor | None:
+        """Indices of the real tokens of a call, int64; None where there is no padding."""
+        if self.mask is None or self.mask.numel() != num_tokens or torch.compiler.is_compiling():
+            return None
+        kept = self.mask.reshape(-1).nonzero().squeeze(-1)
+        return None if len(kept) == num_tokens else kept
 
 
 class SparseFFN(nn.Module):
@@ -29,8 +55,9 @@ class SparseFFN(nn.Module):
     Attributes:
         cluster_counts: tokens routed to each cluster so far [K] int64.
         dense_token_count: tokens that took the dense path so far, int64 scalar tensor.
-        backend: kernel backend in use, ``cpu`` or ``reference``.
+        backend: kernel backend in use: ``cpu``, ``reference``, or ``dense`` for none.
         forced_dense: run ``base_layer`` whatever the call (see ``sparse_runtime.dense``).
+        padding: which tokens of the current call are padding, shared by a model's layers.
         route: hidden states [n, H] -> cluster ids [n] int64; evaluation swaps it for an oracle.
     """
 
@@ -51,9 +78,11 @@ class SparseFFN(nn.Module):
         self.activation = layer.activation
         self.config = config
         self.forced_dense = False
+        weight = layer.gate.weight
         self.backend = resolve_backend(
-            config.backend, layer.gate.weight.device, strict=config.strict
+            config.backend, weight.device, weight.dtype, strict=config.strict
         )
+        self.padding = Padding()
         self._projections = (layer.gate, layer.up, layer.down)
         self.route: Callable[[Tensor], Tensor] = self._predict
 
@@ -86,8 +115,10 @@ class SparseFFN(nn.Module):
         )
         self.register_state_dict_post_hook(_hide_base_layer)
         self.register_load_state_dict_pre_hook(_show_base_layer)
-        down = layer.down.weight
-        down.data = down.data.t().contiguous().t()
+        self._density = self.set_sizes.float().mean().item() / layer.intermediate_size
+        if self.backend != "dense":
+            down = layer.down.weight
+            down.data = down.data.t().contiguous().t()
 
     def restore(self) -> nn.Module:
         """Put the down projection back as it was and return the original module."""
@@ -97,28 +128,73 @@ class SparseFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
-        num_tokens = hidden_states.shape[:-1].numel()
-        if self._runs_dense(num_tokens):
+        hidden_size = self.cost.hidden_size
+        num_tokens = hidden_states.numel() // hidden_size
+        if self.forced_dense or self.backend == "dense":
             self.dense_token_count += num_tokens
             return self.base_layer(hidden_states)
-        gate, up, down = self._projections
-        x = hidden_states.reshape(-1, hidden_states.shape[-1]).to(gate.weight.device)
-        if self.backend == "cpu" and self.route == self._predict:
-            return self._fused(x).reshape(hidden_states.shape)
+        x = hidden_states.reshape(num_tokens, hidden_size)
+        if self.backend != "cpu":  # for the others, accelerate may have put layers elsewhere
+            x = x.to(self.router_up.device)
+        kept = self.padding.kept(num_tokens) if num_tokens > 1 else None
+        if kept is None:
+            return self._run(x).reshape(hidden_states.shape)
+        output = torch.zeros_like(x)
+        output[kept] = self._run(x[kept])
+        return output.reshape(hidden_states.shape)
+
+    def _run(self, x: Tensor) -> Tensor:
+        path = self._path(x.shape[0])
+        if path == "sparse" and self.backend == "cpu" and self.route == self._predict:
+            return self._fused(x)
+        if path == "torch":
+            self.dense_token_count += x.shape[0]
+            return self.base_layer(x)
+        if path == "rows":
+            self.dense_token_count += x.shape[0]
+            return self._all_rows(x)
         cluster_ids = self.route(x)
-        self.cluster_counts.scatter_add_(0, cluster_ids, self._one.expand(num_tokens))
-        output = sparse_ffn(
-            x,
-            gate.weight,
-            up.weight,
-            down.weight.t(),
-            self.active_sets,
-            cluster_ids,
-            self.activation,
-        )
+        self.cluster_counts.scatter_add_(0, cluster_ids, self._one.expand(x.shape[0]))
+        gate, up, down = (linear.weight for linear in self._projections)
+        output = sparse_ffn(x, gate, up, down.t(), self.active_sets, cluster_ids, self.activation)
         if self.cluster_bias is not None:
             output += self.cluster_bias[cluster_ids]
-        return output.reshape(hidden_states.shape)
+        return output
+
+    def _path(self, num_tokens: int) -> str:
+        """Choose among ``token_paths.PATHS``."""
+        if self.config.prefill == "sparse":
+            return "sparse"
+        limit = self.config.max_sparse_tokens
+        if self.backend != "cpu":
+            return "sparse" if num_tokens <= (limit or REFERENCE_SPARSE_TOKENS) else "torch"
+        if num_tokens <= (limit or 1):
+            return "sparse"
+        if torch.compiler.is_compiling():
+            return "torch" if limit or num_tokens > MAX_SPARSE_TOKENS else "sparse"
+        may_be_sparse = limit is None and num_tokens <= MAX_SPARSE_TOKENS
+        table = path_table(
+            self.cost,
+            self.activation,
+            self.router_up.dtype,
+            self._density if may_be_sparse else 1.0,
+        )
+        return table.path(num_tokens, partial(self._candidates, sparse=may_be_sparse))
+
+    def _candidates(self, num_tokens: int, *, sparse: bool) -> dict[str, Callable[[], Tensor]]:
+        """Calls of ``num_tokens`` random tokens, spread over the clusters, by path."""
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(num_tokens, self.cost.hidden_size, generator=generator)
+        x = x.to(self.router_up.dtype)
+        gate, up, down = (linear.weight for linear in self._projections)
+        calls = {"rows": lambda: self._all_rows(x), "torch": lambda: self.base_layer(x)}
+        if sparse:
+            num_clusters = self.active_sets.shape[0]
+            ids = torch.randint(num_clusters, (num_tokens,), generator=generator)
+            calls["sparse"] = lambda: torch.ops.sparse_runtime.cpu_sparse_ffn(
+                x, gate, up, down.t(), self.active_sets, ids, self.activation
+            )
+        return calls
 
     def reset_counts(self) -> None:
         """Set the token counters to zero."""
@@ -127,28 +203,34 @@ class SparseFFN(nn.Module):
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
-        clusters, density = self.active_sets.shape[0], self.set_sizes.float().mean().item()
-        density /= self.cost.intermediate_size
-        return f"clusters={clusters}, mean_density={density:.3f}, prefill={self.config.prefill}"
+        return (
+            f"clusters={self.active_sets.shape[0]}, mean_density={self._density:.3f}, "
+            f"backend={self.backend}, prefill={self.config.prefill}"
+        )
 
-    def _runs_dense(self, num_tokens: int) -> bool:
-        if self.forced_dense:
-            return True
-        return self.config.prefill == "dense" and num_tokens > self.config.max_sparse_tokens
+    def _all_rows(self, x: Tensor) -> Tensor:
+        gate, up, down = (linear.weight for linear in self._projections)
+        output: Tensor = torch.ops.sparse_runtime.cpu_dense_ffn(
+            x, gate, up, down.t(), self.activation
+        )
+        return output
 
     def _fused(self, x: Tensor) -> Tensor:
-        gate, up, down = self._projections
-        output: Tensor = torch.ops.sparse_runtime.cpu_routed_ffn(
+        # Straight from the dictionaries: nn.Module's attribute access costs as much as the router.
+        buffers = self._buffers
+        gate, up, down = (linear._parameters["weight"] for linear in self._projections)
+        assert down is not None
+        output: Tensor = torch.ops.sparse_runtime.cpu_routed_ffn.default(
             x,
-            gate.weight,
-            up.weight,
-            down.weight.t(),
-            self.active_sets,
-            self.router_down,
-            self.router_up,
-            self.router_bias,
-            self.cluster_bias,
-            self.cluster_counts,
+            gate,
+            up,
+            down.t(),
+            buffers["active_sets"],
+            buffers["router_down"],
+            buffers["router_up"],
+            buffers["router_bias"],
+            buffers["cluster_bias"],
+            buffers["cluster_counts"],
             self.activation,
         )
         return output
@@ -170,3 +252,29 @@ def _show_base_layer(
 ) -> None:
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def path_table(cost: FFNCost, activation: str, dtype: torch.dtype, density: float) -> PathTable:
+    """The measured paths of FFNs of one shape, for the current number of threads."""
+    return _path_table(
+        cost.hidden_size,
+        cost.intermediate_size,
+        activation,
+        str(dtype),
+        round(density * 20) / 20,
+        torch.get_num_threads(),
+    )
+
+
+@functools.cache
+def _path_table(
+    hidden_size: int,
+    intermediate_size: int,
+    activation: str,
+    dtype: str,
+    density: float,
+    threads: int,
+) -> PathTable:
+    shape = [hidden_size, intermediate_size, activation, dtype, density]
+    isa = torch.ops.sparse_runtime.cpu_isa()
+    return PathTable([cpu_name(), isa, threads, torch.__version__, __version__, *shape])

@@ -91,13 +91,24 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
 
     code, out, err = run(
         "bench", tiny_folder, "--clusters", built, "--prompt-tokens", 20, "--new-tokens", 3,
-        "--repeats", 1, "--json", file,
+        "--repeats", 1, "--batches", "2", "--json", file,
     )  # fmt: skip
     assert code == 0, err
+    assert "F.linear" in out
     figures = json.loads(file.read_text())
     assert figures["read_gbps"] > 0
-    assert figures["decode"]["ceiling"] > 1
-    assert figures["decode"]["dense_ms"] > 0
+    decode, mlp = figures["decode"], figures["mlp"]
+    assert decode["ceiling"] > 1
+    assert decode["speedup"] == pytest.approx(decode["dense_ms"] / decode["sparse_ms"])
+    assert decode["speedup_fast"] == pytest.approx(
+        decode["dense_fast_ms"] / decode["sparse_fast_ms"]
+    )
+    assert mlp["bandwidth_share"] == pytest.approx(mlp["gbps"] / mlp["read_gbps"])
+    assert [row["tokens"] for row in mlp["tokens"]] == [1, 2, 4, 8, 16, 32, 64]
+    assert all(row["path"] in ("sparse", "rows", "torch") for row in mlp["tokens"][1:])
+    assert [row["batch"] for row in figures["batches"]] == [2]
+    assert figures["memory"]["weights_mib"] > 0
+    assert len(figures["runs"]) == 1
     assert figures["host"]["threads"] == torch.get_num_threads()
 
 

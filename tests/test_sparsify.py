@@ -28,6 +28,7 @@ from sparse_runtime.errors import (
 )
 from sparse_runtime.kernels import cpu as cpu_backend
 from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels.token_paths import PathTable
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -210,9 +211,68 @@ def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
     for config in (SparseConfig(backend="cpu"), SparseConfig(strict=True)):
         with pytest.raises(BackendUnavailableError, match="pip install"):
             sparsify(tiny_model, clusters, config=config)
-    with pytest.warns(UserWarning, match="slower than dense"):
+    with pytest.warns(UserWarning, match="run dense"):
         sparsify(tiny_model, clusters)
-    assert {module.backend for module in sparse_modules(tiny_model)} == {"reference"}
+    assert {module.backend for module in sparse_modules(tiny_model)} == {"dense"}
+    expected = logits(unsparsify(tiny_model))
+    cpu_backend._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="run dense"):
+        sparsify(tiny_model, clusters)
+    assert torch.equal(logits(tiny_model), expected)
+    assert cost_report(tiny_model).sparse_tokens == 0
+
+
+@pytest.mark.parametrize("path", ["rows", "torch", "sparse"])
+def test_calls_of_several_tokens_take_the_measured_path(tiny_model, monkeypatch, path):
+    asked = []
+
+    def choose(table, num_tokens, candidates):
+        asked.append((num_tokens, sorted(candidates(num_tokens))))
+        for call in candidates(num_tokens).values():
+            assert call().shape == (num_tokens, 32)
+        return path
+
+    monkeypatch.setattr(PathTable, "path", choose)
+    expected = logits(tiny_model)
+    sparsify(tiny_model, random_cluster_set(tiny_model, 1.0))
+    with torch.inference_mode():
+        found = tiny_model(input_ids=IDS).logits
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+    assert asked == [(6, ["rows", "sparse", "torch"])] * 3
+    report = cost_report(tiny_model)
+    counted = report.sparse_tokens if path == "sparse" else report.dense_tokens
+    assert counted == 3 * IDS.numel()
+    # A long prompt is never sparse, whatever is fastest.
+    asked.clear()
+    logits(tiny_model, IDS.repeat(1, 12))
+    assert asked == [(72, ["rows", "torch"])] * 3
+
+
+def test_padding_tokens_are_left_out(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5), prefill="sparse")
+    batch = torch.tensor([[0, 0, 0, 4, 8, 6], [5, 9, 2, 7, 1, 3]])
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+    with torch.inference_mode():
+        found = tiny_model(input_ids=batch, attention_mask=mask).logits
+        assert cost_report(tiny_model).sparse_tokens == 3 * 9
+        for module in sparse_modules(tiny_model):
+            module.padding = type(module.padding)()
+        expected = tiny_model(input_ids=batch, attention_mask=mask).logits
+    assert cost_report(tiny_model).sparse_tokens == 3 * (9 + 12)
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+
+
+def test_unsparsify_removes_its_hook(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5))
+    assert len(tiny_model._forward_pre_hooks) == 1
+    unsparsify(tiny_model)
+    assert not tiny_model._forward_pre_hooks
+    assert not tiny_model._forward_pre_hooks_with_kwargs
+
+
+def test_unknown_option(tiny_model):
+    with pytest.raises(ConfigError, match=r"'prefil' is not known.*'prefill'"):
+        sparsify(tiny_model, random_cluster_set(tiny_model, 0.5), prefil="sparse")
 
 
 def test_sparsify_twice(tiny_model):

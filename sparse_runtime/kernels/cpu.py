@@ -11,6 +11,8 @@ from torch import Tensor
 
 from sparse_runtime.errors import BackendUnavailableError
 
+#: What the kernels compute in.
+CPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 LIBRARY = Path(__file__).with_name("libsparse_ffn_cpu.so")
 
 
@@ -24,40 +26,48 @@ def load_cpu_library() -> bool:
     except OSError as error:
         warnings.warn(f"{LIBRARY.name} does not load here: {error}", stacklevel=2)
         return False
-    torch.library.register_fake("sparse_runtime::cpu_routed_ffn", _routed_ffn_fake)
+    torch.library.register_fake("sparse_runtime::cpu_routed_ffn", _like_first)
+    torch.library.register_fake("sparse_runtime::cpu_dense_ffn", _like_first)
+    torch.library.register_fake("sparse_runtime::cpu_linear", _linear_fake)
     return True
 
 
-def resolve_backend(name: str, device: torch.device, *, strict: bool) -> str:
+def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
     """Pick the kernel backend of a model on ``device``.
 
     Args:
         name: ``auto``, ``cpu`` or ``reference``.
         device: of the model's weights.
+        dtype: of the model's weights.
         strict: raise instead of falling back.
 
     Returns:
-        ``cpu`` or ``reference``.
+        ``cpu``, ``reference``, or ``dense`` where nothing faster than the dense FFN can run.
 
     Raises:
         BackendUnavailableError: ``cpu`` cannot run here and was asked for by name, or ``strict``.
     """
     if name == "reference":
         return "reference"
-    available = device.type == "cpu" and load_cpu_library()
-    if available:
-        return "cpu"
+    problem = None
     if device.type != "cpu":
         problem = f"there is no fast backend for device {device} yet"
-    else:
+    elif dtype not in CPU_DTYPES:
+        names = ", ".join(str(known).removeprefix("torch.") for known in CPU_DTYPES)
+        problem = f"the weights are {dtype}; the CPU kernels take {names}"
+    elif not load_cpu_library():
         problem = (
-            f"{LIBRARY.name} is not there: it is built by pip install where torch and a C++ compiler "
-            "are"
+            f"{LIBRARY.name} is not there: it is built by pip install where torch >= 2.10 and a C++ "
+            "compiler are; install them and run pip install again"
         )
+    elif torch.ops.sparse_runtime.cpu_isa() == "scalar" and name == "auto":
+        problem = "this processor has none of AVX2, AVX-512 and NEON"
+    if problem is None:
+        return "cpu"
     if strict or name == "cpu":
         raise BackendUnavailableError(f"backend {name!r} cannot run: {problem}")
-    _warn_once(f"sparse FFNs run in plain PyTorch, slower than dense: {problem}")
-    return "reference"
+    _warn_once(f"sparse FFNs run dense: {problem}")
+    return "dense"
 
 
 @functools.cache
@@ -65,5 +75,9 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _routed_ffn_fake(x: Tensor, *unused: object) -> Tensor:
+def _like_first(x: Tensor, *unused: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])

@@ -1,0 +1,181 @@
+"""Latency of FFNs alone: dense as torch runs it, the best dense there is, and sparse.
+
+Weights are rotated over several layers, so that a call finds none of them in the caches, as in a real
+decode step. All variants take turns in one run, and the read bandwidth is measured between them.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.host import read_bandwidth_gbps
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.sparse_ffn import SparseFFN
+
+#: Layers that calls rotate over; enough to be beyond every cache, few enough to copy.
+_MAX_LAYERS = 4
+_MIN_BYTES = 256 * 2**20
+_TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+#: A call that takes longer than this is repeated three times only.
+_SLOW_SECONDS = 0.3
+
+Variant = Callable[[int, Tensor], Any]
+
+
+def bench_mlp(
+    modules: Sequence[SparseFFN], *, repeats: int = 41, token_counts: Sequence[int] = _TOKEN_COUNTS
+) -> dict[str, Any]:
+    """Time the FFNs of a sparse model against dense ones of the same weights.
+
+    Args:
+        modules: the model's sparse FFNs, backend ``cpu``.
+        repeats: calls of each variant at one token.
+        token_counts: tokens per call of the second table.
+
+    Returns:
+        For one token ``dense_ms`` (``F.linear``), ``best_dense_ms`` (oneDNN-prepacked weights, or
+        the kernels' own all-rows path where that is faster) with its name, ``sparse_ms``,
+        ``speedup`` over the best dense, ``speedup_over_linear``, ``gbps`` and ``bandwidth_share`` of
+        the sparse calls, ``density``; ``read_gbps``; and ``tokens``: by number of tokens, the same
+        and the path that the runtime chooses.
+
+    Raises:
+        SparseRuntimeError: the sparse FFN's outputs are not those of the reference.
+    """
+    layer_bytes = modules[0].cost.dense_bytes
+    count = min(len(modules), max(_MAX_LAYERS, -(-_MIN_BYTES // layer_bytes)))
+    layers = list(modules[:count])
+    _verify(layers[:_MAX_LAYERS])
+    dense = [_DenseFFN(module) for module in layers]
+    variants: dict[str, Variant] = {
+        "dense": lambda i, x: dense[i].linear(x),
+        "all_rows": lambda i, x: layers[i]._all_rows(x),
+        "sparse": lambda i, x: layers[i]._fused(x),
+    }
+    if dense[0].packed is not None:
+        variants["prepacked"] = lambda i, x: dense[i].prepacked(x)
+    result: dict[str, Any] = {"tokens": []}
+    for num_tokens in token_counts:
+        calls = dict(variants)
+        if num_tokens > 1:
+            calls["chosen"] = lambda i, x: layers[i]._run(x)
+        seconds, read_gbps = _in_turns(calls, layers, num_tokens, repeats)
+        milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
+        if num_tokens == 1:
+            result |= _one_token(seconds, layers, statistics.median(read_gbps))
+        else:
+            milliseconds["path"] = layers[0]._path(num_tokens)  # type: ignore[assignment]
+        result["tokens"].append({"tokens": num_tokens, **milliseconds})
+    return result
+
+
+def _one_token(
+    seconds: dict[str, float], layers: Sequence[SparseFFN], read_gbps: float
+) -> dict[str, Any]:
+    best = min((name for name in seconds if name != "sparse"), key=lambda name: seconds[name])
+    neurons = layers[0].cost.intermediate_size
+    density = statistics.mean(m.set_sizes.float().mean().item() for m in layers) / neurons
+    bytes_read = statistics.mean(_bytes_read(module) for module in layers)
+    gbps = bytes_read / seconds["sparse"] / 1e9
+    opponent = seconds.get("prepacked", seconds["dense"])
+    return {
+        "density": density,
+        "dense_ms": 1e3 * seconds["dense"],
+        "prepacked_ms": 1e3 * seconds["prepacked"] if "prepacked" in seconds else None,
+        "all_rows_ms": 1e3 * seconds["all_rows"],
+        "fastest_dense": best,
+        "sparse_ms": 1e3 * seconds["sparse"],
+        "speedup": opponent / seconds["sparse"],
+        "speedup_over_linear": seconds["dense"] / seconds["sparse"],
+        "gbps": gbps,
+        "read_gbps": read_gbps,
+        "bandwidth_share": gbps / read_gbps,
+    }
+
+
+def _bytes_read(module: SparseFFN) -> float:
+    """Bytes that one token reads, its cluster taken at random."""
+    return module.cost.sparse_bytes(module.set_sizes.float().mean().item())
+
+
+def _in_turns(
+    calls: dict[str, Variant], layers: Sequence[SparseFFN], num_tokens: int, repeats: int
+) -> tuple[dict[str, float], list[float]]:
+    """Median seconds of each call, and the read bandwidths measured between the rounds."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    dtype, hidden_size = layers[0].router_up.dtype, layers[0].cost.hidden_size
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    read_gbps = []
+    with torch.inference_mode():
+        for repeat in range(repeats + 1):
+            x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
+            if repeat % 4 == 0:
+                read_gbps.append(read_bandwidth_gbps(mib=128, repeats=1))
+            for name, call in calls.items():
+                taken = seconds[name]
+                if len(taken) >= 4 and min(taken) > _SLOW_SECONDS:
+                    continue
+                started = time.perf_counter()
+                call(repeat % len(layers), x)
+                taken.append(time.perf_counter() - started)
+    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}, read_gbps
+
+
+def _verify(layers: Sequence[SparseFFN]) -> None:
+    """Compare sparse FFNs with the reference before anything is timed."""
+    for module in layers:
+        generator = torch.Generator().manual_seed(module.layer_index)
+        x = torch.randn(1, module.cost.hidden_size, generator=generator).to(module.router_up.dtype)
+        gate, up, down = (linear.weight for linear in module._projections)
+        with torch.inference_mode():
+            ids = module.route(x)
+            expected = sparse_ffn_reference(
+                x, gate, up, down.t(), module.active_sets, ids, module.activation
+            ).float()
+            if module.cluster_bias is not None:
+                expected += module.cluster_bias[ids].float()
+            error = (module._fused(x).float() - expected).norm() / expected.norm()
+        if not error < 0.02:
+            raise SparseRuntimeError(
+                f"layer {module.layer_index}: the sparse FFN is {error:.3f} (relative) away from the "
+                "reference; expected less than 0.02. Its speed means nothing; please report this"
+            )
+
+
+class _DenseFFN:
+    """A dense FFN of a sparse one's weights in torch's own layouts."""
+
+    def __init__(self, module: SparseFFN) -> None:
+        gate, up, down = (linear.weight.detach() for linear in module._projections)
+        self.weights = (gate, up, down.contiguous())
+        self.packed: tuple[Tensor, ...] | None = None
+        self._activation: Callable[[Tensor], Tensor] = ACTIVATION_FUNCTIONS[module.activation]
+        if gate.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            # What torch.compile with freezing does to a linear layer's weight.
+            self.packed = tuple(
+                torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in self.weights
+            )
+
+    def linear(self, x: Tensor) -> Tensor:
+        gate, up, down = self.weights
+        return F.linear(self._activation(F.linear(x, gate)) * F.linear(x, up), down)
+
+    def prepacked(self, x: Tensor) -> Tensor:
+        assert self.packed is not None
+        gate, up, down = self.packed
+        return _packed_linear(
+            self._activation(_packed_linear(x, gate)) * _packed_linear(x, up), down
+        )
+
+
+def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:
+    output: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return output
