@@ -30,12 +30,12 @@ from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.host import host_record, read_bandwidth_gbps
+from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import bench_mlp
 from sparse_runtime.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-VARIANTS = ("dense", "dense_fast", "sparse", "sparse_fast")
+_PREFILL_SECONDS = 60.0
 
 
 class TokenClock(BaseStreamer):
@@ -120,7 +120,8 @@ def bench(
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.vocab_size
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
-    read_gbps = [read_bandwidth_gbps()]
+    bandwidth = ReadBandwidth()
+    read_gbps = [bandwidth()]
     cache = time_prefill(model, prompt[:, :-1])[1]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
@@ -134,7 +135,7 @@ def bench(
                 run.time_sparse(model, prompt, cache, new_tokens)
                 memory.setdefault("sparse_mib", _resident_mib())
                 unsparsify(model)
-                read_gbps.append(read_bandwidth_gbps())
+                read_gbps.append(bandwidth())
                 advance(2)
             if repeat == 0:  # it warms up
                 for run in runs:
@@ -171,8 +172,13 @@ class _Run:
     def add(self, name: str, seconds: Sequence[float]) -> None:
         self.seconds.setdefault(name, []).extend(seconds)
 
+    def wants_prefill(self, variant: str) -> bool:
+        """Whether a prefill is still worth its time: with large models, two or three are enough."""
+        return sum(self.seconds.get(f"prefill {variant}", [])) < _PREFILL_SECONDS
+
     def time_sparse(self, model: Any, prompt: Tensor, cache: Any, new_tokens: int) -> None:
-        self.add("prefill sparse", [time_prefill(model, prompt)[0]])
+        if self.wants_prefill("sparse"):
+            self.add("prefill sparse", [time_prefill(model, prompt)[0]])
         reset_cost(model)
         self.add("decode sparse", time_decode(model, prompt, cache, new_tokens))
         report = cost_report(model)
@@ -220,13 +226,13 @@ class _Run:
 def _time_dense(
     model: Any, runs: Sequence[_Run], prompt: Tensor, cache: Any, new_tokens: int
 ) -> None:
-    prefill = time_prefill(model, prompt)[0]
+    prefill = time_prefill(model, prompt)[0] if runs[0].wants_prefill("dense") else None
     slow = time_decode(model, prompt, cache, new_tokens)
     fast_linear(model)
     fast = time_decode(model, prompt, cache, new_tokens)
     slow_linear(model)
     for run in runs:
-        run.add("prefill dense", [prefill])
+        run.add("prefill dense", [] if prefill is None else [prefill])
         run.add("decode dense", slow)
         run.add("decode dense_fast", fast)
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.host import read_bandwidth_gbps
+from sparse_runtime.eval.host import ReadBandwidth
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 from sparse_runtime.sparse_ffn import SparseFFN
 
@@ -37,7 +37,7 @@ def bench_mlp(
 
     Args:
         modules: the model's sparse FFNs, backend ``cpu``.
-        repeats: calls of each variant at one token.
+        repeats: calls of each variant at one token; a quarter of that at several.
         token_counts: tokens per call of the second table.
 
     Returns:
@@ -67,7 +67,8 @@ def bench_mlp(
         calls = dict(variants)
         if num_tokens > 1:
             calls["chosen"] = lambda i, x: layers[i]._run(x)
-        seconds, read_gbps = _in_turns(calls, layers, num_tokens, repeats)
+        rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
+        seconds, read_gbps = _in_turns(calls, layers, num_tokens, rounds)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
             result |= _one_token(seconds, layers, statistics.median(read_gbps))
@@ -114,11 +115,12 @@ def _in_turns(
     dtype, hidden_size = layers[0].router_up.dtype, layers[0].cost.hidden_size
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     read_gbps = []
+    bandwidth = ReadBandwidth()
     with torch.inference_mode():
         for repeat in range(repeats + 1):
             x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
             if repeat % 4 == 0:
-                read_gbps.append(read_bandwidth_gbps(mib=128, repeats=1))
+                read_gbps.append(bandwidth())
             for name, call in calls.items():
                 taken = seconds[name]
                 if len(taken) >= 4 and min(taken) > _SLOW_SECONDS:

@@ -552,7 +552,7 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
 
 
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*rows[0], title=title or None)
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title or None)
     for row in rows:
         table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
     out.print(table)
