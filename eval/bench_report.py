@@ -1,6 +1,6 @@
 """Markdown from the JSON files of ``sparse-runtime bench``; what ``make bench`` calls.
 
-    python -m sparse_runtime.eval.bench_report OUTPUT.md FIGURES.json…
+python -m sparse_runtime.eval.bench_report OUTPUT.md FIGURES.json…
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ _INTRODUCTION = """# CPU latency
 
 Written by `make bench`; medians of variants that took turns in one run. *Prepacked* is the best dense
 FFN torch has: weights reordered by oneDNN, as `torch.compile` with freezing does. *Fast linears* run
-the other linear layers (in the dense model the FFN's too) by the same kernels as the sparse FFN, without
-skipping anything: what sparsity gains is sparse ÷ dense, and sparse + fast ÷ dense + fast. *Share* is
+the other linear layers (in the dense model the FFN's too) by the sparse FFN's kernels, without skipping
+anything: what sparsity gains is sparse ÷ dense, and sparse + fast ÷ dense + fast. *Share* is
 achieved ÷ measured read bandwidth. The ceiling counts bytes: a decode step cannot gain more.
 """
 

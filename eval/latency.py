@@ -31,7 +31,7 @@ from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import ReadBandwidth, host_record
-from sparse_runtime.eval.mlp_latency import bench_mlp
+from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -122,16 +122,24 @@ def bench(
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
     bandwidth = ReadBandwidth()
     read_gbps = [bandwidth()]
-    cache = time_prefill(model, prompt[:, :-1])[1]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
+    mlps = []
+    for number, run in enumerate(runs):
+        sparsify(model, run.clusters)
+        run.bytes = decode_bytes(model)
+        # How many tokens pay is told once: it depends on the density less than on the machine.
+        counts = TOKEN_COUNTS if number == 0 else (1,)
+        mlps.append(bench_mlp(sparse_modules(model), token_counts=counts))
+        unsparsify(model)
+    cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
         for repeat in range(repeats + 1):
             _time_dense(model, runs, prompt, cache, new_tokens)
             memory.setdefault("dense_mib", _resident_mib())
             advance(2)
             for run in runs:
-                sparsify(model, run.clusters, config=SparseConfig(check_fingerprint=repeat == 0))
+                sparsify(model, run.clusters, config=SparseConfig(check_fingerprint=False))
                 run.time_sparse(model, prompt, cache, new_tokens)
                 memory.setdefault("sparse_mib", _resident_mib())
                 unsparsify(model)
@@ -140,13 +148,7 @@ def bench(
             if repeat == 0:  # it warms up
                 for run in runs:
                     run.seconds = {}
-    results = []
-    for run in runs:
-        sparsify(model, run.clusters, config=SparseConfig(check_fingerprint=False))
-        result = run.result(model)
-        result["mlp"] = bench_mlp(sparse_modules(model))
-        unsparsify(model)
-        results.append(result)
+    results = [{**run.result(), "mlp": mlp} for run, mlp in zip(runs, mlps, strict=True)]
     return {
         "read_gbps": statistics.median(read_gbps),
         **results[0],
@@ -168,6 +170,7 @@ class _Run:
         self.clusters = clusters
         self.seconds: dict[str, list[float]] = {}
         self.cost_share = 1.0
+        self.bytes = (0, 0)
 
     def add(self, name: str, seconds: Sequence[float]) -> None:
         self.seconds.setdefault(name, []).extend(seconds)
@@ -192,8 +195,8 @@ class _Run:
         self.add("decode sparse_fast", time_decode(model, prompt, cache, new_tokens))
         slow_linear(model)
 
-    def result(self, model: Any) -> dict[str, Any]:
-        total, ffn = decode_bytes(model)
+    def result(self) -> dict[str, Any]:
+        total, ffn = self.bytes
         sparse_total = total - ffn * (1 - self.cost_share)
         prefill = {key.split()[1]: v for key, v in self.seconds.items() if "prefill" in key}
         decode = {key.split()[1]: v for key, v in self.seconds.items() if "decode" in key}

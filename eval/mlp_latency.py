@@ -20,18 +20,19 @@ from sparse_runtime.eval.host import ReadBandwidth
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 from sparse_runtime.sparse_ffn import SparseFFN
 
-#: Layers that calls rotate over; enough to be beyond every cache, few enough to copy.
-_MAX_LAYERS = 4
+# Layers that calls rotate over, at least; together they are beyond every cache, and copied.
+_LAYERS = 2
 _MIN_BYTES = 256 * 2**20
-_TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
-#: A call that takes longer than this is repeated three times only.
+#: Tokens per call of the second table.
+TOKEN_COUNTS = (1, 2, 4, 8, 16, 32, 64)
+# A call that takes longer than this is repeated three times only.
 _SLOW_SECONDS = 0.3
 
 Variant = Callable[[int, Tensor], Any]
 
 
 def bench_mlp(
-    modules: Sequence[SparseFFN], *, repeats: int = 41, token_counts: Sequence[int] = _TOKEN_COUNTS
+    modules: Sequence[SparseFFN], *, repeats: int = 41, token_counts: Sequence[int] = TOKEN_COUNTS
 ) -> dict[str, Any]:
     """Time the FFNs of a sparse model against dense ones of the same weights.
 
@@ -41,19 +42,19 @@ def bench_mlp(
         token_counts: tokens per call of the second table.
 
     Returns:
-        For one token ``dense_ms`` (``F.linear``), ``best_dense_ms`` (oneDNN-prepacked weights, or
-        the kernels' own all-rows path where that is faster) with its name, ``sparse_ms``,
-        ``speedup`` over the best dense, ``speedup_over_linear``, ``gbps`` and ``bandwidth_share`` of
-        the sparse calls, ``density``; ``read_gbps``; and ``tokens``: by number of tokens, the same
-        and the path that the runtime chooses.
+        For one token the ``density``; ``dense_ms`` (``F.linear``), ``prepacked_ms`` (oneDNN's
+        weights, None where it has no bfloat16), ``all_rows_ms`` (our kernels, nothing skipped) and
+        ``sparse_ms``; ``speedup`` over prepacked, ``speedup_over_linear``; ``gbps`` and
+        ``bandwidth_share`` of the sparse calls beside ``read_gbps``. Under ``tokens``, by number of
+        tokens: the same milliseconds, and ``path`` and ``chosen_ms`` of what the runtime chooses.
 
     Raises:
         SparseRuntimeError: the sparse FFN's outputs are not those of the reference.
     """
     layer_bytes = modules[0].cost.dense_bytes
-    count = min(len(modules), max(_MAX_LAYERS, -(-_MIN_BYTES // layer_bytes)))
+    count = min(len(modules), max(_LAYERS, -(-_MIN_BYTES // layer_bytes)))
     layers = list(modules[:count])
-    _verify(layers[:_MAX_LAYERS])
+    _verify(layers[:_LAYERS])
     dense = [_DenseFFN(module) for module in layers]
     variants: dict[str, Variant] = {
         "dense": lambda i, x: dense[i].linear(x),
@@ -81,7 +82,6 @@ def bench_mlp(
 def _one_token(
     seconds: dict[str, float], layers: Sequence[SparseFFN], read_gbps: float
 ) -> dict[str, Any]:
-    best = min((name for name in seconds if name != "sparse"), key=lambda name: seconds[name])
     neurons = layers[0].cost.intermediate_size
     density = statistics.mean(m.set_sizes.float().mean().item() for m in layers) / neurons
     bytes_read = statistics.mean(_bytes_read(module) for module in layers)
@@ -92,7 +92,6 @@ def _one_token(
         "dense_ms": 1e3 * seconds["dense"],
         "prepacked_ms": 1e3 * seconds["prepacked"] if "prepacked" in seconds else None,
         "all_rows_ms": 1e3 * seconds["all_rows"],
-        "fastest_dense": best,
         "sparse_ms": 1e3 * seconds["sparse"],
         "speedup": opponent / seconds["sparse"],
         "speedup_over_linear": seconds["dense"] / seconds["sparse"],

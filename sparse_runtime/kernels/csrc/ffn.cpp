@@ -8,6 +8,10 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#ifdef __SANITIZE_ADDRESS__
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace sparse_ffn {
 
 namespace {
@@ -31,6 +35,17 @@ int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit
 int64_t at_least(int64_t value, int64_t bound) { return value < bound ? bound : value; }
 int64_t at_most(int64_t value, int64_t bound) { return value > bound ? bound : value; }
 
+// Under the address sanitizer, what was not taken from scratch memory may not be touched.
+#ifdef __SANITIZE_ADDRESS__
+constexpr int64_t kRedZone = 128;
+void forbid(void* p, int64_t bytes) { __asan_poison_memory_region(p, size_t(bytes)); }
+void allow(void* p, int64_t bytes) { __asan_unpoison_memory_region(p, size_t(bytes)); }
+#else
+constexpr int64_t kRedZone = 0;
+void forbid(void*, int64_t) {}
+void allow(void*, int64_t) {}
+#endif
+
 // Scratch memory of a calling thread, kept between calls; it grows and never shrinks.
 class Scratch {
  public:
@@ -41,17 +56,20 @@ class Scratch {
 
   void reserve(int64_t bytes) {
     used_ = 0;
-    if (bytes <= capacity_) return;
-    free(base_);
-    capacity_ = 0;
-    base_ = static_cast<char*>(aligned_alloc(4096, size_t(round_up(bytes, 4096))));
-    if (!base_) throw std::bad_alloc();
-    capacity_ = round_up(bytes, 4096);
+    if (bytes > capacity_) {
+      free(base_);
+      capacity_ = 0;
+      base_ = static_cast<char*>(aligned_alloc(4096, size_t(round_up(bytes, 4096))));
+      if (!base_) throw std::bad_alloc();
+      capacity_ = round_up(bytes, 4096);
+    }
+    forbid(base_, capacity_);
   }
 
   template <class T>
   T* take(int64_t count) {
     T* const result = reinterpret_cast<T*>(base_ + used_);
+    allow(result, count * int64_t(sizeof(T)));
     used_ += size<T>(count);
     return result;
   }
@@ -59,7 +77,7 @@ class Scratch {
   // What take uses: whole pairs of cache lines, so that threads do not share any.
   template <class T>
   static int64_t size(int64_t count) {
-    return round_up(count * int64_t(sizeof(T)), 128);
+    return round_up(count * int64_t(sizeof(T)), 128) + kRedZone;
   }
 
  private:
