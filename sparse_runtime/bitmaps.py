@@ -30,5 +30,7 @@ def unpack_bits(bitmap: Tensor, num_neurons: int) -> Tensor:
 
 def set_sizes(bitmap: Tensor) -> Tensor:
     """Number of neurons in each set: bitmap [..., ⌈I/8⌉] uint8 -> [...] int64."""
-    weights = torch.tensor(_BIT_VALUES, dtype=torch.uint8, device=bitmap.device)
-    return ((bitmap.unsqueeze(-1) & weights) != 0).sum((-2, -1))
+    # Bits are added within bytes, in pairs, fours and eights: no temporary is larger than the bitmap.
+    pairs = bitmap - ((bitmap >> 1) & 0x55)
+    fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
+    return ((fours + (fours >> 4)) & 0x0F).sum(-1)

@@ -1,6 +1,10 @@
 """sparsify and its exits, on a tiny random Mistral."""
 
 import copy
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +341,34 @@ def test_ffn_without_the_expected_linears(tiny_model):
 def test_config_out_of_range(options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         SparseConfig(**options)
+
+
+@pytest.mark.slow
+def test_resident_memory_grows_by_the_router_only():
+    """In a process of its own: sparsify keeps no second copy, nor holes that look like one."""
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from conftest import make_tiny_model
+        from helpers import random_cluster_set
+        from sparse_runtime import sparsify, unsparsify
+        from sparse_runtime.eval.latency import _resident_mib
+
+        model = make_tiny_model(hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
+        clusters = random_cluster_set(model, 0.5)
+        before = _resident_mib()
+        for _ in range(3):
+            sparsify(model, clusters, check_fingerprint=False)
+            sparse = _resident_mib()
+            unsparsify(model)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+        print((sparse - before) / weights)
+    """
+    folder = Path(__file__).parent
+    result = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), folder],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert float(result.stdout) < 0.03

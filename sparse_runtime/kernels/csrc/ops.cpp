@@ -86,6 +86,8 @@ class Argument {
     int64_t numel = 0;
     check(aoti_torch_get_numel(handle_, &numel), "get_numel");
     if (numel > 0 && !data_) fail(std::string(name_) + " has no data");
+    if (reinterpret_cast<uintptr_t>(data_) % aoti_torch_dtype_element_size(dtype_) != 0)
+      fail(std::string(name_) + " begins at an address that does not suit its dtype; clone() it");
   }
 
   int64_t size(int64_t i) const { return size_[i]; }
@@ -429,6 +431,8 @@ void read_op(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = sum.release();
 }
 
+// torch 2.13 copies a string result and does not free it: 48 bytes for each call of an operation
+// that returns one. They are called when a model is patched, not for every token.
 StableIValue new_string(const std::string& text) {
   StringHandle handle = nullptr;
   check(torch_new_string_handle(text.data(), text.size(), &handle), "new_string_handle");
