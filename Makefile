@@ -34,7 +34,7 @@ sanitize: $(STAMP)
 		--build-lib build/sanitize/lib
 	LD_PRELOAD="$(SANITIZER_LIBRARIES)" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=build/sanitize/lib \
-		$(BIN)/pytest tests/kernels
+		$(BIN)/pytest --capture=sys tests/kernels
 
 lint: $(STAMP) build/typecheck/sparse_runtime
 	$(BIN)/ruff check .

@@ -1,6 +1,8 @@
 """Import names are the same however the package is installed, and layers do not reach upward."""
 
 import ast
+import platform
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -41,6 +43,53 @@ def test_wheel_holds_one_import_package(tmp_path):
         check=True,
     )
     assert all(path.startswith(str(target)) for path in result.stdout.split())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is Linux's")
+@pytest.mark.skipif(
+    not all(shutil.which(tool) for tool in ("make", "g++")), reason="needs make and g++"
+)
+def test_make_wheel(tmp_path):
+    """The wheel that is published: its tag, its library, and the kernels once it is installed."""
+    folder = Path(sys.executable).parent
+    # -o: this environment is good as it is, nothing is to be installed into it.
+    command = ["make", "-o", ".venv/.installed", "wheel", f"DIST={tmp_path}", f"BIN={folder}"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    platform_tag = f"manylinux_2_28_{platform.machine()}"
+    assert wheel.name.endswith(f"-py3-none-{platform_tag}.whl")
+    archive = zipfile.ZipFile(wheel)
+    (info,) = (name for name in archive.namelist() if name.endswith(".dist-info/WHEEL"))
+    metadata = archive.read(info).decode()
+    assert f"Tag: py3-none-{platform_tag}" in metadata
+    assert "Root-Is-Purelib: false" in metadata
+    libraries = [name for name in archive.namelist() if ".so" in name]
+    assert libraries == ["sparse_runtime/kernels/libsparse_ffn_cpu.so"]
+    assert not [name for name in archive.namelist() if "csrc" in name or ".libs/" in name]
+
+    target = tmp_path / "site"
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", wheel, "--no-deps", "-q", "--target", target],
+        check=True,
+    )
+    code = (
+        "import torch; from sparse_runtime.kernels import cpu; assert cpu.load_cpu_library(); "
+        "ones = torch.ones(2, 8); ops = torch.ops.sparse_runtime; "
+        "assert torch.equal(ops.cpu_linear(ones, ones, None), torch.full((2, 2), 8.0)); "
+        "print(cpu.LIBRARY, ops.cpu_isa())"
+    )
+    result = subprocess.run(
+        [sys.executable, "-P", "-c", code],
+        env={"PYTHONPATH": str(target)},
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    library, isa = result.stdout.split()
+    assert library.startswith(str(target))
+    assert isa in ("avx512bf16", "avx512", "avx2", "neon", "scalar")
 
 
 @pytest.mark.parametrize(
