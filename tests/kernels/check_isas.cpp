@@ -1,0 +1,221 @@
+// Every instruction set of the processor it runs on against sums in double precision, without torch:
+// for processors that are only at hand as an emulator. Prints a line for each, exits 1 on an error.
+#include <math.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include <vector>
+
+#include <torch/csrc/stable/c/shim.h>
+
+#include "ffn.h"
+#include "scalar.h"
+
+// The two functions of torch that ffn.cpp calls.
+extern "C" AOTITorchError torch_get_num_threads(uint32_t* threads) {
+  *threads = 3;
+  return 0;
+}
+extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t,
+                                             void (*run)(int64_t, int64_t, void*), void* context) {
+  for (int64_t i = begin; i < end; ++i) run(i, i + 1, context);
+  return 0;
+}
+
+namespace {
+
+using namespace sparse_ffn;
+
+uint64_t g_state = 1;
+uint32_t next_bits() {
+  g_state = g_state * 6364136223846793005u + 1442695040888963407u;
+  return uint32_t(g_state >> 33);
+}
+double next_value() { return double(next_bits()) / double(1u << 30) - 1.0; }
+
+// A matrix whose rows have NaN between them.
+template <class T>
+struct Values {
+  Values(int64_t rows, int64_t length, double scale)
+      : length(length), stride(length + 3), data(size_t(rows * stride) + 1) {
+    for (T& value : data) value = from_float<T>(NAN);
+    for (int64_t r = 0; r < rows; ++r)
+      for (int64_t k = 0; k < length; ++k)
+        data[size_t(r * stride + k)] = from_float<T>(float(next_value() * scale));
+  }
+  double at(int64_t r, int64_t k) const { return to_float(data[size_t(r * stride + k)]); }
+  double dot(int64_t r, const Values& other, int64_t s) const {
+    double sum = 0;
+    for (int64_t k = 0; k < length; ++k) sum += at(r, k) * other.at(s, k);
+    return sum;
+  }
+  Matrix matrix() const { return {data.data(), stride}; }
+  Tokens tokens(int64_t count) const { return {data.data(), stride, count}; }
+
+  int64_t length, stride;
+  std::vector<T> data;
+};
+
+double act(Activation activation, double v) {
+  switch (activation) {
+    case kSilu:
+      return v / (1 + exp(-v));
+    case kGelu:
+      return 0.5 * v * (1 + erf(v * sqrt(0.5)));
+    case kGeluTanh:
+      return 0.5 * v * (1 + tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
+    case kRelu:
+      return v > 0 ? v : 0;
+  }
+  return NAN;
+}
+
+// A sum and the sum of the absolute values, which its error is proportional to.
+struct Sum {
+  double value = 0, magnitude = 0;
+  void add(double term) {
+    value += term;
+    magnitude += fabs(term);
+  }
+};
+
+// Largest error over the largest magnitude.
+template <class T>
+double error_of(const std::vector<T>& actual, const std::vector<Sum>& expected) {
+  double error = 0, largest = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double difference = fabs(to_float(actual[i]) - expected[i].value);
+    if (difference != difference) return INFINITY;
+    error = fmax(error, difference);
+    largest = fmax(largest, expected[i].magnitude);
+  }
+  return largest > 0 ? error / largest : INFINITY;
+}
+
+template <class T>
+double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation activation) {
+  const int64_t size = sizeof(T), clusters = 5, bytes = (neurons + 7) / 8;
+  const Values<T> x(n, hidden, 1), bias(clusters, hidden, 1), up_bias(1, neurons, 1);
+  const double scale = 2 / sqrt(double(hidden));
+  const Values<T> gate(neurons, hidden, scale), up(neurons, hidden, scale);
+  const Values<T> down(neurons, hidden, scale), router(clusters, hidden, scale);
+  std::vector<uint8_t> sets(size_t(clusters * bytes));
+  for (uint8_t& byte : sets) byte = uint8_t(next_bits() >> 8);
+  for (int64_t c = 0; c < clusters; ++c) sets[size_t(c * bytes)] |= 1;
+
+  std::vector<int64_t> ids(size_t(n), -1);
+  run_router(dtype, size, x.tokens(n), hidden, {0, {nullptr, 0}, router.matrix(), nullptr},
+             clusters, ids.data());
+  double worst = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    double best = -INFINITY;
+    for (int64_t c = 0; c < clusters; ++c) best = fmax(best, x.dot(t, router, c));
+    const int64_t id = ids[size_t(t)];
+    if (id < 0 || id >= clusters) return INFINITY;
+    worst = fmax(worst, best - x.dot(t, router, id));
+  }
+
+  std::vector<T> y(size_t(n * hidden));
+  std::vector<Sum> expected(size_t(n * hidden));
+  run_ffn({dtype, size, hidden, neurons, gate.matrix(), up.matrix(), down.matrix(), activation},
+          x.tokens(n), {sets.data(), bytes, clusters}, ids.data(), bias.matrix(), y.data());
+  for (int64_t t = 0; t < n; ++t) {
+    const int64_t id = ids[size_t(t)];
+    for (int64_t k = 0; k < hidden; ++k) expected[size_t(t * hidden + k)].add(bias.at(id, k));
+    for (int64_t i = 0; i < neurons; ++i) {
+      if (!(sets[size_t(id * bytes + i / 8)] >> (i % 8) & 1)) continue;
+      const double h = act(activation, x.dot(t, gate, i)) * x.dot(t, up, i);
+      for (int64_t k = 0; k < hidden; ++k) expected[size_t(t * hidden + k)].add(h * down.at(i, k));
+    }
+  }
+  worst = fmax(worst, error_of(y, expected));
+
+  std::vector<T> z(size_t(n * neurons));
+  std::vector<Sum> expected_z(size_t(n * neurons));
+  run_linear(dtype, size, x.tokens(n), gate.matrix(), neurons, hidden, up_bias.data.data(),
+             z.data());
+  for (int64_t t = 0; t < n; ++t)
+    for (int64_t i = 0; i < neurons; ++i) {
+      expected_z[size_t(t * neurons + i)].add(x.dot(t, gate, i));
+      expected_z[size_t(t * neurons + i)].add(up_bias.at(0, i));
+    }
+  return fmax(worst, error_of(z, expected_z));
+}
+
+template <class T>
+bool check_all(const char* isa, const char* name, DType dtype, double tolerance) {
+  const int64_t shapes[][2] = {{16, 40}, {33, 67}, {8, 1}, {1, 9}, {200, 301}, {700, 70}};
+  double worst = 0;
+  for (const auto& shape : shapes)
+    for (const int64_t n : {1, 2, 3, 7, 64, 70})
+      for (const Activation activation : {kSilu, kGelu, kGeluTanh, kRelu})
+        worst = fmax(worst, check<T>(dtype, n, shape[0], shape[1], activation));
+  const bool good = worst <= tolerance;
+  printf("%s %s: error %.2g, allowed %.2g: %s\n", isa, name, worst, tolerance,
+         good ? "good" : "BAD");
+  return good;
+}
+
+// 16-bit outputs are rounded as the portable code does it, special values included.
+template <class T>
+bool check_rounding(const char* isa, const char* name, DType dtype) {
+  const Kernels& kernels = current_isa().by_dtype[dtype];
+  const int64_t count = kernels.block * 4096;
+  // `finish` takes sums in the kernels' own order: pack_token gives it, from 32-bit floats.
+  std::vector<T> in(count), out(count);
+  std::vector<float> sums(count);
+  for (T& value : in) value = from_float<T>(bits_to_float(next_bits() << 16 ^ next_bits()));
+  if (kernels.packed_size(count) != count * int64_t(sizeof(float))) return true;  // other layout
+  kernels.pack_token(in.data(), count, sums.data());
+  kernels.finish(sums.data(), 0, 1, count, 0, count, nullptr, out.data());
+  for (int64_t i = 0; i < count; ++i) {
+    const float before = to_float(in[size_t(i)]), after = to_float(out[size_t(i)]);
+    const bool same = before == after || (before != before && after != after);
+    if (!same) return printf("%s %s: %g became %g\n", isa, name, before, after), false;
+  }
+  // And values that have to be rounded: the order inside a block is found out from the above.
+  std::vector<float> order(kernels.block);
+  std::vector<T> ramp(kernels.block);
+  for (int64_t k = 0; k < kernels.block; ++k) ramp[size_t(k)] = from_float<T>(float(k));
+  kernels.pack_token(ramp.data(), kernels.block, order.data());
+  for (float& sum : sums) {
+    sum = bits_to_float(next_bits() << 16 ^ next_bits());
+    if (next_bits() % 2) sum = float(next_value() * 1e-5);  // around the subnormals of fp16
+  }
+  kernels.finish(sums.data(), 0, 1, count, 0, count, nullptr, out.data());
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t start = i / kernels.block * kernels.block;
+    const T actual = out[size_t(start + int64_t(order[size_t(i - start)]))];
+    const float expected = to_float(from_float<T>(sums[size_t(i)])), found = to_float(actual);
+    const bool same = expected == found || (expected != expected && found != found);
+    if (!same)
+      return printf("%s %s: %g rounded to %g, expected %g\n", isa, name, sums[size_t(i)], found,
+                    expected),
+             false;
+  }
+  return true;
+}
+
+}  // namespace
+
+int main() {
+  const Isa* usable[8];
+  const int count = available_isas(usable);
+  bool good = true;
+  for (int i = 0; i < count; ++i) {
+    const char* const name = usable[i]->name;
+    if (!force_isa(name, int64_t(strlen(name)))) return 1;
+    const double sums = 32 * pow(2, -24);
+    good &= check_all<bf16>(name, "bf16", kBFloat16, pow(2, -8) + sums);
+    good &= check_all<fp16>(name, "fp16", kFloat16, pow(2, -11) + sums);
+    good &= check_all<float>(name, "fp32", kFloat32, sums);
+    good &= check_rounding<bf16>(name, "bf16", kBFloat16);
+    good &= check_rounding<fp16>(name, "fp16", kFloat16);
+    std::vector<uint64_t> words(100003);
+    uint64_t sum = 0;
+    for (uint64_t& word : words) sum += word = uint64_t(next_bits()) << 32 | next_bits();
+    if (run_read(words.data(), int64_t(words.size())) != sum) good = false;
+  }
+  return good ? 0 : 1;
+}
