@@ -45,8 +45,16 @@ format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+# Writes docs/benchmarks/cpu.md. Mistral's shape with random weights takes 20 GB of memory.
 bench: $(STAMP)
-	$(BIN)/sparse-runtime bench --shape smollm2-135m --json runs/bench.json
+	test -f runs/demo/clusters/config.json || $(BIN)/sparse-runtime demo --output runs/demo
+	mkdir -p runs/bench
+	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --batches 1,2,4,8,16,32 \
+		--json runs/bench/demo.json
+	$(BIN)/sparse-runtime bench --shape mistral-7b --density 0.5,0.3 --repeats 3 --new-tokens 8 \
+		--json runs/bench/mistral-7b.json
+	$(BIN)/python -m sparse_runtime.eval.bench_report docs/benchmarks/cpu.md \
+		runs/bench/demo.json runs/bench/mistral-7b.json
 
 # On Linux. torch's libraries stay outside; auditwheel fails where the library needs symbols newer
 # than the tag promises, that is, where the compiler is too new.

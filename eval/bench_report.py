@@ -60,7 +60,7 @@ def _mlp(run: dict[str, Any]) -> str:
     rows = [
         ("F.linear", mlp["dense_ms"], None),
         ("prepacked", mlp["prepacked_ms"], None),
-        ("all rows, our kernel", mlp["all_rows_ms"], None),
+        ("all rows, our kernel", mlp["all_rows_ms"], mlp["all_rows_gbps"]),
         ("sparse", mlp["sparse_ms"], mlp["gbps"]),
     ]
     table = _table(

@@ -92,6 +92,7 @@ def _one_token(
         "dense_ms": 1e3 * seconds["dense"],
         "prepacked_ms": 1e3 * seconds["prepacked"] if "prepacked" in seconds else None,
         "all_rows_ms": 1e3 * seconds["all_rows"],
+        "all_rows_gbps": layers[0].cost.dense_bytes / seconds["all_rows"] / 1e9,
         "sparse_ms": 1e3 * seconds["sparse"],
         "speedup": opponent / seconds["sparse"],
         "speedup_over_linear": seconds["dense"] / seconds["sparse"],
