@@ -46,20 +46,23 @@ def top_sets(centroids: Tensor, set_size: int) -> Tensor:
     return torch.zeros_like(centroids, dtype=torch.bool).scatter_(-1, top, True)
 
 
-def coverage_matrix(importance: Tensor, active_sets: Tensor) -> Tensor:
+def coverage_matrix(
+    importance: Tensor, active_sets: Tensor, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Coverage of each token by each set.
 
     Args:
         importance: [N, I], any scale per token.
         active_sets: bool [K, I].
+        dtype: of the result.
 
     Returns:
-        Σ_{i ∈ S_k} ē(t, i), float32 [N, K].
+        Σ_{i ∈ S_k} ē(t, i), [N, K].
     """
     sets = active_sets.t().to(torch.float32)
-    coverage = torch.empty(importance.shape[0], active_sets.shape[0], device=importance.device)
+    coverage = importance.new_empty(importance.shape[0], active_sets.shape[0], dtype=dtype)
     for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
-        torch.mm(normalized(importance[rows]), sets, out=coverage[rows])
+        coverage[rows] = normalized(importance[rows]) @ sets
     return coverage
 
 

@@ -231,6 +231,7 @@ class _Context:
             yield data
         finally:
             matrix.close()
+            data.free()  # callers keep the name while the next layer loads
 
 
 def _fisher(

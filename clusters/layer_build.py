@@ -66,6 +66,10 @@ class LayerData:
     importance: Tensor
     num_fit: int
 
+    def free(self) -> None:
+        """Let go of the tensors."""
+        self.hidden_states = self.importance = torch.empty(0)
+
     @property
     def fit(self) -> slice:
         """Rows to fit on."""
@@ -205,7 +209,7 @@ def fit_router(
     rounds = config.router_rounds if config.method == "awc" else 0
     history: list[float] = []
     for number in range(rounds + 1):
-        coverage = coverage_matrix(data.importance, sets).to(torch.float16)
+        coverage = coverage_matrix(data.importance, sets, torch.float16)
         history += train_router(
             router,
             data.hidden_states[data.fit],
