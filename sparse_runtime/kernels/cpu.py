@@ -26,8 +26,8 @@ def load_cpu_library() -> bool:
     except OSError as error:
         warnings.warn(f"{LIBRARY.name} does not load here: {error}", stacklevel=2)
         return False
-    torch.library.register_fake("sparse_runtime::cpu_routed_ffn", _like_first)
-    torch.library.register_fake("sparse_runtime::cpu_dense_ffn", _like_first)
+    torch.library.register_fake("sparse_runtime::cpu_routed_ffn", _like_x)
+    torch.library.register_fake("sparse_runtime::cpu_dense_ffn", _like_x)
     torch.library.register_fake("sparse_runtime::cpu_linear", _linear_fake)
     return True
 
@@ -75,9 +75,21 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=4)
 
 
-def _like_first(x: Tensor, *unused: object) -> Tensor:
+def _like_x(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *extras: object) -> Tensor:
+    _check_devices(x, w_gate, w_up, w_down_t, *(e for e in extras if isinstance(e, Tensor)))
     return x.new_empty(x.shape)
 
 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    _check_devices(x, weight, *([] if bias is None else [bias]))
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _check_devices(*tensors: Tensor | None) -> None:
+    """Refuse a mixture: one meta tensor among real ones would get a fake's empty result."""
+    devices = {"missing" if tensor is None else str(tensor.device) for tensor in tensors}
+    if len(devices) > 1:
+        raise ValueError(
+            "an operation of sparse_runtime takes tensors of one device; found "
+            f"{' and '.join(sorted(devices))}; load the model's weights first"
+        )

@@ -11,15 +11,15 @@ import torch
 
 import sparse_runtime.kernels
 from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.kernels.cpu import load_cpu_library
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 
 LIBRARY = Path(sparse_runtime.kernels.__file__).with_name("libsparse_ffn_cpu.so")
-if not LIBRARY.is_file():
+if not load_cpu_library():
     pytest.skip(
         "libsparse_ffn_cpu.so is not built: pip install -e . with a C++ compiler",
         allow_module_level=True,
     )
-torch.ops.load_library(LIBRARY)
 ops = torch.ops.sparse_runtime
 
 # Largest error over the largest output. Everything between the inputs and the output is fp32: a sum
@@ -461,3 +461,13 @@ def test_one_openmp_runtime_and_its_threads():
     # One thread: none started. Two: one more. Three: again one more than the pool has.
     assert started_threads == [0, 1, 1]
     assert different_results == 1
+
+
+def test_weights_not_yet_loaded_are_refused():
+    """A meta tensor sends the call to the fakes, whose result is uninitialized memory."""
+    x, weights, *_ = case(2, 8, 4, 1, torch.float32)
+    with pytest.raises(ValueError, match="found cpu and meta"):
+        ops.cpu_dense_ffn(x, *weights[:2], weights[2].to("meta"), "silu")
+    with pytest.raises(ValueError, match="found cpu and meta"):
+        ops.cpu_linear(x, weights[0].to("meta"), None)
+    assert ops.cpu_linear(x.to("meta"), weights[0].to("meta"), None).is_meta
