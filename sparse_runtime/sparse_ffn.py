@@ -177,7 +177,7 @@ class SparseFFN(nn.Module):
             self.cost,
             self.activation,
             self.router_up.dtype,
-            self._density if may_be_sparse else 1.0,
+            self._density if may_be_sparse else None,
         )
         return table.path(num_tokens, partial(self._candidates, sparse=may_be_sparse))
 
@@ -254,14 +254,19 @@ def _show_base_layer(
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
-def path_table(cost: FFNCost, activation: str, dtype: torch.dtype, density: float) -> PathTable:
-    """The measured paths of FFNs of one shape, for the current number of threads."""
+def path_table(
+    cost: FFNCost, activation: str, dtype: torch.dtype, density: float | None
+) -> PathTable:
+    """The measured paths of FFNs of one shape, for the current number of threads.
+
+    ``density`` is None where no call may be sparse.
+    """
     return _path_table(
         cost.hidden_size,
         cost.intermediate_size,
         activation,
         str(dtype),
-        round(density * 20) / 20,
+        None if density is None else round(density * 20) / 20,
         torch.get_num_threads(),
     )
 
@@ -272,7 +277,7 @@ def _path_table(
     intermediate_size: int,
     activation: str,
     dtype: str,
-    density: float,
+    density: float | None,
     threads: int,
 ) -> PathTable:
     shape = [hidden_size, intermediate_size, activation, dtype, density]

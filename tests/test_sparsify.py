@@ -33,6 +33,7 @@ from sparse_runtime.errors import (
 from sparse_runtime.kernels import cpu as cpu_backend
 from sparse_runtime.kernels import load_cpu_library
 from sparse_runtime.kernels.token_paths import PathTable
+from sparse_runtime.sparse_ffn import path_table
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -55,6 +56,15 @@ def test_unsparsify_restores_bits_and_state_dict(tiny_model):
     assert list(tiny_model.state_dict()) == list(state)
     assert [name for name, _ in tiny_model.named_modules()] == modules
     assert [p.stride() for p in tiny_model.parameters()] == strides
+
+
+def test_limit_holds_beside_a_measured_choice(tiny_model):
+    """Calls above ``max_sparse_tokens`` are dense, though others of this shape are fastest sparse."""
+    sparsify(tiny_model, random_cluster_set(tiny_model, 1.0), max_sparse_tokens=4)
+    (ffn, *_) = sparse_modules(tiny_model)
+    table = path_table(ffn.cost, ffn.activation, ffn.router_up.dtype, ffn._density)
+    assert table.path(6, lambda size: {"sparse": lambda: None}) == "sparse"
+    assert ffn._path(6) != "sparse"
 
 
 def test_sparse_differs_at_real_sparsity_and_matches_at_full_density(tiny_model):

@@ -10,8 +10,8 @@ from sparse_runtime.kernels.token_paths import PathTable, bucket, fastest
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    return tmp_path / "sparse_runtime" / "token_paths.json"
+    monkeypatch.setattr("sparse_runtime.kernels.token_paths.cache_folder", lambda: tmp_path)
+    return tmp_path / "token_paths.json"
 
 
 def sleeping(seconds, calls=None):
@@ -62,7 +62,6 @@ def test_answers_are_kept_by_key(cache):
 
 @pytest.mark.parametrize("content", ["{", "[1]", '{"[\\"cpu\\", 2]": {"4": "warp"}}'])
 def test_damaged_cache_is_measured_anew(cache, content):
-    cache.parent.mkdir()
     cache.write_text(content)
     table = PathTable(["cpu", 2])
     assert table.path(4, lambda size: {"rows": sleeping(0.0), "torch": sleeping(0.01)}) == "rows"
