@@ -110,25 +110,45 @@ def _bytes_read(module: SparseFFN) -> float:
 def _in_turns(
     calls: dict[str, Variant], layers: Sequence[SparseFFN], num_tokens: int, repeats: int
 ) -> tuple[dict[str, float], list[float]]:
-    """Median seconds of each call, and the read bandwidths measured between the rounds."""
+    """Median seconds of each call, and the read bandwidths measured between the rounds.
+
+    Every call runs on every layer equally often, as their sets differ in size.
+    """
     generator = torch.Generator().manual_seed(num_tokens)
-    dtype, hidden_size = layers[0].router_up.dtype, layers[0].cost.hidden_size
+    repeats = -(-repeats // len(layers)) * len(layers)
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     read_gbps = []
     bandwidth = ReadBandwidth()
     with torch.inference_mode():
         for repeat in range(repeats + 1):
-            x = torch.randn(num_tokens, hidden_size, generator=generator).to(dtype)
             if repeat % 4 == 0:
                 read_gbps.append(bandwidth())
-            for name, call in calls.items():
+            for position, (name, call) in enumerate(calls.items()):
+                # Each on another layer, whose weights no recent call has left in the caches.
+                layer = (repeat + position * len(layers) // len(calls)) % len(layers)
                 taken = seconds[name]
                 if len(taken) >= 4 and min(taken) > _SLOW_SECONDS:
                     continue
+                x = _spread_tokens(layers[layer], num_tokens, generator)
                 started = time.perf_counter()
-                call(repeat % len(layers), x)
+                call(layer, x)
                 taken.append(time.perf_counter() - started)
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}, read_gbps
+
+
+def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """Hidden states [n, H] that the router spreads over its clusters, as it does those of a batch.
+
+    It would send nearly all Gaussian noise to a few clusters.
+    """
+    up = module.router_up.float()
+    noise = torch.randn(num_tokens, module.cost.hidden_size, generator=generator)
+    ids = torch.randint(len(up), (num_tokens,), generator=generator)
+    wanted = (up - up.mean(0))[ids]
+    if module.router_down is not None:
+        wanted = wanted @ module.router_down.float()
+    wanted *= 4 * noise.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    return (noise + wanted).to(module.router_up.dtype)
 
 
 def _verify(layers: Sequence[SparseFFN]) -> None:
