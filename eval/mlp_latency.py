@@ -147,7 +147,9 @@ def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generato
     wanted = (up - up.mean(0))[ids]
     if module.router_down is not None:
         wanted = wanted @ module.router_down.float()
-    wanted *= 4 * noise.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    wanted *= (
+        4 * noise.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
+    )
     return (noise + wanted).to(module.router_up.dtype)
 
 
