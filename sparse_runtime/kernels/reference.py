@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.kernels.low_bit import dequantize_rows, rounded_tokens
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -16,9 +17,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
 }
 
-# Up to this many tokens the active rows are gathered, cluster by cluster, and each is copied once;
-# beyond it nearly every row is wanted by some token, and one dense pass under masks is faster. On
-# 2 cores at H = 576, I = 1536, K = 256 the two cross between 8 and 16 tokens.
+# Up to this many tokens each one's rows are gathered; beyond it one dense pass under masks is faster.
 _GATHER_MAX_TOKENS = 8
 
 
@@ -30,11 +29,35 @@ def sparse_ffn_reference(
     sets: Tensor,
     cluster_ids: Tensor,
     activation: str,
+    maybe_sets: Tensor | None = None,
+    low_bit: Tensor | None = None,
+    factors: Tensor | None = None,
+    row_counts: Tensor | None = None,
 ) -> Tensor:
-    """Compute y_t = Σ_{i ∈ set(t)} act(gate_i·x_t) (up_i·x_t) down_i; see ``sparse_ffn``."""
+    """Compute y_t = Σ_i act(gate_i·x_t) (up_i·x_t) down_i over token t's neurons; see ``sparse_ffn``."""
+    chosen = unpack_bits(sets[cluster_ids], w_gate.shape[0])
+    num_looked = 0
+    if maybe_sets is not None and low_bit is not None and factors is not None:
+        maybe = unpack_bits(maybe_sets[cluster_ids], w_gate.shape[0]) & ~chosen
+        chosen |= maybe & confirmed(x, low_bit, factors, activation)
+        num_looked = maybe.sum()
+    if row_counts is not None:
+        row_counts[0] += chosen.sum()
+        row_counts[1] += num_looked
     if x.shape[0] > _GATHER_MAX_TOKENS:
-        return _masked(x, w_gate, w_up, w_down_t, sets, cluster_ids, activation)
-    return _gathered(x, w_gate, w_up, w_down_t, sets, cluster_ids, activation)
+        return _masked(x, w_gate, w_up, w_down_t, chosen, activation)
+    return _gathered(x, w_gate, w_up, w_down_t, chosen, activation)
+
+
+def confirmed(x: Tensor, low_bit: Tensor, factors: Tensor, activation: str) -> Tensor:
+    """Neurons that a look at their low-bit copies finds needed: |h̃|·factor > 1, bool [n, I].
+
+    h̃ is the activation of 4-bit gate and up and of an 8-bit x, in float32.
+    """
+    gate, up = dequantize_rows(low_bit, x.shape[1])
+    rounded = rounded_tokens(x)
+    h = ACTIVATION_FUNCTIONS[activation](F.linear(rounded, gate)) * F.linear(rounded, up)
+    return h.abs() * factors > 1
 
 
 def _masked(
@@ -42,14 +65,12 @@ def _masked(
     w_gate: Tensor,
     w_up: Tensor,
     w_down_t: Tensor,
-    sets: Tensor,
-    cluster_ids: Tensor,
+    chosen: Tensor,
     activation: str,
 ) -> Tensor:
     act = ACTIVATION_FUNCTIONS[activation]
     h = act(F.linear(x, w_gate)) * F.linear(x, w_up)
-    mask = unpack_bits(sets[cluster_ids], w_gate.shape[0])
-    return h.masked_fill_(~mask, 0) @ w_down_t
+    return h.masked_fill_(~chosen, 0) @ w_down_t
 
 
 def _gathered(
@@ -57,17 +78,15 @@ def _gathered(
     w_gate: Tensor,
     w_up: Tensor,
     w_down_t: Tensor,
-    sets: Tensor,
-    cluster_ids: Tensor,
+    chosen: Tensor,
     activation: str,
 ) -> Tensor:
     act = ACTIVATION_FUNCTIONS[activation]
     y = x.new_empty(x.shape)
-    for cluster in cluster_ids.unique().tolist():
-        rows = unpack_bits(sets[cluster], w_gate.shape[0]).nonzero().squeeze(-1)
-        tokens = (cluster_ids == cluster).nonzero().squeeze(-1)
-        x_cluster = x[tokens]
-        gate = F.linear(x_cluster, w_gate.index_select(0, rows))
-        up = F.linear(x_cluster, w_up.index_select(0, rows))
-        y[tokens] = (act(gate) * up) @ w_down_t.index_select(0, rows)
+    for token in range(x.shape[0]):
+        rows = chosen[token].nonzero().squeeze(-1)
+        one = x[token : token + 1]
+        gate = F.linear(one, w_gate.index_select(0, rows))
+        up = F.linear(one, w_up.index_select(0, rows))
+        y[token : token + 1] = (act(gate) * up) @ w_down_t.index_select(0, rows)
     return y
