@@ -11,6 +11,7 @@ import hashlib
 import json
 import shutil
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,10 +25,9 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, LayerClusters, check_output_folder
+from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, check_output_folder
 from sparse_runtime.clusters.awc import Clustering, top_sets
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
-from sparse_runtime.clusters.budget import global_threshold, threshold_sets
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.data import (
@@ -39,24 +39,24 @@ from sparse_runtime.clusters.data import (
 from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import (
-    FittedLayer,
     LayerData,
     estimated_loss,
-    finish_layer,
     fit_clusters,
     fit_layer,
     fit_paper_clusters,
     fit_router,
-    layer_cost,
+    held_out_scores,
     load_fitted,
     load_layer,
     packed_patterns,
     save_fitted,
     set_size_for,
+    uncut_layer,
 )
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
+from sparse_runtime.recut import recut
 
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 32)
@@ -178,25 +178,31 @@ def _build(
                     )
             fitted.append(load_fitted(file))
             advance(1)
-    built: dict[int, LayerClusters] = {}
-    with progress.task("sets", len(layers)) as advance:
-        for position, (layer, sets) in enumerate(
-            zip(layers, _final_sets(fitted, layers, config, rank), strict=True)
-        ):
-            with context.layer(position) as data:
-                built[layer.index], scores = finish_layer(
-                    data, layer, config, fitted[position], sets
-                )
-            fitted[position].figures["held_out"] = scores
+    clusters = ClusterSet(
+        layers={
+            layer.index: uncut_layer(layer, config, one)
+            for layer, one in zip(layers, fitted, strict=True)
+        },
+        fingerprint=fingerprint,
+        budget=config.budget,
+    )
+    if config.cuts:
+        clusters = recut(model, clusters, budget=config.budget, verify=config.verify)
+    with progress.task("scores", len(layers)) as advance:
+        for position, layer in enumerate(layers):
+            held_out = states.layer(position, num_fit)
+            fitted[position].figures["held_out"] = held_out_scores(
+                held_out, layer, clusters.layers[layer.index], fitted[position].router
+            )
             advance(1)
+    if not config.save_centroids:
+        for layer_clusters in clusters.layers.values():
+            layer_clusters.centroids = None
     figures = [layer.figures for layer in fitted]
     for stage in ("clustering", "router"):
         seconds[stage] = sum(entry["seconds"][stage] for entry in figures)
-    return ClusterSet(
-        layers=built,
-        fingerprint=fingerprint,
-        build={**build, "router_rank": rank, "seconds": seconds, "layers": figures},
-    )
+    clusters.build = {**build, "router_rank": rank, "seconds": seconds, "layers": figures}
+    return clusters
 
 
 @dataclass(frozen=True)
@@ -248,22 +254,20 @@ def _fisher(
     if not file.exists():
         window = windows.shape[1]
         count = max(1, min(num_fit, config.fisher_tokens) // window)
-        weights = fisher_weights(model, windows[:count], progress=progress)
+        try:
+            weights = fisher_weights(model, windows[:count], progress=progress)
+        except (RuntimeError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0]
+            warnings.warn(
+                f"importance 'fisher' falls back to 'norm', which costs quality: the backward pass "
+                f"over the model cannot run here ({reason}). Give the model more memory, or choose "
+                "importance='norm' to silence this",
+                stacklevel=2,
+            )
+            return None
         write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
     saved = load_file(file)
     return [saved[str(position)] for position in range(len(saved))]
-
-
-def _final_sets(
-    fitted: list[FittedLayer], layers: list[FFNLayer], config: BuildConfig, rank: int | None
-) -> list[Tensor]:
-    """Active sets of all layers: of one size, or cut by one threshold on the estimated loss."""
-    losses = [layer.losses for layer in fitted if layer.losses is not None]
-    if not losses:
-        return [layer.sets for layer in fitted]
-    density = layer_cost(layers[0], config, rank).density_for(config.budget)
-    threshold = global_threshold(losses, [layer.shares for layer in fitted], density)
-    return [threshold_sets(values, threshold) for values in losses]
 
 
 def _generator(config: BuildConfig, stream: int) -> torch.Generator:

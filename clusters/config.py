@@ -19,11 +19,14 @@ class BuildConfig:
     Args:
         method: ``awc`` (coverage clustering on importance) or ``awc-paper`` (the paper's, on binary
             patterns).
-        importance: ``norm``, ``fisher`` or ``binary``, what tokens are clustered by (see
-            ``clusters/importance.py``); ``awc-paper`` is always binary.
-        allocation: how ``awc`` spends the budget. ``fisher`` keeps the neurons that are estimated to
-            matter most for the loss, by one threshold over all layers and clusters; ``uniform`` gives
-            every set the same size. ``awc-paper`` is always uniform.
+        importance: ``fisher``, ``norm`` or ``binary``, what tokens are clustered by and neurons
+            priced by (see ``clusters/importance.py``). ``fisher`` falls back to ``norm`` with a
+            warning where no backward pass can be run. ``awc-paper`` is always binary.
+        allocation: how the budget is spent. ``global`` cuts all sets at one price of a neuron (see
+            ``sparse_runtime.bands``); ``uniform`` gives every set the same size. ``awc-paper`` is
+            always uniform.
+        verify: leave neurons that are needed by some of a cluster's tokens only to a look at low-bit
+            copies (with allocation ``global``).
         fisher_tokens: calibration tokens of the backward passes that estimate the loss's
             sensitivity.
         cluster_bias: add, for each cluster, the mean of what its set leaves out (``awc`` only).
@@ -50,8 +53,9 @@ class BuildConfig:
     """
 
     method: Literal["awc", "awc-paper"] = "awc"
-    importance: Literal["norm", "fisher", "binary"] = "norm"
-    allocation: Literal["fisher", "uniform"] = "fisher"
+    importance: Literal["fisher", "norm", "binary"] = "fisher"
+    allocation: Literal["global", "uniform"] = "global"
+    verify: bool = True
     fisher_tokens: int = 8192
     cluster_bias: bool = True
     num_clusters: int = 256
@@ -73,7 +77,7 @@ class BuildConfig:
         one_of = {
             "method": METHODS,
             "importance": IMPORTANCE_KINDS,
-            "allocation": ("fisher", "uniform"),
+            "allocation": ("global", "uniform"),
             "paper_init": ("random", "kmeans++"),
         }
         for name, choices in one_of.items():
@@ -101,7 +105,12 @@ class BuildConfig:
     @property
     def needs_fisher(self) -> bool:
         """Whether the build runs backward passes."""
-        return self.method == "awc" and "fisher" in (self.importance, self.allocation)
+        return self.method == "awc" and self.importance == "fisher"
+
+    @property
+    def cuts(self) -> bool:
+        """Whether the sets are cut at one price after the layers are fitted."""
+        return self.method == "awc" and self.allocation == "global"
 
     @property
     def adds_bias(self) -> bool:

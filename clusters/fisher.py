@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
@@ -18,7 +21,8 @@ def fisher_weights(
 
     With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the rise of a token's loss, in the same
     unit for all layers (the second-order term with the empirical Fisher as curvature; LeCun et al.,
-    Optimal Brain Damage, 1989). Parameters get no gradient; memory is one window's activations.
+    Optimal Brain Damage, 1989). Parameters get no gradient, and decoder layers are checkpointed: memory
+    is one window's activations of one layer, and its hidden states between layers.
 
     Args:
         model: a dense causal language model.
@@ -27,6 +31,10 @@ def fisher_weights(
 
     Returns:
         Per layer, weights [I] float32 on the CPU.
+
+    Raises:
+        RuntimeError: the backward pass cannot run, for lack of memory (``torch.OutOfMemoryError``) or
+            because weights are offloaded; torch's own message.
     """
     layers = find_ffn_layers(model)
     sums = [
@@ -49,7 +57,10 @@ def fisher_weights(
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        with (progress or SilentProgress()).task("fisher", len(windows)) as advance:
+        with (
+            _checkpointed(model),
+            (progress or SilentProgress()).task("fisher", len(windows)) as advance,
+        ):
             for row in windows.split(1):
                 ids = row.to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
@@ -62,6 +73,30 @@ def fisher_weights(
         for parameter in trained:
             parameter.requires_grad_(True)
     return [(total / windows.numel()).sqrt().cpu() for total in sums]
+
+
+@contextmanager
+def _checkpointed(model: Any) -> Iterator[None]:
+    """Run decoder layers again in the backward pass instead of keeping their activations.
+
+    transformers checkpoints in training mode only. The flag is set on the decoder layers alone, not on
+    what is inside: dropout stays off.
+    """
+    flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    before = [(module.gradient_checkpointing, module.training) for module in flagged]
+    layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
+    if layers:
+        # The newer name, where transformers has it.
+        enable = getattr(model, "activation_checkpointing_enable", None)
+        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    try:
+        for layer in layers:
+            layer.training = True
+        yield
+    finally:
+        for module, (checkpointing, training) in zip(flagged, before, strict=True):
+            module.gradient_checkpointing = checkpointing
+            module.training = training
 
 
 def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.atomic import write_tensors
-from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.bands import LayerCentroids
+from sparse_runtime.bitmaps import pack_bits, unpack_bits
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.clusters.awc import (
     Clustering,
@@ -192,17 +193,17 @@ def fit_router(
     rank: int | None,
     set_size: int,
     generator: torch.Generator,
-) -> tuple[Router, Tensor, Tensor, list[float]]:
+) -> tuple[Router, Tensor, list[float]]:
     """Train a layer's router, then let the sets follow it.
 
     After each training the tokens are reassigned by the router and the centroids recomputed from
     *its* assignment, so that a set holds what the tokens it really gets need.
 
     Returns:
-        Router, active sets bool [K, I], centroids [K, I], held-out coverage along the training.
+        Router, active sets bool [K, I], held-out coverage along the training.
     """
     num_clusters = len(clustering.active_sets)
-    sets, centroids = clustering.active_sets, clustering.centroids
+    sets = clustering.active_sets
     importance = data.importance[data.fit]
     assignment = best_sets(importance, sets)[1]
     router = initial_router(data.hidden_states[data.fit], assignment, num_clusters, rank)
@@ -221,9 +222,9 @@ def fit_router(
         )
         if number < rounds:
             assignment = route(router, data.hidden_states[data.fit])
-            centroids = cluster_means(importance, assignment, num_clusters, _SHRINKAGE)
-            sets = top_sets(centroids, set_size)
-    return router, sets, centroids, history
+            means = cluster_means(importance, assignment, num_clusters, _SHRINKAGE)
+            sets = top_sets(means, set_size)
+    return router, sets, history
 
 
 def estimated_loss(
@@ -249,20 +250,13 @@ class FittedLayer:
     Attributes:
         router: trained, rounded to bfloat16.
         sets: active sets of equal size, bool [K, I].
-        centroids: mean normalized importance of each cluster's tokens [K, I].
-        shares: share of fit tokens that the router sends to each cluster [K].
-        losses: mean estimated loss of leaving a neuron out, e² by Fisher importance [K, I]; None
-            without it.
-        activations: mean h of each cluster's tokens [K, I]; None without a bias.
+        centroids: what the final sets are cut from, by the router's own assignment.
         figures: of clustering and training, as JSON.
     """
 
     router: Router
     sets: Tensor
-    centroids: Tensor
-    shares: Tensor
-    losses: Tensor | None
-    activations: Tensor | None
+    centroids: LayerCentroids
     figures: dict[str, Any]
 
 
@@ -290,14 +284,12 @@ def fit_layer(
     started = time.perf_counter()
     clustering = clustering or fit_clusters(data, config, set_size, generator)
     clustered = time.perf_counter()
-    router, sets, centroids, history = fit_router(
-        data, clustering, config, rank, set_size, generator
-    )
+    router, sets, history = fit_router(data, clustering, config, rank, set_size, generator)
     router = router.to(torch.bfloat16).float()
     num_clusters = len(sets)
     assignment = route(router, data.hidden_states[data.fit])
     sizes = torch.bincount(assignment, minlength=num_clusters)
-    losses, activations = _cluster_statistics(data, layer, config, fisher, assignment, num_clusters)
+    centroids = _layer_centroids(data, layer, fisher, assignment, num_clusters)
     figures = {
         "index": layer.index,
         "iterations": clustering.history,
@@ -309,96 +301,96 @@ def fit_layer(
             "router": time.perf_counter() - clustered,
         },
     }
-    shares = sizes / sizes.sum()
-    return FittedLayer(router, sets, centroids, shares, losses, activations, figures)
+    return FittedLayer(router, sets, centroids, figures)
 
 
-def _cluster_statistics(
+def _layer_centroids(
     data: LayerData,
     layer: FFNLayer,
-    config: BuildConfig,
     fisher: Tensor | None,
     assignment: Tensor,
     num_clusters: int,
-) -> tuple[Tensor | None, Tensor | None]:
-    """Mean e² and mean h of each cluster's tokens, [K, I] each; None what the build does not need.
+) -> LayerCentroids:
+    """Centroids of the fit tokens, by Fisher weights or else by ‖down_i‖₂.
 
-    No token's total e² counts above the 99th percentile: without the clip a handful of tokens with
-    huge activations decides the threshold.
+    The latter are scaled so that every layer's mean Σ e² is one, as nothing else makes layers
+    comparable. No token's Σ e² counts above the 99th percentile: without the clip a handful of tokens
+    with huge activations decides the price.
     """
-    allocates = config.method == "awc" and config.allocation == "fisher"
-    if not (allocates or config.adds_bias):
-        return None, None
     states = data.hidden_states[data.fit]
     scorer = importance_scorer(layer, fisher)
-    weights = scorer.neuron_weights
-    sample = states[:: max(1, len(states) // _CHUNK_TOKENS)]
-    limit = scorer(sample).square_().sum(-1).quantile(0.99)
+    sample = scorer(states[:: max(1, len(states) // _CHUNK_TOKENS)]).square_().sum(-1)
+    if fisher is None:
+        scale = sample.mean().clamp_min(1e-30)
+        scorer = replace(scorer, neuron_weights=scorer.neuron_weights / scale.sqrt())
+        sample = sample / scale
+    limit = sample.quantile(0.99)
 
-    def statistics(chunk: Tensor) -> Tensor:
+    def moments(chunk: Tensor) -> Tensor:
         activations = scorer.activations(chunk)
-        squares = (activations * weights).square_()
-        squares *= (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
-        return torch.cat([squares, activations], dim=-1)
+        magnitudes = activations.abs() * scorer.neuron_weights
+        squares = magnitudes.square()
+        clip = (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+        return torch.cat([squares * clip, magnitudes * clip.sqrt(), activations], dim=-1)
 
-    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, statistics)
-    losses, activations = means.chunk(2, dim=-1)
-    return (
-        losses.contiguous() if allocates else None,
-        activations.contiguous() if config.adds_bias else None,
-    )
+    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, moments)
+    squares, magnitudes, activations = (part.contiguous().cpu() for part in means.chunk(3, dim=-1))
+    shares = torch.bincount(assignment, minlength=num_clusters) / len(assignment)
+    weights = scorer.neuron_weights.cpu()
+    return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights)
 
 
-def finish_layer(
-    data: LayerData, layer: FFNLayer, config: BuildConfig, fitted: FittedLayer, sets: Tensor
-) -> tuple[LayerClusters, dict[str, float]]:
-    """Turn a fitted layer and its final sets into the artifact's layer.
-
-    Args:
-        data: the layer's tokens.
-        layer: its FFN.
-        config: settings.
-        fitted: router and centroids.
-        sets: active sets bool [K, I].
-
-    Returns:
-        The layer, and its scores on the held-out tokens by the router's ids.
-    """
-    importance = data.importance[data.fit]
-    overall = cluster_means(importance, torch.zeros(len(importance), dtype=torch.int64), 1)
-    mean_size = max(1, round((sets.sum(-1) * fitted.shares).sum().item()))
-    static_set = top_sets(overall, mean_size)[0]
+def uncut_layer(layer: FFNLayer, config: BuildConfig, fitted: FittedLayer) -> LayerClusters:
+    """The artifact's layer with sets of equal size, before a price cuts better ones."""
+    size = fitted.sets.sum(-1).float().mean().item()
     bias = None
-    if fitted.activations is not None:
-        left_out = fitted.activations.masked_fill(sets, 0)
+    if config.adds_bias:
+        left_out = fitted.centroids.mean_activations.masked_fill(fitted.sets, 0)
         bias = left_out @ layer.down.weight.detach().float().cpu().t()
-    scorer = SetScorer(sets, static_set)
-    held_out_ids = route(fitted.router, data.hidden_states[data.held_out])
-    scorer.add(data.importance[data.held_out], held_out_ids)
     state = {name: tensor.detach() for name, tensor in fitted.router.state_dict().items()}
-    clusters = LayerClusters(
-        active_sets=pack_bits(sets),
-        static_set=pack_bits(static_set),
+    return LayerClusters(
+        active_sets=pack_bits(fitted.sets),
+        static_set=pack_bits(fitted.centroids.static_set(size)),
         router_down=state.get("down"),
         router_up=state["up"],
         router_bias=state["bias"],
         cluster_bias=bias,
-        centroids=fitted.centroids if config.save_centroids else None,
+        centroids=fitted.centroids,
     )
-    return clusters, scorer.scores()
 
 
-_FITTED_TENSORS = ("sets", "centroids", "shares", "losses", "activations")
+def held_out_scores(
+    hidden_states: Tensor, layer: FFNLayer, clusters: LayerClusters, router: Router
+) -> dict[str, float]:
+    """Scores of a layer's sets, both bands together, by norm importance and the router's ids.
+
+    Args:
+        hidden_states: held-out tokens [n, H].
+        layer: the FFN.
+        clusters: the final sets.
+        router: the layer's router.
+    """
+    sets = clusters.active_sets
+    if clusters.maybe_sets is not None:
+        sets = sets | clusters.maybe_sets
+    neurons = layer.intermediate_size
+    set_scorer = SetScorer(unpack_bits(sets, neurons), unpack_bits(clusters.static_set, neurons))
+    scorer, ids = importance_scorer(layer), route(router, hidden_states)
+    for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+        set_scorer.add(scorer(hidden_states[rows].to(scorer.gate.device)).cpu(), ids[rows])
+    return set_scorer.scores()
 
 
 def save_fitted(file: Path, fitted: FittedLayer) -> None:
     """Write a fitted layer, atomically, to go on from after an interruption."""
     tensors = {f"router.{name}": tensor for name, tensor in fitted.router.state_dict().items()}
-    for name in _FITTED_TENSORS:
-        tensor = getattr(fitted, name)
-        if tensor is not None:
-            tensors[name] = tensor.contiguous()
-    write_tensors(file, tensors, {"figures": json.dumps(fitted.figures)})
+    tensors |= {f"centroids.{name}": tensor for name, tensor in vars(fitted.centroids).items()}
+    tensors["sets"] = fitted.sets
+    write_tensors(
+        file,
+        {name: tensor.contiguous() for name, tensor in tensors.items()},
+        {"figures": json.dumps(fitted.figures)},
+    )
 
 
 def load_fitted(file: Path) -> FittedLayer:
@@ -406,14 +398,14 @@ def load_fitted(file: Path) -> FittedLayer:
     with safe_open(file, framework="pt") as reader:
         tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
         figures = json.loads(reader.metadata()["figures"])
-    state = {
-        name.removeprefix("router."): tensors.pop(name)
-        for name in list(tensors)
-        if name.startswith("router.")
-    }
+
+    def group(prefix: str) -> dict[str, Tensor]:
+        named = ((name.partition(".")[::2], tensor) for name, tensor in tensors.items())
+        return {name: tensor for (first, name), tensor in named if first == prefix}
+
+    state = group("router")
     rank = state["down"].shape[0] if "down" in state else None
     hidden_size = state["down" if "down" in state else "up"].shape[1]
     router = new_router(hidden_size, len(state["bias"]), rank)
     router.load_state_dict(state)
-    fields = {name: tensors.get(name) for name in _FITTED_TENSORS}
-    return FittedLayer(router=router, figures=figures, **fields)  # type: ignore[arg-type]
+    return FittedLayer(router, tensors["sets"], LayerCentroids(**group("centroids")), figures)

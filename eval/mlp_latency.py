@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import ReadBandwidth
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
@@ -83,7 +84,9 @@ def _one_token(
     seconds: dict[str, float], layers: Sequence[SparseFFN], read_gbps: float
 ) -> dict[str, Any]:
     neurons = layers[0].cost.intermediate_size
-    density = statistics.mean(m.set_sizes.float().mean().item() for m in layers) / neurons
+    density = (
+        statistics.mean(set_sizes(m.active_sets).float().mean().item() for m in layers) / neurons
+    )
     bytes_read = statistics.mean(_bytes_read(module) for module in layers)
     gbps = bytes_read / seconds["sparse"] / 1e9
     opponent = seconds.get("prepacked", seconds["dense"])
@@ -104,7 +107,7 @@ def _one_token(
 
 def _bytes_read(module: SparseFFN) -> float:
     """Bytes that one token reads, its cluster taken at random."""
-    return module.cost.sparse_bytes(module.set_sizes.float().mean().item())
+    return module.cost.sparse_bytes(set_sizes(module.active_sets).float().mean().item())
 
 
 def _in_turns(

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
-from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.fingerprint import model_fingerprint
 
@@ -73,32 +74,67 @@ def random_model(
 
 
 def random_clusters(
-    model: nn.Module, *, density: float, num_clusters: int = 256, rank: int = 128, seed: int = 0
+    model: nn.Module,
+    *,
+    density: float,
+    looked: float = 0.0,
+    confirmed: float = 0.4,
+    num_clusters: int = 256,
+    rank: int = 128,
+    seed: int = 0,
 ) -> ClusterSet:
     """Random sets of one density and random low-rank routers for a model.
 
+    Args:
+        model: the model.
+        density: share of neurons that a token computes.
+        looked: share of neurons that it looks at first; some of those count in ``density``.
+        confirmed: share of these that are then computed, for normal hidden states.
+        num_clusters: K.
+        rank: of the routers.
+        seed: of sets and routers.
+
     Raises:
-        ConfigError: the density is not in (0, 1].
+        ConfigError: the shares are not in (0, 1], or leave nothing that is surely computed.
     """
-    if not 0 < density <= 1:
-        raise ConfigError(f"density is {density}; expected more than 0 and at most 1")
+    if not (0 < density <= 1 and 0 <= looked < 1):
+        raise ConfigError(f"density is {density} and looked {looked}; expected shares up to 1")
+    sure = density - looked * confirmed
+    if sure < 0 or sure + looked > 1:
+        raise ConfigError(
+            f"density {density} with {looked} looked at makes {sure:.3f} surely computed; expected "
+            "0 or more, and no more than 1 with those looked at"
+        )
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for layer in find_ffn_layers(model):
         hidden_size, neurons = layer.hidden_size, layer.intermediate_size
         scores = torch.rand(num_clusters, neurons, generator=generator)
-        size = max(1, round(density * neurons))
-        sets = torch.zeros_like(scores, dtype=torch.bool)
-        sets.scatter_(1, scores.topk(size, dim=1).indices, True)
-        packed = pack_bits(sets)
+        order = scores.argsort(dim=1)
+        sizes = [max(1, round(sure * neurons)), round(looked * neurons)]
+        packed, maybe = (
+            pack_bits(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True))
+            for chosen in order.split([*sizes, neurons - sum(sizes)], dim=1)[:2]
+        )
         layers[layer.index] = LayerClusters(
             active_sets=packed,
             static_set=packed[0].clone(),
             router_down=torch.randn(rank, hidden_size, generator=generator) * hidden_size**-0.5,
             router_up=torch.randn(num_clusters, rank, generator=generator) * rank**-0.5,
             router_bias=torch.zeros(num_clusters),
+            maybe_sets=maybe if looked else None,
+            factors=_factors(layer, confirmed, generator) if looked else None,
         )
-    return ClusterSet(layers, model_fingerprint(model), {"method": "random", "density": density})
+    record = {"method": "random", "density": density, "looked": looked}
+    return ClusterSet(layers, model_fingerprint(model), budget=density, build=record)
+
+
+def _factors(layer: FFNLayer, confirmed: float, generator: torch.Generator) -> Tensor:
+    """Factors [I] that confirm a share of the neurons of normal hidden states."""
+    x = torch.randn(4, layer.hidden_size, generator=generator)
+    sizes = importance_scorer(layer).activations(x).abs().flatten()
+    limit = sizes[:: -(-len(sizes) // 100_000)].quantile(1 - confirmed)
+    return torch.full((layer.intermediate_size,), 1 / limit.item())
 
 
 def _fill(parameter: Tensor, block: Tensor) -> None:

@@ -13,6 +13,7 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.recut import recut
 from sparse_runtime.version import __version__
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "cost_report",
     "dense",
     "fast_linear",
+    "recut",
     "reset_cost",
     "slow_linear",
     "sparse_modules",

@@ -17,6 +17,7 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport, count_cost
 from sparse_runtime.errors import AlreadySparseError, NothingMatchedError, NotSparseError
 from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.recut import recut
 from sparse_runtime.sparse_ffn import Padding, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -38,13 +39,13 @@ def sparsify(
         clusters: the artifact, or the folder or Hub id it is loaded from.
         config: run-time options; the defaults route decode steps and leave prefill dense.
         options: fields of :class:`SparseConfig` by name, in place of those of ``config``:
-            ``sparsify(model, clusters, fast_linear=True)``.
+            ``sparsify(model, clusters, budget=0.4)`` cuts the sets for another cost share.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: an option is unknown or out of range.
+        ConfigError: an option is unknown or out of range, or the sets cannot be cut for it.
         AlreadySparseError: the model is sparse already.
         UnsupportedArchitectureError: the model type, or one of its FFNs, is not supported.
         NothingMatchedError: no layer of the artifact is in the model.
@@ -57,10 +58,19 @@ def sparsify(
             "the model is sparse already; call unsparsify(model) before another sparsify"
         )
     layers = find_ffn_layers(model)
+    cuts = config.budget is not None or config.verify is not None or bool(config.layer_budgets)
     if not isinstance(clusters, ClusterSet):
-        clusters = ClusterSet.from_pretrained(clusters)
+        clusters = ClusterSet.from_pretrained(clusters, centroids=cuts)
     if config.check_fingerprint:
         clusters.check_model(model)
+    if cuts:
+        clusters = recut(
+            model,
+            clusters,
+            budget=config.budget,
+            verify=config.verify,
+            layer_budgets=config.layer_budgets,
+        )
     matched = [layer for layer in layers if layer.index in clusters.layers]
     matched = _without_offloaded(matched)
     if not matched:

@@ -100,10 +100,13 @@ def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
     data: DataOption = None,
     method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
-    importance: Annotated[str, typer.Option(help="norm, fisher or binary.")] = "norm",
+    importance: Annotated[str, typer.Option(help="fisher, norm or binary.")] = "fisher",
     allocation: Annotated[
-        str, typer.Option(help="Budget over layers: fisher (by estimated loss) or uniform.")
-    ] = "fisher",
+        str, typer.Option(help="Budget over layers: global (one price) or uniform.")
+    ] = "global",
+    verify: Annotated[
+        bool, typer.Option(help="Leave some neurons to a look at low-bit copies.")
+    ] = True,
     clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
     budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
@@ -127,6 +130,7 @@ def build(
         method=method,  # type: ignore[arg-type]
         importance=importance,  # type: ignore[arg-type]
         allocation=allocation,  # type: ignore[arg-type]
+        verify=verify,
         num_clusters=clusters,
         budget=budget,
         router=router,

@@ -19,7 +19,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.bands import LayerCentroids
+from sparse_runtime.bitmaps import packed_size, set_sizes
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.errors import (
     ArtifactError,
@@ -38,6 +39,14 @@ CENTROIDS_FILE = "centroids.safetensors"
 #: Where a build keeps what it needs to go on after an interruption; gone once it has ended.
 WORK_FOLDER = ".build"
 _FILES = (CONFIG_FILE, CLUSTERS_FILE, CENTROIDS_FILE)
+# The fields of LayerCentroids on disk: shape and dtype.
+_CENTROIDS: dict[str, tuple[str, torch.dtype]] = {
+    "mean_squares": ("KI", torch.bfloat16),
+    "mean_magnitudes": ("KI", torch.bfloat16),
+    "mean_activations": ("KI", torch.bfloat16),
+    "shares": ("K", torch.float32),
+    "neuron_weights": ("I", torch.float32),
+}
 
 
 @dataclass
@@ -53,7 +62,11 @@ class LayerClusters:
         router_bias: [K].
         cluster_bias: added to the output of a cluster's tokens, the mean of what their sets leave out
             [K, H], or None.
-        centroids: mean importance of each cluster's tokens [K, I], or None.
+        maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
+            None.
+        factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
+            [I]; None without ``maybe_sets``.
+        centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
     """
 
     active_sets: Tensor
@@ -62,7 +75,9 @@ class LayerClusters:
     router_bias: Tensor
     router_down: Tensor | None = None
     cluster_bias: Tensor | None = None
-    centroids: Tensor | None = None
+    maybe_sets: Tensor | None = None
+    factors: Tensor | None = None
+    centroids: LayerCentroids | None = None
 
     @property
     def num_clusters(self) -> int:
@@ -81,6 +96,18 @@ class LayerClusters:
         router = router_parameter_count(hidden_size, self.num_clusters, self.router_rank)
         return router if self.cluster_bias is None else router + hidden_size
 
+    def collapsed(self, num_neurons: int) -> LayerClusters:
+        """One cluster, hardly any router and no bias, if every set holds all neurons; else itself."""
+        if not bool((set_sizes(self.active_sets) == num_neurons).all()):
+            return self
+        hidden_size = (self.router_up if self.router_down is None else self.router_down).shape[1]
+        return LayerClusters(
+            active_sets=self.active_sets[:1],
+            static_set=self.static_set,
+            router_up=torch.zeros(1, hidden_size),
+            router_bias=torch.zeros(1),
+        )
+
 
 @dataclass
 class ClusterSet:
@@ -89,13 +116,20 @@ class ClusterSet:
     Attributes:
         layers: layer index -> clusters and router.
         fingerprint: of the model it was built for, see ``model_fingerprint``.
+        budget: mean cost share that the sets were cut for.
         build: how it was built: method and its settings, data with token counts, seed, budget and
             the figures reached. Free-form JSON; nothing at run time depends on it.
     """
 
     layers: dict[int, LayerClusters]
     fingerprint: dict[str, Any]
+    budget: float
     build: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def verified(self) -> bool:
+        """Whether a layer has neurons that low-bit copies decide on."""
+        return any(layer.maybe_sets is not None for layer in self.layers.values())
 
     @property
     def num_bytes(self) -> int:
@@ -103,7 +137,9 @@ class ClusterSet:
         return sum(
             tensor.numel() * tensor.element_size()
             for layer in self.layers.values()
-            for tensor in vars(layer).values()
+            for part in (layer, layer.centroids)
+            if part is not None
+            for tensor in vars(part).values()
             if isinstance(tensor, Tensor)
         )
 
@@ -163,7 +199,7 @@ class ClusterSet:
         Args:
             folder_or_id: local folder, or Hub id ``owner/name``.
             revision, cache_dir, token, local_files_only: as in ``huggingface_hub``.
-            centroids: load the float centroids too, where the artifact has them.
+            centroids: load the centroids too, where the artifact has them; :func:`recut` needs them.
 
         Raises:
             ArtifactVersionError: written in a newer format.
@@ -198,9 +234,16 @@ class ClusterSet:
                 router_up=tensors[f"{prefix}router.up"],
                 router_bias=tensors[f"{prefix}router.bias"],
                 cluster_bias=tensors.get(f"{prefix}cluster_bias"),
-                centroids=centroid_tensors.get(f"{prefix}centroids"),
+                maybe_sets=tensors.get(f"{prefix}maybe_sets"),
+                factors=tensors.get(f"{prefix}factors"),
+                centroids=_layer_centroids(centroid_tensors, prefix),
             )
-        return cls(layers=layers, fingerprint=config["fingerprint"], build=config["build"])
+        return cls(
+            layers=layers,
+            fingerprint=config["fingerprint"],
+            budget=config["budget"],
+            build=config["build"],
+        )
 
     def push_to_hub(
         self,
@@ -238,12 +281,14 @@ class ClusterSet:
             "format_version": FORMAT_VERSION,
             "library_version": __version__,
             "fingerprint": self.fingerprint,
+            "budget": self.budget,
             "layers": [
                 {
                     "index": index,
                     "num_clusters": layer.num_clusters,
                     "router_rank": layer.router_rank,
                     "cluster_bias": layer.cluster_bias is not None,
+                    "verified": layer.maybe_sets is not None,
                 }
                 for index, layer in sorted(self.layers.items())
             ],
@@ -264,8 +309,12 @@ class ClusterSet:
             clusters[f"{prefix}router.bias"] = layer.router_bias.to(torch.bfloat16)
             if layer.cluster_bias is not None:
                 clusters[f"{prefix}cluster_bias"] = layer.cluster_bias.to(torch.bfloat16)
+            if layer.maybe_sets is not None and layer.factors is not None:
+                clusters[f"{prefix}maybe_sets"] = layer.maybe_sets
+                clusters[f"{prefix}factors"] = layer.factors.float()
             if layer.centroids is not None:
-                centroids[f"{prefix}centroids"] = layer.centroids.to(torch.bfloat16)
+                for name, (_, dtype) in _CENTROIDS.items():
+                    centroids[prefix + name] = getattr(layer.centroids, name).to(dtype)
         return (
             {key: tensor.contiguous().cpu() for key, tensor in clusters.items()},
             {key: tensor.contiguous().cpu() for key, tensor in centroids.items()},
@@ -372,6 +421,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     fingerprint = require(config, "fingerprint", dict, "")
     for key, kind in _FINGERPRINT_TYPES.items():
         require(fingerprint, key, kind, "fingerprint.")
+    require(config, "budget", float, "")
     require(config, "build", dict, "")
     files = require(config, "files", dict, "")
     require(files, CLUSTERS_FILE, dict, "files.")
@@ -383,6 +433,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             ("num_clusters", int),
             ("router_rank", (int, type(None))),
             ("cluster_bias", bool),
+            ("verified", bool),
         ):
             require(entry, key, kind, f"layers[{number}].")
 
@@ -392,7 +443,8 @@ _Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
 
 def _expected_clusters(config: dict[str, Any]) -> _Expected:
     hidden_size = config["fingerprint"]["hidden_size"]
-    bitmap = packed_size(config["fingerprint"]["intermediate_size"])
+    neurons = config["fingerprint"]["intermediate_size"]
+    bitmap = packed_size(neurons)
     expected: _Expected = {}
     for entry in config["layers"]:
         prefix = f"layers.{entry['index']}."
@@ -406,15 +458,27 @@ def _expected_clusters(config: dict[str, Any]) -> _Expected:
         expected[f"{prefix}router.bias"] = ((clusters,), torch.bfloat16)
         if entry["cluster_bias"]:
             expected[f"{prefix}cluster_bias"] = ((clusters, hidden_size), torch.bfloat16)
+        if entry["verified"]:
+            expected[f"{prefix}maybe_sets"] = ((clusters, bitmap), torch.uint8)
+            expected[f"{prefix}factors"] = ((neurons,), torch.float32)
     return expected
 
 
 def _expected_centroids(config: dict[str, Any]) -> _Expected:
-    neurons = config["fingerprint"]["intermediate_size"]
-    return {
-        f"layers.{entry['index']}.centroids": ((entry["num_clusters"], neurons), torch.bfloat16)
-        for entry in config["layers"]
-    }
+    sizes = {"I": config["fingerprint"]["intermediate_size"]}
+    expected: _Expected = {}
+    for entry in config["layers"]:
+        sizes["K"] = entry["num_clusters"]
+        for name, (shape, dtype) in _CENTROIDS.items():
+            key = f"layers.{entry['index']}.{name}"
+            expected[key] = (tuple(sizes[letter] for letter in shape), dtype)
+    return expected
+
+
+def _layer_centroids(tensors: dict[str, Tensor], prefix: str) -> LayerCentroids | None:
+    if not tensors:
+        return None
+    return LayerCentroids(**{name: tensors[prefix + name] for name in _CENTROIDS})
 
 
 def _read_tensors(file: Path, expected: _Expected) -> dict[str, Tensor]:

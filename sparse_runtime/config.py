@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -26,6 +27,12 @@ class SparseConfig:
         fast_linear: also run the model's other linear layers (attention, output head) through the
             CPU kernels in calls of few tokens, where torch reads bfloat16 weights at half of the
             memory's speed; see :func:`sparse_runtime.fast_linear`.
+        budget: mean cost share over all layers, cut from the artifact's centroids; None keeps the
+            artifact's own sets.
+        verify: with or without the band of neurons that low-bit copies decide on; None keeps what the
+            artifact has. The copies take 17 % of the FFN's memory.
+        layer_budgets: layer index -> cost share of its own, 1 for dense; the others share what these
+            leave of the budget.
         check_fingerprint: refuse an artifact that was built for other weights.
     """
 
@@ -34,6 +41,9 @@ class SparseConfig:
     prefill: Literal["dense", "sparse"] = "dense"
     max_sparse_tokens: int | None = None
     fast_linear: bool = False
+    budget: float | None = None
+    verify: bool | None = None
+    layer_budgets: Mapping[int, float] | None = None
     check_fingerprint: bool = True
 
     def __post_init__(self) -> None:

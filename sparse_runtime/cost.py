@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.kernels.low_bit import record_size
 
 if TYPE_CHECKING:
     from sparse_runtime.sparse_ffn import SparseFFN
@@ -26,30 +27,45 @@ class FFNCost:
         intermediate_size: I.
         extra_elements: elements read per token besides the neurons: router and compensation.
         element_size: bytes per weight (2 for bfloat16).
+        verified: a second band of neurons is looked at in low-bit copies.
     """
 
     hidden_size: int
     intermediate_size: int
     extra_elements: int
     element_size: int = 2
+    verified: bool = False
+
+    @property
+    def neuron_bytes(self) -> int:
+        """Bytes of one neuron: its rows of gate, up and transposed down."""
+        return 3 * self.hidden_size * self.element_size
+
+    @property
+    def look_bytes(self) -> int:
+        """Bytes of one neuron's low-bit copy."""
+        return record_size(self.hidden_size)
 
     @property
     def dense_bytes(self) -> int:
         """Bytes of gate, up and down: 3·I·H·b."""
-        return 3 * self.intermediate_size * self.hidden_size * self.element_size
+        return self.intermediate_size * self.neuron_bytes
 
     @property
     def overhead_bytes(self) -> int:
-        """Bytes read whatever the cluster: router, compensation and one bitmap."""
-        return self.extra_elements * self.element_size + packed_size(self.intermediate_size)
+        """Bytes read whatever the cluster: router, compensation and the bands' bitmaps."""
+        bitmaps = 2 if self.verified else 1
+        return self.extra_elements * self.element_size + bitmaps * packed_size(
+            self.intermediate_size
+        )
 
-    def sparse_bytes(self, active_neurons: float) -> float:
-        """Bytes for a token whose set holds ``active_neurons`` neurons."""
-        return active_neurons * 3 * self.hidden_size * self.element_size + self.overhead_bytes
+    def sparse_bytes(self, computed: float, looked: float = 0) -> float:
+        """Bytes for a token that computes and looks at so many neurons."""
+        return computed * self.neuron_bytes + looked * self.look_bytes + self.overhead_bytes
 
-    def share(self, active_neurons: float) -> float:
-        """Cost share of a token whose set holds ``active_neurons`` neurons."""
-        return self.sparse_bytes(active_neurons) / self.dense_bytes
+    def share(self, computed: float, looked: float = 0) -> float:
+        """Cost share of a token that computes and looks at so many neurons."""
+        return self.sparse_bytes(computed, looked) / self.dense_bytes
 
     def density_for(self, budget: float) -> float:
         """Largest density whose cost share is ``budget``; ≤ 0 if the overhead alone exceeds it."""
@@ -100,18 +116,18 @@ class CostReport:
 
 
 def count_cost(modules: list[SparseFFN]) -> CostReport:
-    """Add up the counters of sparse FFNs; one device synchronization per module."""
+    """Add up the counters of sparse FFNs; synchronizes with their devices."""
     sparse_tokens = dense_tokens = 0
     sparse_bytes = dense_of_sparse = dense_of_dense = 0.0
     for module in modules:
         cost = module.cost
-        per_cluster = module.cluster_counts.cpu()
-        tokens = int(per_cluster.sum())
-        active = int((per_cluster * module.set_sizes.cpu()).sum())
+        tokens = int(module.cluster_counts.sum())
+        computed, looked = module.row_counts.tolist()
         dense = int(module.dense_token_count)
         sparse_tokens += tokens
         dense_tokens += dense
-        sparse_bytes += cost.sparse_bytes(active / tokens) * tokens if tokens else 0.0
+        if tokens:
+            sparse_bytes += cost.sparse_bytes(computed / tokens, looked / tokens) * tokens
         dense_of_sparse += cost.dense_bytes * tokens
         dense_of_dense += cost.dense_bytes * dense
     return CostReport(sparse_tokens, dense_tokens, sparse_bytes, dense_of_sparse, dense_of_dense)

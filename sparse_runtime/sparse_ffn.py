@@ -17,6 +17,7 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.hardware import cpu_name
 from sparse_runtime.kernels import resolve_backend, sparse_ffn
+from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.token_paths import MAX_SPARSE_TOKENS, PathTable
 from sparse_runtime.predictors import router_logits
 from sparse_runtime.version import __version__
@@ -54,6 +55,7 @@ class SparseFFN(nn.Module):
 
     Attributes:
         cluster_counts: tokens routed to each cluster so far [K] int64.
+        row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64.
         dense_token_count: tokens that took the dense path so far, int64 scalar tensor.
         backend: kernel backend in use: ``cpu``, ``reference``, or ``dense`` for none.
         forced_dense: run ``base_layer`` whatever the call (see ``sparse_runtime.dense``).
@@ -62,12 +64,15 @@ class SparseFFN(nn.Module):
     """
 
     active_sets: Tensor
-    set_sizes: Tensor
     router_down: Tensor | None
     router_up: Tensor
     router_bias: Tensor
     cluster_bias: Tensor | None
+    maybe_sets: Tensor | None
+    low_bit: Tensor | None
+    factors: Tensor | None
     cluster_counts: Tensor
+    row_counts: Tensor
     dense_token_count: Tensor
     _one: Tensor
 
@@ -87,7 +92,10 @@ class SparseFFN(nn.Module):
         self.route: Callable[[Tensor], Tensor] = self._predict
 
         device, dtype = layer.gate.weight.device, layer.gate.weight.dtype
+        clusters = clusters.collapsed(layer.intermediate_size)
         sets = clusters.active_sets.to(device)
+        maybe_sets, factors = clusters.maybe_sets, clusters.factors
+        verified = maybe_sets is not None and factors is not None
         weights = {
             name: None if tensor is None else tensor.to(device=device, dtype=dtype)
             for name, tensor in (
@@ -99,9 +107,16 @@ class SparseFFN(nn.Module):
         }
         buffers = {
             "active_sets": sets,
-            "set_sizes": set_sizes(sets),
             **weights,
+            "maybe_sets": maybe_sets.to(device) if verified else None,
+            "low_bit": (
+                quantize_rows(layer.gate.weight.detach(), layer.up.weight.detach())
+                if verified and self.backend != "dense"
+                else None
+            ),
+            "factors": factors.to(device, torch.float32) if verified else None,
             "cluster_counts": torch.zeros(sets.shape[0], dtype=torch.int64, device=device),
+            "row_counts": torch.zeros(2, dtype=torch.int64, device=device),
             "dense_token_count": torch.zeros((), dtype=torch.int64, device=device),
             "_one": torch.ones(1, dtype=torch.int64, device=device),
         }
@@ -112,10 +127,12 @@ class SparseFFN(nn.Module):
             intermediate_size=layer.intermediate_size,
             extra_elements=clusters.extra_elements,
             element_size=element_size(dtype),
+            verified=verified,
         )
         self.register_state_dict_post_hook(_hide_base_layer)
         self.register_load_state_dict_pre_hook(_show_base_layer)
-        self._density = self.set_sizes.float().mean().item() / layer.intermediate_size
+        self._density = _mean_density(sets, layer.intermediate_size)
+        self._looked = _mean_density(self.maybe_sets, layer.intermediate_size)
         if self.backend != "dense":
             down = layer.down.weight
             down.data = down.data.t().contiguous().t()
@@ -156,7 +173,19 @@ class SparseFFN(nn.Module):
         cluster_ids = self.route(x)
         self.cluster_counts.scatter_add_(0, cluster_ids, self._one.expand(x.shape[0]))
         gate, up, down = (linear.weight for linear in self._projections)
-        output = sparse_ffn(x, gate, up, down.t(), self.active_sets, cluster_ids, self.activation)
+        output = sparse_ffn(
+            x,
+            gate,
+            up,
+            down.t(),
+            self.active_sets,
+            cluster_ids,
+            self.activation,
+            maybe_sets=self.maybe_sets,
+            low_bit=self.low_bit,
+            factors=self.factors,
+            row_counts=self.row_counts,
+        )
         if self.cluster_bias is not None:
             output += self.cluster_bias[cluster_ids]
         return output
@@ -177,7 +206,7 @@ class SparseFFN(nn.Module):
             self.cost,
             self.activation,
             self.router_up.dtype,
-            self._density if may_be_sparse else None,
+            (self._density, self._looked) if may_be_sparse else None,
         )
         return table.path(num_tokens, partial(self._candidates, sparse=may_be_sparse))
 
@@ -192,19 +221,37 @@ class SparseFFN(nn.Module):
             num_clusters = self.active_sets.shape[0]
             ids = torch.randint(num_clusters, (num_tokens,), generator=generator)
             calls["sparse"] = lambda: torch.ops.sparse_runtime.cpu_sparse_ffn(
-                x, gate, up, down.t(), self.active_sets, ids, self.activation
+                x,
+                gate,
+                up,
+                down.t(),
+                self.active_sets,
+                ids,
+                self.activation,
+                self.maybe_sets,
+                self.low_bit,
+                self.factors,
             )
         return calls
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SparseFFN:
+        # A change of the model's dtype is not for the factors, which the kernels want in float32.
+        super()._apply(*args, **kwargs)
+        if self.factors is not None:
+            self.factors = self.factors.float()
+        return self
 
     def reset_counts(self) -> None:
         """Set the token counters to zero."""
         self.cluster_counts.zero_()
+        self.row_counts.zero_()
         self.dense_token_count.zero_()
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
         return (
             f"clusters={self.active_sets.shape[0]}, mean_density={self._density:.3f}, "
+            f"looked_at={self._looked:.3f}, "
             f"backend={self.backend}, prefill={self.config.prefill}"
         )
 
@@ -232,6 +279,10 @@ class SparseFFN(nn.Module):
             buffers["cluster_bias"],
             buffers["cluster_counts"],
             self.activation,
+            buffers["maybe_sets"],
+            buffers["low_bit"],
+            buffers["factors"],
+            buffers["row_counts"],
         )
         return output
 
@@ -254,19 +305,24 @@ def _show_base_layer(
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
 
 
+def _mean_density(sets: Tensor | None, num_neurons: int) -> float:
+    return 0.0 if sets is None else set_sizes(sets).float().mean().item() / num_neurons
+
+
 def path_table(
-    cost: FFNCost, activation: str, dtype: torch.dtype, density: float | None
+    cost: FFNCost, activation: str, dtype: torch.dtype, densities: tuple[float, float] | None
 ) -> PathTable:
     """The measured paths of FFNs of one shape, for the current number of threads.
 
-    ``density`` is None where no call may be sparse.
+    ``densities`` are the mean shares of neurons computed and looked at, None where no call may be
+    sparse.
     """
     return _path_table(
         cost.hidden_size,
         cost.intermediate_size,
         activation,
         str(dtype),
-        None if density is None else round(density * 20) / 20,
+        None if densities is None else tuple(round(share * 20) / 20 for share in densities),
         torch.get_num_threads(),
     )
 
@@ -277,9 +333,9 @@ def _path_table(
     intermediate_size: int,
     activation: str,
     dtype: str,
-    density: float | None,
+    densities: tuple[float, ...] | None,
     threads: int,
 ) -> PathTable:
-    shape = [hidden_size, intermediate_size, activation, dtype, density]
+    shape = [hidden_size, intermediate_size, activation, dtype, densities]
     isa = torch.ops.sparse_runtime.cpu_isa()
     return PathTable([cpu_name(), isa, threads, torch.__version__, __version__, *shape])

@@ -1,9 +1,28 @@
 """Builders shared by the tests."""
 
+import torch
+
 from sparse_runtime import ClusterSet
+from sparse_runtime.bands import LayerCentroids
 from sparse_runtime.eval.shapes import random_clusters
 
 
 def random_cluster_set(model, density, num_clusters=6, rank=4) -> ClusterSet:
     """Random sets and routers that fit a tiny model."""
     return random_clusters(model, density=density, num_clusters=num_clusters, rank=rank)
+
+
+def random_centroids(num_clusters, num_neurons, *, seed, scale=1.0) -> LayerCentroids:
+    """Centroids of log-normal importance; ``scale`` is that of e²."""
+    generator = torch.Generator().manual_seed(seed)
+    magnitudes = (torch.randn(num_clusters, num_neurons, generator=generator) - 2).exp()
+    magnitudes *= scale**0.5
+    spread = 1.2 + torch.rand(num_clusters, num_neurons, generator=generator)
+    shares = torch.rand(num_clusters, generator=generator) + 0.1
+    return LayerCentroids(
+        mean_squares=magnitudes.square() * spread,
+        mean_magnitudes=magnitudes,
+        mean_activations=torch.randn(num_clusters, num_neurons, generator=generator),
+        shares=shares / shares.sum(),
+        neuron_weights=torch.rand(num_neurons, generator=generator) + 0.5,
+    )

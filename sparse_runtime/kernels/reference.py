@@ -34,7 +34,7 @@ def sparse_ffn_reference(
     factors: Tensor | None = None,
     row_counts: Tensor | None = None,
 ) -> Tensor:
-    """Compute y_t = Σ_i act(gate_i·x_t) (up_i·x_t) down_i over token t's neurons; see ``sparse_ffn``."""
+    """Compute y_t = Σ_i act(gate_i·x_t) (up_i·x_t) down_i over t's neurons; see ``sparse_ffn``."""
     chosen = unpack_bits(sets[cluster_ids], w_gate.shape[0])
     num_looked = 0
     if maybe_sets is not None and low_bit is not None and factors is not None:

@@ -96,6 +96,18 @@ int64_t decode(const uint8_t* bitmap, int64_t num_bits, int32_t* rows) {
   return count;
 }
 
+constexpr int kLookRecords = 4;
+inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
+  const __m512i twice = _mm512_broadcast_i64x4(
+      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
+  const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
+  const __m512i unpacked =
+      _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
+  const __m512i pairs = _mm512_maddubs_epi16(unpacked, _mm512_loadu_si512(x));
+  const __m512i sum = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
+  return madd(_mm512_cvtepi32_ps(sum), set1(scale), sums);
+}
+
 inline __m512i read_line(const char* p, __m512i sum) {
   return _mm512_add_epi64(sum, _mm512_loadu_si512(p));
 }

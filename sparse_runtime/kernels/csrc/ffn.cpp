@@ -27,6 +27,9 @@ constexpr int64_t kLastThreadSums = 64 * 1024;
 // Added to the distance between tokens: hidden sizes are multiples of 4 KB, and without it the same
 // columns of all tokens and rows would fall into one set of the L1 cache.
 constexpr int64_t kSkewBytes = 128;
+// Neurons per step of verification. Parts take steps in turns, so that a part's share of confirmed
+// neurons is that of the others, whatever their order.
+constexpr int64_t kLookRows = 128;
 // Rows of a linear layer per pass.
 constexpr int64_t kLinearRows = 1024;
 
@@ -165,11 +168,11 @@ struct Pass {
   const Ffn* ffn;
   const Isa* isa;
   const Kernels* kernels;
-  const uint8_t* sets;
-  int64_t set_stride;
+  Clusters clusters;
   Groups groups;
   PackedTokens x;
-  const int32_t* rows;  // null: all neurons
+  LookTokens low_bit;   // with verification
+  const int32_t* rows;  // null: all neurons; with verification, of both bands
   int64_t num_rows;
   int64_t num_parts;
   int64_t held_rows;    // rows whose gate and up values are held
@@ -178,23 +181,51 @@ struct Pass {
   float* gate;          // [parts, tokens, row_stride]
   float* up;
   float* sums;          // [parts, tokens, sum_stride]
-  uint64_t* masks;      // [parts, held_rows], used where tokens have different sets
+  uint64_t* masks;      // [parts, held_rows], used where tokens have different neurons
+  int32_t* kept;        // [parts, held_rows], with verification: what is computed
+  int64_t* counts;      // [parts, 2], with verification: as Clusters::row_counts
 };
 
-// The rows [begin, end) of a pass: gate and up, activation, down, into this part's own sums.
-//
-// A second band of neurons, which low-bit copies confirm before they are computed, belongs here:
-// each part takes its share of the band, appends the confirmed rows (and their token masks) to its
-// own list, and goes on as below; no thread has to wait for another.
-void compute_slice(const Pass& pass, int64_t part) {
-  const Ffn& ffn = *pass.ffn;
-  const int64_t tokens = pass.x.count;
-  float* const gate = pass.gate + part * tokens * pass.row_stride;
-  float* const up = pass.up + part * tokens * pass.row_stride;
-  float* const sums = pass.sums + part * tokens * pass.sum_stride;
-  uint64_t* const masks = pass.masks + part * pass.held_rows;
-  memset(sums, 0, size_t(tokens * pass.sum_stride) * sizeof(float));
+// The tokens whose cluster has neuron i in `sets`.
+uint64_t wanting(const Groups& groups, const uint8_t* sets, int64_t stride, int64_t i) {
+  uint64_t tokens = 0;
+  for (int64_t g = 0; g < groups.count; ++g)
+    if (sets[groups.cluster[g] * stride + (i >> 3)] >> (i & 7) & 1) tokens |= groups.tokens[g];
+  return tokens;
+}
 
+// What one part of a pass works with.
+struct Part {
+  float* gate;
+  float* up;
+  float* sums;
+  uint64_t* masks;
+  int32_t* kept;
+};
+
+Part part_of_pass(const Pass& pass, int64_t part) {
+  const int64_t tokens = pass.x.count;
+  return {pass.gate + part * tokens * pass.row_stride, pass.up + part * tokens * pass.row_stride,
+          pass.sums + part * tokens * pass.sum_stride, pass.masks + part * pass.held_rows,
+          pass.kept + part * pass.held_rows};
+}
+
+// Up to held_rows rows: gate and up, activation, down, into the part's own sums.
+void compute_rows(const Pass& pass, const Part& own, const Rows& rows) {
+  const Ffn& ffn = *pass.ffn;
+  pass.kernels->gate_up(ffn.w_gate, ffn.w_up, ffn.hidden_size, rows, pass.x, own.gate, own.up,
+                        pass.row_stride);
+  for (int64_t t = 0; t < pass.x.count; ++t)
+    pass.isa->common.activate(ffn.activation, own.gate + t * pass.row_stride,
+                              own.up + t * pass.row_stride, rows.count);
+  pass.kernels->down(ffn.w_down_t, ffn.hidden_size, rows, pass.x.count, own.gate, pass.row_stride,
+                     own.sums, pass.sum_stride);
+}
+
+// A part's slice of the rows.
+void compute_slice(const Pass& pass, int64_t part) {
+  const Part own = part_of_pass(pass, part);
+  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
   const Range range = part_of(pass.num_rows, pass.num_parts, part, 8);
   for (int64_t first = range.begin; first < range.end; first += pass.held_rows) {
     Rows rows;
@@ -203,24 +234,121 @@ void compute_slice(const Pass& pass, int64_t part) {
     rows.index = pass.rows ? pass.rows + first : nullptr;
     rows.tokens = nullptr;
     if (pass.groups.count > 1) {
-      for (int64_t r = 0; r < rows.count; ++r) {
-        const int64_t i = rows.index[r];
-        uint64_t mask = 0;
-        for (int64_t g = 0; g < pass.groups.count; ++g) {
-          const uint8_t* const set = pass.sets + pass.groups.cluster[g] * pass.set_stride;
-          if (set[i >> 3] >> (i & 7) & 1) mask |= pass.groups.tokens[g];
-        }
-        masks[r] = mask;
-      }
-      rows.tokens = masks;
+      for (int64_t r = 0; r < rows.count; ++r)
+        own.masks[r] =
+            wanting(pass.groups, pass.clusters.sets, pass.clusters.stride, rows.index[r]);
+      rows.tokens = own.masks;
     }
-    pass.kernels->gate_up(ffn.w_gate, ffn.w_up, ffn.hidden_size, rows, pass.x, gate, up,
-                          pass.row_stride);
-    for (int64_t t = 0; t < tokens; ++t)
-      pass.isa->common.activate(ffn.activation, gate + t * pass.row_stride,
-                                up + t * pass.row_stride, rows.count);
-    pass.kernels->down(ffn.w_down_t, ffn.hidden_size, rows, tokens, gate, pass.row_stride, sums,
-                       pass.sum_stride);
+    compute_rows(pass, own, rows);
+  }
+}
+
+// The neurons a step of verification looks at.
+struct Step {
+  int64_t count = 0;
+  int32_t index[kLookRows];
+  uint64_t maybe[kLookRows];  // tokens whose cluster leaves the neuron to a look
+  uint64_t sure[kLookRows];   // tokens that compute it anyway
+};
+
+// Looks at a step's neurons and appends those that a token wants; returns the new number of kept.
+int64_t verify(const Pass& pass, const Part& own, const Step& step, int64_t num_kept,
+               int64_t* counts) {
+  const Verification& band = pass.clusters.verification;
+  const int64_t tokens = pass.x.count, ld = pass.row_stride;
+  const Rows rows = {step.index, 0, step.count, tokens > 1 ? step.maybe : nullptr};
+  // The values that gate and up will hold are not there yet.
+  pass.isa->common.look({band.records, band.record_stride, (pass.ffn->hidden_size + 63) / 64}, rows,
+                        pass.low_bit, own.gate, own.up, ld);
+  for (int64_t t = 0; t < tokens; ++t)
+    pass.isa->common.activate(pass.ffn->activation, own.gate + t * ld, own.up + t * ld, step.count);
+  for (int64_t r = 0; r < step.count; ++r) {
+    const float factor = band.factors[step.index[r]];
+    uint64_t wanted = step.sure[r];
+    for (uint64_t left = step.maybe[r]; left; left &= left - 1) {
+      const int64_t t = __builtin_ctzll(left);
+      const float h = own.gate[t * ld + r];
+      // Not below the bound, so that NaN is computed.
+      if (!((h < 0 ? -h : h) * factor <= 1.0f)) wanted |= uint64_t(1) << t;
+    }
+    counts[1] += __builtin_popcountll(step.maybe[r]);
+    if (!wanted) continue;
+    counts[0] += __builtin_popcountll(wanted);
+    own.kept[num_kept] = step.index[r];
+    own.masks[num_kept] = wanted;
+    ++num_kept;
+  }
+  return num_kept;
+}
+
+// A part's share of both bands: first a look, then what is sure or was confirmed. No thread waits
+// for another.
+void verify_and_compute(const Pass& pass, int64_t part) {
+  const Part own = part_of_pass(pass, part);
+  const Verification& band = pass.clusters.verification;
+  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
+  int64_t* const counts = pass.counts + 2 * part;
+  counts[0] = counts[1] = 0;
+  int64_t num_kept = 0;
+  const auto compute_kept = [&] {
+    const Rows rows = {own.kept, 0, num_kept, pass.x.count > 1 ? own.masks : nullptr};
+    if (num_kept > 0) compute_rows(pass, own, rows);
+    num_kept = 0;
+  };
+  Step step;
+  for (int64_t first = part * kLookRows; first < pass.num_rows;
+       first += pass.num_parts * kLookRows) {
+    if (num_kept + kLookRows > pass.held_rows) compute_kept();
+    const int64_t end = at_most(first + kLookRows, pass.num_rows);
+    step.count = 0;
+    for (int64_t r = first; r < end; ++r) {
+      const int64_t i = pass.rows[r];
+      const uint64_t sure = wanting(pass.groups, pass.clusters.sets, pass.clusters.stride, i);
+      const uint64_t maybe = wanting(pass.groups, band.maybe_sets, band.stride, i) & ~sure;
+      if (maybe) {
+        step.index[step.count] = int32_t(i);
+        step.maybe[step.count] = maybe;
+        step.sure[step.count] = sure;
+        ++step.count;
+      } else {
+        own.kept[num_kept] = int32_t(i);
+        own.masks[num_kept] = sure;
+        counts[0] += __builtin_popcountll(sure);
+        ++num_kept;
+      }
+    }
+    if (step.count > 0) num_kept = verify(pass, own, step, num_kept, counts);
+  }
+  compute_kept();
+}
+
+// The tokens' low-bit form, for the whole call to look with.
+LookTokens round_tokens(const Pass& pass, Tokens x, float* wide, int8_t* codes, float* scales,
+                        float* offsets) {
+  const int64_t groups = (pass.ffn->hidden_size + kLookGroup - 1) / kLookGroup;
+  const int64_t size = pass.ffn->element_size;
+  for (int64_t t = 0; t < x.count; ++t) {
+    pass.kernels->widen(static_cast<const char*>(x.data) + t * x.stride * size,
+                        pass.ffn->hidden_size, wide);
+    pass.isa->common.round_token(wide, pass.ffn->hidden_size, codes + t * groups * kLookGroup,
+                                 scales + t * groups, offsets + t * groups);
+  }
+  return {codes, scales, offsets, groups * kLookGroup, groups, x.count};
+}
+
+int64_t count_bits(const uint8_t* bitmap, int64_t num_bits) {
+  int64_t count = 0;
+  for (int64_t i = 0; i < num_bits / 8; ++i) count += __builtin_popcount(bitmap[i]);
+  if (num_bits % 8) count += __builtin_popcount(bitmap[num_bits / 8] & ((1 << num_bits % 8) - 1));
+  return count;
+}
+
+// Joins the bitmaps of a pass's clusters into one.
+void join(const Groups& groups, const uint8_t* sets, int64_t stride, int64_t bytes,
+          uint8_t* joined) {
+  for (int64_t g = 0; g < groups.count; ++g) {
+    const uint8_t* const set = sets + groups.cluster[g] * stride;
+    for (int64_t i = 0; i < bytes; ++i) joined[i] |= set[i];
   }
 }
 
@@ -228,12 +356,12 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
               char* y) {
   const Isa& isa = current_isa();
   const Kernels& kernels = isa.by_dtype[ffn.dtype];
+  const Verification& band = clusters.verification;
   Pass pass;
   pass.ffn = &ffn;
   pass.isa = &isa;
   pass.kernels = &kernels;
-  pass.sets = clusters.sets;
-  pass.set_stride = clusters.stride;
+  pass.clusters = clusters;
   if (clusters.sets) group_tokens(ids, x.count, pass.groups);
 
   const int64_t neurons = ffn.num_neurons, tokens = x.count;
@@ -242,16 +370,24 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   const int64_t most_parts = num_threads_for(3 * neurons * ffn.hidden_size * ffn.element_size);
   pass.sum_stride =
       round_up(ffn.hidden_size, kernels.block) + kSkewBytes / int64_t(sizeof(float));
-  pass.held_rows = round_up(at_most(at_least(kHeldValues / tokens, 64), neurons + 8), 8);
+  pass.held_rows =
+      round_up(at_most(at_least(kHeldValues / tokens, kLookRows), neurons + kLookRows), 8);
   pass.row_stride = pass.held_rows + kSkewBytes / int64_t(sizeof(float));
 
   const int64_t values = most_parts * tokens * pass.row_stride;
   const int64_t sums = most_parts * tokens * pass.sum_stride;
+  const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
+  const int64_t looks = band.maybe_sets ? tokens * groups : 0;
+  const int64_t wide = looks ? ffn.hidden_size : 0;
+  const int64_t kept = looks ? most_parts * pass.held_rows : 0;
   Scratch& memory = scratch();
   memory.reserve(Scratch::size<char>(tokens * packed_size) + Scratch::size<uint8_t>(set_bytes) +
                  Scratch::size<int32_t>(neurons + 16) + 2 * Scratch::size<float>(values) +
                  Scratch::size<float>(sums) +
-                 Scratch::size<uint64_t>(most_parts * pass.held_rows));
+                 Scratch::size<uint64_t>(most_parts * pass.held_rows) +
+                 Scratch::size<int32_t>(kept) + Scratch::size<int64_t>(2 * most_parts) +
+                 Scratch::size<float>(wide) + Scratch::size<int8_t>(looks * kLookGroup) +
+                 2 * Scratch::size<float>(looks));
   char* const packed = memory.take<char>(tokens * packed_size);
   uint8_t* const joined = memory.take<uint8_t>(set_bytes);
   int32_t* const rows = memory.take<int32_t>(neurons + 16);
@@ -259,23 +395,28 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   pass.up = memory.take<float>(values);
   pass.sums = memory.take<float>(sums);
   pass.masks = memory.take<uint64_t>(most_parts * pass.held_rows);
+  pass.kept = memory.take<int32_t>(kept);
+  pass.counts = memory.take<int64_t>(2 * most_parts);
+  float* const widened = memory.take<float>(wide);
+  int8_t* const codes = memory.take<int8_t>(looks * kLookGroup);
+  float* const scales = memory.take<float>(looks);
+  float* const offsets = memory.take<float>(looks);
 
   pass.x = pack(kernels, x, ffn.element_size, ffn.hidden_size, packed);
   pass.rows = nullptr;
   pass.num_rows = neurons;
   if (clusters.sets) {
     const uint8_t* set = clusters.sets + pass.groups.cluster[0] * clusters.stride;
-    if (pass.groups.count > 1) {
-      memcpy(joined, set, size_t(set_bytes));
-      for (int64_t g = 1; g < pass.groups.count; ++g) {
-        const uint8_t* const other = clusters.sets + pass.groups.cluster[g] * clusters.stride;
-        for (int64_t i = 0; i < set_bytes; ++i) joined[i] |= other[i];
-      }
+    if (pass.groups.count > 1 || band.maybe_sets) {
+      memset(joined, 0, size_t(set_bytes));
+      join(pass.groups, clusters.sets, clusters.stride, set_bytes, joined);
+      if (band.maybe_sets) join(pass.groups, band.maybe_sets, band.stride, set_bytes, joined);
       set = joined;
     }
     pass.num_rows = isa.common.decode(set, neurons, rows);
     pass.rows = rows;
   }
+  if (band.maybe_sets) pass.low_bit = round_tokens(pass, x, widened, codes, scales, offsets);
   pass.num_parts = at_most(
       num_threads_for(3 * pass.num_rows * ffn.hidden_size * ffn.element_size), most_parts);
 
@@ -291,10 +432,21 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
       pass.num_parts == 1 || pass.num_parts * tokens * pass.sum_stride <= kLastThreadSums;
   std::atomic<int64_t> running{pass.num_parts};
   parallel(pass.num_parts, [&](int64_t part) {
-    compute_slice(pass, part);
+    if (band.maybe_sets)
+      verify_and_compute(pass, part);
+    else
+      compute_slice(pass, part);
     if (running.fetch_sub(1, std::memory_order_acq_rel) == 1 && last_thread_sums)
       for (int64_t t = 0; t < tokens; ++t) finish(t, 0, hidden);
   });
+  if (clusters.row_counts) {
+    for (int64_t p = 0; p < pass.num_parts && band.maybe_sets; ++p)
+      for (int64_t i = 0; i < 2; ++i) clusters.row_counts[i] += pass.counts[2 * p + i];
+    for (int64_t g = 0; g < pass.groups.count && !band.maybe_sets; ++g)
+      clusters.row_counts[0] +=
+          count_bits(clusters.sets + pass.groups.cluster[g] * clusters.stride, neurons) *
+          __builtin_popcountll(pass.groups.tokens[g]);
+  }
   if (last_thread_sums) return;
   // Several tokens: by token. Few: by columns as well.
   const int64_t columns = at_least((pass.num_parts + tokens - 1) / tokens, 1);

@@ -21,13 +21,23 @@ struct Tokens {
   int64_t count;
 };
 
-// Bitmaps of the neurons each cluster computes, [K, ceil(I / 8)] with `stride` bytes between rows.
-// A band of neurons that low-bit copies must confirm first would be a second bitmap here; see
-// compute_slice.
+// A band of neurons that low-bit copies confirm before they are computed.
+struct Verification {
+  const uint8_t* maybe_sets;  // as Clusters::sets; null: there is no such band
+  int64_t stride;             // bytes
+  const uint8_t* records;     // [I] low-bit copies
+  int64_t record_stride;      // bytes
+  const float* factors;       // [I]
+};
+
+// Bitmaps of the neurons each cluster computes, [K, ceil(I / 8)].
 struct Clusters {
   const uint8_t* sets;  // null: every neuron for every token
-  int64_t stride;
+  int64_t stride;       // bytes
   int64_t count;
+  Verification verification;
+  // Incremented by neurons computed and neurons looked at, summed over tokens; or null.
+  int64_t* row_counts;
 };
 
 struct Router {
@@ -37,7 +47,7 @@ struct Router {
   const void* bias;  // [K] or null, dtype of the weights
 };
 
-// y[t] = FFN of x[t] over the neurons of ids[t]'s set, plus cluster_bias[ids[t]] where given.
+// y[t] = FFN of x[t] over the neurons of ids[t]'s set and the confirmed ones of its band, plus cluster_bias[ids[t]] where given.
 // `ids` may be null where clusters.sets is.
 void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
              void* y);

@@ -75,6 +75,20 @@ inline void store2(bf16* p, V a, V b) {
                                       _mm256_and_si256(round_bf16(b), upper)));
 }
 
+constexpr int kLookRecords = 2;
+inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
+  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
+  const __m256i mask = _mm256_set1_epi8(15);
+  const __m256i* const tokens = reinterpret_cast<const __m256i*>(x);
+  // At most 4 * 15 * 127 in 16 bits.
+  const __m256i low =
+      _mm256_maddubs_epi16(_mm256_and_si256(packed, mask), _mm256_loadu_si256(tokens));
+  const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask),
+                                            _mm256_loadu_si256(tokens + 1));
+  const __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
+  return madd(_mm256_cvtepi32_ps(sum), set1(scale), sums);
+}
+
 inline __m256i read_line(const char* p, __m256i sum) {
   const __m256i* const q = reinterpret_cast<const __m256i*>(p);
   return _mm256_add_epi64(sum, _mm256_add_epi64(_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)));
@@ -95,5 +109,5 @@ uint64_t read(const void* data, int64_t num_words) {
 namespace sparse_ffn {
 const Isa kAvx2Isa = {"avx2",
                       {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                      {activate, decode_bits, read}};
+                      {activate, decode_bits, round_token, look, read}};
 }

@@ -69,6 +69,22 @@ inline void store2(bf16* p, V a, V b) {
   vst1q_u16(&p->bits, vreinterpretq_u16_u32(line));
 }
 
+constexpr int kLookRecords = 4;
+inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
+  int16x8_t total = vdupq_n_s16(0);  // at most 8 * 15 * 127
+  for (int k = 0; k < 32; k += 16) {
+    const uint8x16_t packed = vld1q_u8(codes + k);
+    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15)));
+    const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(packed, 4));
+    const int8x16_t a = vld1q_s8(x + k), b = vld1q_s8(x + k + 32);
+    total = vmlal_s8(total, vget_low_s8(low), vget_low_s8(a));
+    total = vmlal_high_s8(total, low, a);
+    total = vmlal_s8(total, vget_low_s8(high), vget_low_s8(b));
+    total = vmlal_high_s8(total, high, b);
+  }
+  return vfmaq_n_f32(sums, vcvtq_f32_s32(vpaddlq_s16(total)), scale);
+}
+
 }  // namespace
 
 #include "loops.h"
@@ -76,5 +92,5 @@ inline void store2(bf16* p, V a, V b) {
 namespace sparse_ffn {
 const Isa kNeonIsa = {"neon",
                       {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                      {activate, decode_bits, read_words}};
+                      {activate, decode_bits, round_token, look, read_words}};
 }

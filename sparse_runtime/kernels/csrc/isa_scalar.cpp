@@ -42,6 +42,13 @@ inline void store2(T* p, V a, V b) {
   p[1] = from_float<T>(b);
 }
 
+constexpr int kLookRecords = 2;
+inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
+  int32_t total = 0;
+  for (int k = 0; k < 32; ++k) total += (codes[k] & 15) * x[k] + (codes[k] >> 4) * x[k + 32];
+  return sums + scale * float(total);
+}
+
 }  // namespace
 
 #include "loops.h"
@@ -49,5 +56,5 @@ inline void store2(T* p, V a, V b) {
 namespace sparse_ffn {
 const Isa kScalarIsa = {"scalar",
                         {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                        {activate, decode_bits, read_words}};
+                        {activate, decode_bits, round_token, look, read_words}};
 }

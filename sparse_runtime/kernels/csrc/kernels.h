@@ -39,6 +39,26 @@ struct PackedTokens {
   int64_t count;
 };
 
+// Tokens rounded to 8 bits for the low-bit copies, in groups of kLookGroup elements with one scale
+// each; see low_bit.py. `offsets` are 8 * scale * sum of a group's codes: what the bias of the 4-bit
+// codes adds to a dot product.
+struct LookTokens {
+  const int8_t* codes;   // [count, code_stride]
+  const float* scales;   // [count, group_stride]
+  const float* offsets;  // [count, group_stride]
+  int64_t code_stride;
+  int64_t group_stride;
+  int64_t count;
+};
+constexpr int64_t kLookGroup = 64;
+
+// The low-bit copies of neurons' gate and up rows, layout in low_bit.py.
+struct Records {
+  const uint8_t* data;
+  int64_t stride;  // bytes
+  int64_t groups;
+};
+
 // fp32 sums are kept per token in blocks of `block` elements, in an order inside a block that is
 // the loops' own; `accumulator_size` floats for a row of that many elements.
 struct Kernels {
@@ -76,6 +96,12 @@ struct CommonKernels {
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
   // Positions of the ones among the first num_bits bits. `rows` has room for num_bits + 16.
   int64_t (*decode)(const uint8_t* bitmap, int64_t num_bits, int32_t* rows);
+  // One token as LookTokens has it: `groups` of codes, scales and offsets from `length` elements.
+  void (*round_token)(const float* x, int64_t length, int8_t* codes, float* scales,
+                      float* offsets);
+  // Kernels::gate_up by the low-bit copies of the neurons rows.index. Values of tokens that do not
+  // want a neuron are left as they are.
+  void (*look)(Records records, Rows rows, LookTokens x, float* gate, float* up, int64_t ld);
   // Sum of 64-bit words, wrapping.
   uint64_t (*read)(const void* data, int64_t num_words);
 };

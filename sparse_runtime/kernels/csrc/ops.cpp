@@ -244,25 +244,72 @@ Clusters clusters_of(Argument& sets, int64_t neurons) {
   sets.expect_dtype(aoti_torch_dtype_uint8(), "uint8");
   sets.expect_size(1, (neurons + 7) / 8, "ceil(I / 8)");
   sets.expect_rows();
-  return {static_cast<const uint8_t*>(sets.data()), sets.stride(0), sets.size(0)};
+  return {static_cast<const uint8_t*>(sets.data()), sets.stride(0), sets.size(0), {}, nullptr};
 }
+
+// The optional last arguments of both sparse operations.
+struct VerificationArguments {
+  Argument maybe_sets, low_bit, factors, row_counts;
+
+  explicit VerificationArguments(const StableIValue* stack)
+      : maybe_sets("maybe_sets", Argument::optional_handle(stack[0])),
+        low_bit("low_bit", Argument::optional_handle(stack[1])),
+        factors("factors", Argument::optional_handle(stack[2])),
+        row_counts("row_counts", Argument::optional_handle(stack[3])) {}
+
+  void check_into(Clusters& clusters, const Ffn& ffn) {
+    if (maybe_sets.given() != low_bit.given() || maybe_sets.given() != factors.given())
+      fail("maybe_sets, low_bit and factors go together: all of them or none");
+    if (row_counts.given()) {
+      row_counts.inspect(1);
+      row_counts.expect_dtype(aoti_torch_dtype_int64(), "int64");
+      row_counts.expect_size(0, 2, "the number of counts");
+      if (row_counts.stride(0) != 1) fail("row_counts is not contiguous");
+      clusters.row_counts = static_cast<int64_t*>(row_counts.mutable_data());
+    }
+    if (!maybe_sets.given()) return;
+    const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
+    for (Argument* bytes : {&maybe_sets, &low_bit}) {
+      bytes->inspect(2);
+      bytes->expect_dtype(aoti_torch_dtype_uint8(), "uint8");
+    }
+    maybe_sets.expect_size(0, clusters.count, "K");
+    maybe_sets.expect_size(1, (ffn.num_neurons + 7) / 8, "ceil(I / 8)");
+    maybe_sets.expect_rows();
+    low_bit.expect_size(0, ffn.num_neurons, "I");
+    low_bit.expect_size(1, 68 * groups, "68 * ceil(H / 64)");
+    low_bit.expect_rows();
+    if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(low_bit.stride(0))) % 2 != 0)
+      fail("low_bit has records at odd addresses, where their scales cannot be read; clone() it");
+    factors.inspect(1);
+    factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
+    factors.expect_size(0, ffn.num_neurons, "I");
+    if (factors.size(0) > 1 && factors.stride(0) != 1) fail("factors is not contiguous");
+    clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
+                             static_cast<const uint8_t*>(low_bit.data()), low_bit.stride(0),
+                             static_cast<const float*>(factors.data())};
+  }
+};
 
 // ---------------------------------------------------------------------------------------------
 // Operations
 
 const char* const kSparseFfn =
     "cpu_sparse_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
-    "Tensor cluster_ids, str activation) -> Tensor";
+    "Tensor cluster_ids, str activation, Tensor? maybe_sets=None, Tensor? low_bit=None, "
+    "Tensor? factors=None, Tensor(a!)? row_counts=None) -> Tensor";
 
 void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
   Argument w_down_t("w_down_t", stack[3]), sets("sets", stack[4]);
   Argument cluster_ids("cluster_ids", stack[5]);
   StringArgument activation(stack[6]);
+  VerificationArguments verification(stack + 7);
 
   const Tokens tokens = tokens_of(x);
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
-  const Clusters clusters = clusters_of(sets, ffn.num_neurons);
+  Clusters clusters = clusters_of(sets, ffn.num_neurons);
+  verification.check_into(clusters, ffn);
   cluster_ids.inspect(1);
   cluster_ids.expect_dtype(aoti_torch_dtype_int64(), "int64");
   cluster_ids.expect_size(0, tokens.count, "n");
@@ -294,7 +341,7 @@ void dense_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
-  run_ffn(ffn, tokens, {nullptr, 0, 0}, nullptr, {nullptr, 0}, y.data());
+  run_ffn(ffn, tokens, {}, nullptr, {nullptr, 0}, y.data());
   stack[0] = y.release();
 }
 
@@ -348,7 +395,8 @@ void route_op(StableIValue* stack, uint64_t, uint64_t) {
 const char* const kRoutedFfn =
     "cpu_routed_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
     "Tensor? router_down, Tensor router_up, Tensor? router_bias, Tensor? cluster_bias, "
-    "Tensor(a!)? cluster_counts, str activation) -> Tensor";
+    "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
+    "Tensor? low_bit=None, Tensor? factors=None, Tensor(b!)? row_counts=None) -> Tensor";
 
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
@@ -358,10 +406,12 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument cluster_bias("cluster_bias", Argument::optional_handle(stack[8]));
   Argument counts("cluster_counts", Argument::optional_handle(stack[9]));
   StringArgument activation(stack[10]);
+  VerificationArguments verification(stack + 11);
 
   const Tokens tokens = tokens_of(x);
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
-  const Clusters clusters = clusters_of(sets, ffn.num_neurons);
+  Clusters clusters = clusters_of(sets, ffn.num_neurons);
+  verification.check_into(clusters, ffn);
   const Router router = router_of(x, down, up, bias);
   up.expect_size(0, clusters.count, "K");
   Matrix compensation = {nullptr, 0};

@@ -1,0 +1,136 @@
+"""Which neurons of a cluster are computed, looked at first, or skipped, for any budget.
+
+Two things are traded for each neuron of each cluster: the loss that leaving it out is estimated to
+cost, e² = (h·w)² with the Fisher weights w (the factor ½ is common to all), and the bytes it takes to
+compute it, at a price of λ per neuron. With q the bytes of a look over those of computing:
+
+    never:  E[e²]                      the neuron is skipped
+    sure:   λ                          it is computed
+    maybe:  q·λ + E[min(e², λ)]        its low-bit copy decides, token by token: compute if e² > λ
+
+The cheapest band wins, and one λ for all layers and clusters is bisected to the budget. Without
+verification there is no third band, and a neuron is computed where E[e²] > λ.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class LayerCentroids:
+    r"""How a layer's neurons behave in each cluster, on average: what bands are cut from.
+
+    Attributes:
+        mean_squares: mean e² over each cluster's tokens [K, I].
+        mean_magnitudes: mean \|e\| [K, I].
+        mean_activations: mean h [K, I].
+        shares: share of the tokens in each cluster [K].
+        neuron_weights: w [I], so that e = h·w.
+    """
+
+    mean_squares: Tensor
+    mean_magnitudes: Tensor
+    mean_activations: Tensor
+    shares: Tensor
+    neuron_weights: Tensor
+
+    def every(self, step: int) -> LayerCentroids:
+        """Of every ``step``-th neuron only."""
+        return LayerCentroids(
+            self.mean_squares[:, ::step],
+            self.mean_magnitudes[:, ::step],
+            self.mean_activations[:, ::step],
+            self.shares,
+            self.neuron_weights[::step],
+        )
+
+    def static_set(self, size: float) -> Tensor:
+        """The ``size`` neurons that matter most over all tokens, bool [I]."""
+        overall = self.shares @ self.mean_squares.float()
+        top = overall.topk(max(1, round(size))).indices
+        return torch.zeros_like(overall, dtype=torch.bool).index_fill_(0, top, True)
+
+
+@dataclass
+class Bands:
+    """The bands of one layer at one λ, and what they are expected to cost.
+
+    Attributes:
+        sure: computed, bool [K, I].
+        maybe: computed if the low-bit copy says so, bool [K, I]; None without verification.
+        left_out: expected h of what a token's neurons leave out [K, I].
+        computed: neurons computed per token, mean over clusters.
+        looked: neurons looked at per token, mean over clusters.
+        loss: estimated loss per token, mean over clusters.
+    """
+
+    sure: Tensor
+    maybe: Tensor | None
+    left_out: Tensor
+    computed: float
+    looked: float
+    loss: float
+
+
+def cut_bands(centroids: LayerCentroids, price: float, look_share: float | None) -> Bands:
+    """Cut the bands of a layer.
+
+    Args:
+        centroids: of the layer.
+        price: λ, the estimated loss that computing one neuron must save, > 0.
+        look_share: q, bytes of looking at a neuron over bytes of computing it; None without
+            verification.
+    """
+    squares = centroids.mean_squares.float()
+    activations = centroids.mean_activations.float()
+    shares = centroids.shares
+    sure = squares > price
+    if look_share is None:
+        # The best neuron at least: a set is never empty.
+        sure.scatter_(1, squares.argmax(-1, keepdim=True), True)
+        loss = squares.masked_fill(sure, 0)
+        computed = (shares @ sure.sum(-1).float()).item()
+        left_out = activations.masked_fill(sure, 0)
+        return Bands(sure, None, left_out, computed, 0.0, (shares @ loss.sum(-1)).item())
+    tail = _LogNormal(squares, centroids.mean_magnitudes.float(), price)
+    maybe = look_share * price + tail.loss + price * tail.exceeds < squares.clamp_max(price)
+    sure &= ~maybe
+    loss = torch.where(maybe, tail.loss, squares).masked_fill(sure, 0)
+    computed = (shares @ (sure.sum(-1) + (tail.exceeds * maybe).sum(-1))).item()
+    looked = (shares @ maybe.sum(-1).float()).item()
+    left_out = torch.where(maybe, activations * tail.small_part, activations).masked_fill(sure, 0)
+    return Bands(sure, maybe, left_out, computed, looked, (shares @ loss.sum(-1)).item())
+
+
+def all_neurons(centroids: LayerCentroids) -> Bands:
+    """Bands of a layer that computes every neuron."""
+    sure = torch.ones_like(centroids.mean_squares, dtype=torch.bool)
+    return Bands(sure, None, torch.zeros(sure.shape), float(sure.shape[1]), 0.0, 0.0)
+
+
+class _LogNormal:
+    """What verification at λ leaves of neurons whose e is log-normal with given moments.
+
+    With ln|e| ~ N(m, s²): s² = ln(E[e²] / E[|e|]²), and all three values are partial moments (Johnson,
+    Kotz and Balakrishnan, Continuous Univariate Distributions, vol. 1, section 14).
+
+    Attributes:
+        exceeds: P(e² > λ).
+        loss: E[e²; e² ≤ λ].
+        small_part: E[|e|; e² ≤ λ] / E[|e|].
+    """
+
+    def __init__(self, squares: Tensor, magnitudes: Tensor, price: float) -> None:
+        squares = squares.clamp_min(1e-30)
+        variance = (squares / magnitudes.square().clamp_min(1e-30)).log().clamp_min(1e-3)
+        s = variance.sqrt()
+        # ln √λ in standard deviations from the mean of ln|e|, which is ln √E[e²] − s².
+        distance = (0.5 * math.log(price) - 0.5 * squares.log()) / s + s
+        self.exceeds = torch.special.ndtr(-distance)
+        self.loss = squares * torch.special.ndtr(distance - 2 * s)
+        self.small_part = torch.special.ndtr(distance - s)

@@ -1,0 +1,166 @@
+"""``recut``: active sets for another budget, from an artifact's centroids, without a rebuild."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import nn
+
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.bands import Bands, all_neurons, cut_bands
+from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.cost import FFNCost
+from sparse_runtime.errors import ConfigError
+
+# Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
+_SEARCH_VALUES = 1 << 17
+
+
+def recut(
+    model: nn.Module,
+    clusters: ClusterSet,
+    *,
+    budget: float | None = None,
+    verify: bool | None = None,
+    layer_budgets: Mapping[int, float] | None = None,
+) -> ClusterSet:
+    """Cut an artifact's active sets again for another budget.
+
+    One price of a computed neuron serves all layers and clusters (see ``sparse_runtime.bands``). A
+    layer that would save less than it loses gets sets of all neurons, which run without a router.
+
+    Args:
+        model: the model that the artifact was built for.
+        clusters: with the layers' centroids.
+        budget: mean cost share over all layers, in (0, 1]; the artifact's own if None.
+        verify: with or without a band of neurons that low-bit copies decide on; as the artifact is
+            if None.
+        layer_budgets: layer index -> cost share of its own (1: dense). The other layers share what
+            these leave of ``budget``.
+
+    Returns:
+        A new artifact, which shares routers and centroids with the old one.
+
+    Raises:
+        ConfigError: the artifact has no centroids, a layer is not in it, a share is out of range,
+            or the budget cannot be met.
+    """
+    budget = clusters.budget if budget is None else budget
+    verify = clusters.verified if verify is None else verify
+    own = dict(layer_budgets or {})
+    _check(clusters, {"budget": budget, **{f"layer_budgets[{i}]": own[i] for i in own}}, own)
+    parts = {
+        layer.index: _Part(layer, clusters.layers[layer.index], verify)
+        for layer in find_ffn_layers(model)
+        if layer.index in clusters.layers
+    }
+    common = [part for index, part in parts.items() if index not in own]
+    rest = (budget * len(parts) - sum(own.values())) / len(common) if common else 0.0
+    price = _price(common, rest) if common else 0.0
+    layers = {
+        index: part.cut(_price([part], own[index]) if index in own else price)
+        for index, part in parts.items()
+    }
+    return replace(clusters, layers=layers, budget=budget)
+
+
+def _check(clusters: ClusterSet, shares: Mapping[str, float], own: Mapping[int, float]) -> None:
+    for name, share in shares.items():
+        if not 0 < share <= 1:
+            raise ConfigError(f"{name} is {share!r}; expected a cost share above 0 and at most 1")
+    for index in own:
+        if index not in clusters.layers:
+            raise ConfigError(
+                f"layer_budgets names layer {index}, which the artifact does not hold; expected some "
+                f"of {sorted(clusters.layers)}"
+            )
+    missing = [index for index, layer in clusters.layers.items() if layer.centroids is None]
+    if missing:
+        raise ConfigError(
+            "sets cannot be cut for another budget: the artifact was loaded without centroids. Use "
+            "ClusterSet.from_pretrained(…, centroids=True); if its folder has no "
+            "centroids.safetensors, build it again with save_centroids=True"
+        )
+
+
+class _Part:
+    """One layer in the search for the price."""
+
+    def __init__(self, layer: FFNLayer, clusters: LayerClusters, verify: bool) -> None:
+        assert clusters.centroids is not None
+        self._layer = layer
+        self._clusters = clusters
+        self._centroids = clusters.centroids
+        self._cost = FFNCost(
+            layer.hidden_size, layer.intermediate_size, clusters.extra_elements, verified=verify
+        )
+        self._look_share = self._cost.look_bytes / self._cost.neuron_bytes if verify else None
+        step = -(-clusters.centroids.mean_squares.numel() // _SEARCH_VALUES)
+        self._sample = clusters.centroids.every(step)
+
+    @property
+    def largest_loss(self) -> float:
+        """The largest mean e² of the layer."""
+        return self._centroids.mean_squares.max().item()
+
+    @property
+    def least_share(self) -> float:
+        """Cost share with no neuron at all."""
+        return self._cost.share(0)
+
+    def expected_share(self, price: float) -> float:
+        """Expected cost share at a price, from a sample of the neurons."""
+        return self._share(cut_bands(self._sample, price, self._look_share), price)
+
+    def _share(self, bands: Bands, price: float) -> float:
+        """Expected cost share, 1 where computing every neuron is worth its price."""
+        neurons = self._layer.intermediate_size
+        scale = neurons / bands.sure.shape[1]
+        share = self._cost.share(bands.computed * scale, bands.looked * scale)
+        return share if bands.loss * scale < price * neurons * (1 - share) else 1.0
+
+    def cut(self, price: float) -> LayerClusters:
+        """The layer's clusters with the sets of a price."""
+        bands = cut_bands(self._centroids, price, self._look_share)
+        if self._share(bands, price) == 1.0:
+            bands = all_neurons(self._centroids)
+        bias = None
+        if self._clusters.cluster_bias is not None:
+            down = self._layer.down.weight.detach()
+            bias = (bands.left_out.to(down) @ down.t()).to("cpu", torch.bfloat16)
+        factors = None
+        if bands.maybe is not None:
+            factors = self._centroids.neuron_weights.float() / math.sqrt(price)
+        return replace(
+            self._clusters,
+            active_sets=pack_bits(bands.sure),
+            static_set=pack_bits(self._centroids.static_set(bands.computed)),
+            cluster_bias=bias,
+            maybe_sets=None if bands.maybe is None else pack_bits(bands.maybe),
+            factors=factors,
+        )
+
+
+def _price(parts: Sequence[_Part], share: float) -> float:
+    """The least price at which the layers' expected mean cost share is at most ``share``."""
+    least = sum(part.least_share for part in parts) / len(parts)
+    if share <= least:
+        raise ConfigError(
+            f"the budget leaves {share:.3f} of the FFN for each layer, but router, bias and bitmaps "
+            f"alone read {least:.3f}; expected a larger budget, or an artifact with fewer clusters or "
+            "a smaller router rank"
+        )
+    high = math.log(max(part.largest_loss for part in parts)) + 1
+    low = high - 50
+    for _ in range(40):
+        middle = (low + high) / 2
+        mean = sum(part.expected_share(math.exp(middle)) for part in parts) / len(parts)
+        if mean > share:
+            low = middle
+        else:
+            high = middle
+    return math.exp(high)
