@@ -322,18 +322,21 @@ void verify_and_compute(const Pass& pass, int64_t part) {
   compute_kept();
 }
 
+int64_t look_stride(int64_t groups) { return round_up(groups, 16); }
+
 // The tokens' low-bit form, for the whole call to look with.
 LookTokens round_tokens(const Pass& pass, Tokens x, float* wide, int8_t* codes, float* scales,
                         float* offsets) {
   const int64_t groups = (pass.ffn->hidden_size + kLookGroup - 1) / kLookGroup;
-  const int64_t size = pass.ffn->element_size;
+  const int64_t stride = look_stride(groups), size = pass.ffn->element_size;
   for (int64_t t = 0; t < x.count; ++t) {
     pass.kernels->widen(static_cast<const char*>(x.data) + t * x.stride * size,
                         pass.ffn->hidden_size, wide);
     pass.isa->common.round_token(wide, pass.ffn->hidden_size, codes + t * groups * kLookGroup,
-                                 scales + t * groups, offsets + t * groups);
+                                 scales + t * stride, offsets + t * stride);
+    for (int64_t g = groups; g < stride; ++g) scales[t * stride + g] = offsets[t * stride + g] = 0;
   }
-  return {codes, scales, offsets, groups * kLookGroup, groups, x.count};
+  return {codes, scales, offsets, groups * kLookGroup, stride, x.count};
 }
 
 int64_t count_bits(const uint8_t* bitmap, int64_t num_bits) {
@@ -378,6 +381,7 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   const int64_t sums = most_parts * tokens * pass.sum_stride;
   const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
   const int64_t looks = band.maybe_sets ? tokens * groups : 0;
+  const int64_t look_scales = band.maybe_sets ? tokens * look_stride(groups) : 0;
   const int64_t wide = looks ? ffn.hidden_size : 0;
   const int64_t kept = looks ? most_parts * pass.held_rows : 0;
   Scratch& memory = scratch();
@@ -387,7 +391,7 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
                  Scratch::size<uint64_t>(most_parts * pass.held_rows) +
                  Scratch::size<int32_t>(kept) + Scratch::size<int64_t>(2 * most_parts) +
                  Scratch::size<float>(wide) + Scratch::size<int8_t>(looks * kLookGroup) +
-                 2 * Scratch::size<float>(looks));
+                 2 * Scratch::size<float>(look_scales));
   char* const packed = memory.take<char>(tokens * packed_size);
   uint8_t* const joined = memory.take<uint8_t>(set_bytes);
   int32_t* const rows = memory.take<int32_t>(neurons + 16);
@@ -399,8 +403,8 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   pass.counts = memory.take<int64_t>(2 * most_parts);
   float* const widened = memory.take<float>(wide);
   int8_t* const codes = memory.take<int8_t>(looks * kLookGroup);
-  float* const scales = memory.take<float>(looks);
-  float* const offsets = memory.take<float>(looks);
+  float* const scales = memory.take<float>(look_scales);
+  float* const offsets = memory.take<float>(look_scales);
 
   pass.x = pack(kernels, x, ffn.element_size, ffn.hidden_size, packed);
   pass.rows = nullptr;

@@ -41,7 +41,7 @@ struct PackedTokens {
 
 // Tokens rounded to 8 bits for the low-bit copies, in groups of kLookGroup elements with one scale
 // each; see low_bit.py. `offsets` are 8 * scale * sum of a group's codes: what the bias of the 4-bit
-// codes adds to a dot product.
+// codes adds to a dot product. Both are zero from the last group on to the next multiple of 16.
 struct LookTokens {
   const int8_t* codes;   // [count, code_stride]
   const float* scales;   // [count, group_stride]

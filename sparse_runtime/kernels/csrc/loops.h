@@ -467,21 +467,22 @@ inline void look_records(const uint8_t* const* record, const uint8_t* const* nex
                          const int8_t* x, const float* scales, const float* offsets,
                          float* values) {
   V sums[2 * R];
-  float shift[2 * R] = {};
   for (int s = 0; s < 2 * R; ++s) sums[s] = zero();
   for (int64_t first = 0; first < groups; first += kLookSpan) {
     const int64_t span = groups - first < kLookSpan ? groups - first : kLookSpan;
     float products[2 * R][kLookSpan];
     for (int s = 0; s < 2 * R; ++s) {
-      const bf16* const weights = reinterpret_cast<const bf16*>(record[s % R] + 64 * groups) +
-                                  (s < R ? 0 : groups) + first;
-      float total = 0.0f;
-      for (int64_t g = 0; g < span; ++g) {
-        const float weight = to_float(weights[g]);
-        products[s][g] = weight * scales[first + g];
-        total += weight * offsets[first + g];
+      const bf16* const own = reinterpret_cast<const bf16*>(record[s % R] + 64 * groups) +
+                              (s < R ? 0 : groups) + first;
+      float* const weights = products[s];
+      for (int64_t g = 0; g < span; ++g) weights[g] = to_float(own[g]);
+      for (int64_t g = span; g % kWidth; ++g) weights[g] = 0.0f;
+      for (int64_t g = 0; g < span; g += kWidth) {
+        const V weight = load(weights + g);
+        // All lanes are added up in the end.
+        sums[s] = sub(sums[s], mul(weight, load(offsets + first + g)));
+        store(weights + g, mul(weight, load(scales + first + g)));
       }
-      shift[s] += total;
     }
     for (int64_t g = 0; g < span; ++g) {
       const int64_t at = 32 * (first + g);
@@ -495,7 +496,6 @@ inline void look_records(const uint8_t* const* record, const uint8_t* const* nex
   }
   for (int s = 0; s < 2 * R; s += 4)
     sum4(sums[s], sums[s + 1], sums[s + 2], sums[s + 3], values + s);
-  for (int s = 0; s < 2 * R; ++s) values[s] -= shift[s];
 }
 
 void look(Records records, Rows rows, LookTokens x, float* gate, float* up, int64_t ld) {
