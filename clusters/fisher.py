@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.architectures import find_ffn_layers
@@ -79,24 +81,23 @@ def fisher_weights(
 def _checkpointed(model: Any) -> Iterator[None]:
     """Run decoder layers again in the backward pass instead of keeping their activations.
 
-    transformers checkpoints in training mode only. The flag is set on the decoder layers alone, not on
-    what is inside: dropout stays off.
+    transformers checkpoints in training mode only, and its own switch leaves a hook on the embeddings.
+    So the flags are set on the decoder layers alone; what is inside stays in eval mode.
     """
-    flagged = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    before = [(module.gradient_checkpointing, module.training) for module in flagged]
-    layers = [module for module in flagged if isinstance(module, GradientCheckpointingLayer)]
-    if layers:
-        # The newer name, where transformers has it.
-        enable = getattr(model, "activation_checkpointing_enable", None)
-        (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
+    layers = [
+        module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
+    ]
+    names = ("gradient_checkpointing", "_gradient_checkpointing_func", "training")
+    before = [[getattr(layer, name, None) for name in names] for layer in layers]
     try:
         for layer in layers:
-            layer.training = True
+            layer.gradient_checkpointing = layer.training = True
+            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
         yield
     finally:
-        for module, (checkpointing, training) in zip(flagged, before, strict=True):
-            module.gradient_checkpointing = checkpointing
-            module.training = training
+        for layer, values in zip(layers, before, strict=True):
+            for name, value in zip(names, values, strict=True):
+                setattr(layer, name, value)
 
 
 def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:

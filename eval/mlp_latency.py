@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import ReadBandwidth
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
@@ -43,11 +42,12 @@ def bench_mlp(
         token_counts: tokens per call of the second table.
 
     Returns:
-        For one token the ``density``; ``dense_ms`` (``F.linear``), ``prepacked_ms`` (oneDNN's
-        weights, None where it has no bfloat16), ``all_rows_ms`` (our kernels, nothing skipped) and
-        ``sparse_ms``; ``speedup`` over prepacked, ``speedup_over_linear``; ``gbps`` and
-        ``bandwidth_share`` of the sparse calls beside ``read_gbps``. Under ``tokens``, by number of
-        tokens: the same milliseconds, and ``path`` and ``chosen_ms`` of what the runtime chooses.
+        For one token the ``density`` and the share of neurons ``looked_at``; ``dense_ms``
+        (``F.linear``), ``prepacked_ms`` (oneDNN's weights, None where it has no bfloat16),
+        ``all_rows_ms`` (our kernels, nothing skipped) and ``sparse_ms``; ``speedup`` over
+        prepacked, ``speedup_over_linear``; ``gbps`` and ``bandwidth_share`` of the sparse calls
+        beside ``read_gbps``. Under ``tokens``, by number of tokens: the same milliseconds, and
+        ``path`` and ``chosen_ms`` of what the runtime chooses.
 
     Raises:
         SparseRuntimeError: the sparse FFN's outputs are not those of the reference.
@@ -70,6 +70,8 @@ def bench_mlp(
         if num_tokens > 1:
             calls["chosen"] = lambda i, x: layers[i]._run(x)
         rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
+        for module in layers:
+            module.reset_counts()
         seconds, read_gbps = _in_turns(calls, layers, num_tokens, rounds)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
@@ -83,19 +85,22 @@ def bench_mlp(
 def _one_token(
     seconds: dict[str, float], layers: Sequence[SparseFFN], read_gbps: float
 ) -> dict[str, Any]:
-    neurons = layers[0].cost.intermediate_size
-    density = (
-        statistics.mean(set_sizes(m.active_sets).float().mean().item() for m in layers) / neurons
+    computed, looked = (
+        sum(int(module.row_counts[i]) for module in layers)
+        / sum(int(module.cluster_counts.sum()) for module in layers)
+        for i in range(2)
     )
-    bytes_read = statistics.mean(_bytes_read(module) for module in layers)
+    cost = layers[0].cost
+    bytes_read = cost.sparse_bytes(computed, looked)
     gbps = bytes_read / seconds["sparse"] / 1e9
     opponent = seconds.get("prepacked", seconds["dense"])
     return {
-        "density": density,
+        "density": computed / cost.intermediate_size,
+        "looked_at": looked / cost.intermediate_size,
         "dense_ms": 1e3 * seconds["dense"],
         "prepacked_ms": 1e3 * seconds["prepacked"] if "prepacked" in seconds else None,
         "all_rows_ms": 1e3 * seconds["all_rows"],
-        "all_rows_gbps": layers[0].cost.dense_bytes / seconds["all_rows"] / 1e9,
+        "all_rows_gbps": cost.dense_bytes / seconds["all_rows"] / 1e9,
         "sparse_ms": 1e3 * seconds["sparse"],
         "speedup": opponent / seconds["sparse"],
         "speedup_over_linear": seconds["dense"] / seconds["sparse"],
@@ -103,11 +108,6 @@ def _one_token(
         "read_gbps": read_gbps,
         "bandwidth_share": gbps / read_gbps,
     }
-
-
-def _bytes_read(module: SparseFFN) -> float:
-    """Bytes that one token reads, its cluster taken at random."""
-    return module.cost.sparse_bytes(set_sizes(module.active_sets).float().mean().item())
 
 
 def _in_turns(
@@ -165,7 +165,16 @@ def _verify(layers: Sequence[SparseFFN]) -> None:
         with torch.inference_mode():
             ids = module.route(x)
             expected = sparse_ffn_reference(
-                x, gate, up, down.t(), module.active_sets, ids, module.activation
+                x,
+                gate,
+                up,
+                down.t(),
+                module.active_sets,
+                ids,
+                module.activation,
+                module.maybe_sets,
+                module.low_bit,
+                module.factors,
             ).float()
             if module.cluster_bias is not None:
                 expected += module.cluster_bias[ids].float()

@@ -2,7 +2,8 @@
 
 Four runs over the same text, every token through the sparse path: dense; sparse by the router's ids;
 sparse by oracle ids (the cluster whose set covers the token's true importance best, the ceiling of
-any router); and static (one set for all tokens, the floor).
+any router); and static (one set for all tokens, the floor). With verification a cluster's set is both
+of its bands.
 """
 
 from __future__ import annotations
@@ -106,8 +107,11 @@ def _scored(
 
     def make_route(module: SparseFFN) -> Any:
         layer, predict = clusters.layers[module.layer_index], module.route
+        sets = module.active_sets
+        if module.maybe_sets is not None:
+            sets = sets | module.maybe_sets
         scorer = SetScorer(
-            unpack_bits(module.active_sets, neurons),
+            unpack_bits(sets, neurons),
             unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
         )
         set_scorers[module.layer_index] = scorer
@@ -132,7 +136,10 @@ def _scored(
 def _oracle_ids(model: nn.Module, scorers: dict[int, ImportanceScorer]) -> Iterator[None]:
     def make_route(module: SparseFFN) -> Any:
         scorer = scorers[module.layer_index]
-        sets = unpack_bits(module.active_sets, module.cost.intermediate_size).float().t()
+        both = module.active_sets
+        if module.maybe_sets is not None:
+            both = both | module.maybe_sets
+        sets = unpack_bits(both, module.cost.intermediate_size).float().t()
         return lambda x: (scorer(x) @ sets).argmax(-1)
 
     with _routes(model, make_route):
@@ -142,13 +149,16 @@ def _oracle_ids(model: nn.Module, scorers: dict[int, ImportanceScorer]) -> Itera
 @contextmanager
 def _static_set(model: nn.Module, clusters: ClusterSet) -> Iterator[None]:
     modules = sparse_modules(model)
-    before = [module.active_sets for module in modules]
+    names = ("active_sets", "maybe_sets", "low_bit", "factors")
+    before = [[getattr(module, name) for name in names] for module in modules]
     try:
         for module in modules:
             static = clusters.layers[module.layer_index].static_set
             # Every id points at the same set, so ids of any router stay in range.
             module.active_sets = static.to(module.active_sets.device).expand_as(module.active_sets)
+            module.maybe_sets = module.low_bit = module.factors = None
         yield
     finally:
-        for module, sets in zip(modules, before, strict=True):
-            module.active_sets = sets
+        for module, tensors in zip(modules, before, strict=True):
+            for name, tensor in zip(names, tensors, strict=True):
+                setattr(module, name, tensor)

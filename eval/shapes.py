@@ -10,6 +10,7 @@ from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.fingerprint import model_fingerprint
 
@@ -87,8 +88,8 @@ def random_clusters(
 
     Args:
         model: the model.
-        density: share of neurons that a token computes.
-        looked: share of neurons that it looks at first; some of those count in ``density``.
+        density: bytes of the neurons that a token reads, looks included, over those of all neurons.
+        looked: share of neurons that it looks at first.
         confirmed: share of these that are then computed, for normal hidden states.
         num_clusters: K.
         rank: of the routers.
@@ -99,16 +100,17 @@ def random_clusters(
     """
     if not (0 < density <= 1 and 0 <= looked < 1):
         raise ConfigError(f"density is {density} and looked {looked}; expected shares up to 1")
-    sure = density - looked * confirmed
-    if sure < 0 or sure + looked > 1:
-        raise ConfigError(
-            f"density {density} with {looked} looked at makes {sure:.3f} surely computed; expected "
-            "0 or more, and no more than 1 with those looked at"
-        )
     generator = torch.Generator().manual_seed(seed)
     layers = {}
     for layer in find_ffn_layers(model):
         hidden_size, neurons = layer.hidden_size, layer.intermediate_size
+        cost = FFNCost(hidden_size, neurons, 0)
+        sure = density - looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
+        if sure < 0 or sure + looked > 1:
+            raise ConfigError(
+                f"density {density} with {looked} looked at leaves {sure:.3f} surely computed; "
+                "expected 0 or more, and no more than 1 with those looked at"
+            )
         scores = torch.rand(num_clusters, neurons, generator=generator)
         order = scores.argsort(dim=1)
         sizes = [max(1, round(sure * neurons)), round(looked * neurons)]

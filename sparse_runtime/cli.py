@@ -26,6 +26,7 @@ from sparse_runtime.cluster_set import ClusterSet, check_output_folder
 from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError
 from sparse_runtime.models import load_model, parse_dtype
 from sparse_runtime.progress import RichProgress
+from sparse_runtime.recut import recut
 from sparse_runtime.version import __version__
 
 app = typer.Typer(
@@ -62,6 +63,13 @@ DataOption = Annotated[
         "given again; each may end in ,weight=W ,key=A+B ,split=S.",
         metavar="SOURCE",
     ),
+]
+BudgetOption = Annotated[
+    float | None, typer.Option(help="Cut the sets for this cost share instead of their own.")
+]
+VerifyOption = Annotated[
+    bool | None,
+    typer.Option(help="With or without looks at low-bit copies, whatever the artifact has."),
 ]
 
 
@@ -173,14 +181,16 @@ def generate(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of sampling.")] = 0,
     compare: Annotated[bool, typer.Option("--compare", help="Run dense too.")] = False,
+    budget: BudgetOption = None,
+    verify: VerifyOption = None,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Stream a continuation; print tokens/s and the cost share."""
-    artifact = ClusterSet.from_pretrained(clusters)
+    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
-    sparsify(loaded, artifact)
+    sparsify(loaded, artifact, budget=budget, verify=verify)
     runs = {}
     for variant in ("dense", "sparse") if compare else ("sparse",):
         out.print(f"[bold]{variant}[/bold]")
@@ -207,6 +217,8 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 32_768,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     stride: Annotated[int, typer.Option(help="Distance of windows; 0: the window.")] = 0,
+    budget: BudgetOption = None,
+    verify: VerifyOption = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -217,8 +229,11 @@ def evaluate(
     from sparse_runtime.eval.quality import evaluate_quality
 
     sources = data or ["wikitext2"]
-    artifact = ClusterSet.from_pretrained(clusters)
+    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    if budget is not None or verify is not None:
+        artifact.check_model(loaded)
+        artifact = recut(loaded, artifact, budget=budget, verify=verify)
     results = []
     for source in sources:
         tokens = token_stream(
@@ -352,6 +367,9 @@ def bench(
     density: Annotated[
         str, typer.Option(help="Densities of --shape's random sets, with commas.")
     ] = "0.5",
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Of --shape: also sets that low-bit copies decide on.")
+    ] = False,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 5,
@@ -373,7 +391,13 @@ def bench(
             )
         densities = _numbers("--density", density, float)
         loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype))
-        artifacts = [random_clusters(loaded, density=share) for share in densities]
+        # About what the demo model's clusters look at, for a budget of 0.4 to 0.5.
+        looked_at = [0.0, 0.65] if verify else [0.0]
+        artifacts = [
+            random_clusters(loaded, density=share, looked=looked)
+            for share in densities
+            for looked in looked_at
+        ]
     else:
         if model is None or clusters is None:
             raise ConfigError("give MODEL and --clusters DIR, or --shape")
@@ -477,11 +501,22 @@ def _summary(artifact: ClusterSet) -> dict[str, Any]:
             "index": index,
             "clusters": layer.num_clusters,
             "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
+            "looked_at": (
+                0.0
+                if layer.maybe_sets is None
+                else set_sizes(layer.maybe_sets).float().mean().item() / neurons
+            ),
             "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
         }
         for index, layer in sorted(artifact.layers.items())
     ]
-    return {"fingerprint": artifact.fingerprint, "layers": layers, "build": artifact.build}
+    return {
+        "fingerprint": artifact.fingerprint,
+        "budget": artifact.budget,
+        "verified": artifact.verified,
+        "layers": layers,
+        "build": artifact.build,
+    }
 
 
 def _print_summary(name: str, summary: dict[str, Any]) -> None:
@@ -495,10 +530,12 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
     if config:
         out.print(
             f"method {config['method']}, importance {config['importance']}, budget "
-            f"{config['budget']}, seed {config['seed']}, "
+            f"{summary['budget']}, seed {config['seed']}, "
             f"{build['data']['tokens']} calibration tokens"
         )
-    table = Table("layer", "clusters", "density", "router", "coverage", "chance", "static")
+    table = Table(
+        "layer", "clusters", "computed", "looked at", "router", "coverage", "chance", "static"
+    )
     held_out = {entry["index"]: entry["held_out"] for entry in build.get("layers", [])}
     for layer in summary["layers"]:
         scores = held_out.get(layer["index"], {})
@@ -506,6 +543,7 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
             str(layer["index"]),
             str(layer["clusters"]),
             f"{layer['density']:.3f}",
+            f"{layer['looked_at']:.3f}",
             layer["router"],
             *(
                 f"{scores[name]:.3f}" if name in scores else "–"

@@ -94,8 +94,7 @@ class SparseFFN(nn.Module):
         device, dtype = layer.gate.weight.device, layer.gate.weight.dtype
         clusters = clusters.collapsed(layer.intermediate_size)
         sets = clusters.active_sets.to(device)
-        maybe_sets, factors = clusters.maybe_sets, clusters.factors
-        verified = maybe_sets is not None and factors is not None
+        verified = clusters.maybe_sets is not None
         weights = {
             name: None if tensor is None else tensor.to(device=device, dtype=dtype)
             for name, tensor in (
@@ -108,13 +107,7 @@ class SparseFFN(nn.Module):
         buffers = {
             "active_sets": sets,
             **weights,
-            "maybe_sets": maybe_sets.to(device) if verified else None,
-            "low_bit": (
-                quantize_rows(layer.gate.weight.detach(), layer.up.weight.detach())
-                if verified and self.backend != "dense"
-                else None
-            ),
-            "factors": factors.to(device, torch.float32) if verified else None,
+            **_verification(clusters, layer, looks=self.backend != "dense"),
             "cluster_counts": torch.zeros(sets.shape[0], dtype=torch.int64, device=device),
             "row_counts": torch.zeros(2, dtype=torch.int64, device=device),
             "dense_token_count": torch.zeros((), dtype=torch.int64, device=device),
@@ -303,6 +296,20 @@ def _show_base_layer(
 ) -> None:
     for key in [key for key in state_dict if key.startswith(prefix)]:
         state_dict[f"{prefix}base_layer.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+
+
+def _verification(
+    clusters: LayerClusters, layer: FFNLayer, *, looks: bool
+) -> dict[str, Tensor | None]:
+    """What the kernels need to look at neurons first, None without such a band."""
+    if clusters.maybe_sets is None or clusters.factors is None or not looks:
+        return {"maybe_sets": None, "low_bit": None, "factors": None}
+    gate, up = layer.gate.weight.detach(), layer.up.weight.detach()
+    return {
+        "maybe_sets": clusters.maybe_sets.to(gate.device),
+        "low_bit": quantize_rows(gate, up),
+        "factors": clusters.factors.to(gate.device, torch.float32),
+    }
 
 
 def _mean_density(sets: Tensor | None, num_neurons: int) -> float:

@@ -70,11 +70,13 @@ def dequantize_rows(records: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
 def rounded_tokens(x: Tensor) -> Tensor:
     """Hidden states [n, H] as the kernels see them when they look: 8 bits, one scale per group.
 
-    With the largest magnitude of a group of 64 as 127; float32 [n, H].
+    With the largest magnitude of a group of 64 as 127; float32 [n, H]. A group that holds NaN or
+    infinity becomes NaN, one below 1e-30 zero.
     """
     groups = _groups(x)
     largest = groups.abs().amax(-1, keepdim=True)
-    inverse = torch.where(largest > 0, 127 / largest, 0)
+    # NaN compares false with everything.
+    inverse = torch.where(largest <= 1e-30, 0, 127 / largest)
     return ((groups * inverse).round() * (largest / 127)).flatten(1)[:, : x.shape[1]]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -36,28 +37,26 @@ def sparse_ffn_reference(
 ) -> Tensor:
     """Compute y_t = Σ_i act(gate_i·x_t) (up_i·x_t) down_i over t's neurons; see ``sparse_ffn``."""
     chosen = unpack_bits(sets[cluster_ids], w_gate.shape[0])
-    num_looked = 0
+    maybe = torch.zeros_like(chosen)
     if maybe_sets is not None and low_bit is not None and factors is not None:
         maybe = unpack_bits(maybe_sets[cluster_ids], w_gate.shape[0]) & ~chosen
         chosen |= maybe & confirmed(x, low_bit, factors, activation)
-        num_looked = maybe.sum()
     if row_counts is not None:
-        row_counts[0] += chosen.sum()
-        row_counts[1] += num_looked
+        row_counts += torch.stack([chosen.sum(), maybe.sum()])
     if x.shape[0] > _GATHER_MAX_TOKENS:
         return _masked(x, w_gate, w_up, w_down_t, chosen, activation)
     return _gathered(x, w_gate, w_up, w_down_t, chosen, activation)
 
 
 def confirmed(x: Tensor, low_bit: Tensor, factors: Tensor, activation: str) -> Tensor:
-    """Neurons that a look at their low-bit copies finds needed: |h̃|·factor > 1, bool [n, I].
+    """Neurons that a look at their low-bit copies finds needed, not |h̃|·factor ≤ 1, bool [n, I].
 
     h̃ is the activation of 4-bit gate and up and of an 8-bit x, in float32.
     """
     gate, up = dequantize_rows(low_bit, x.shape[1])
     rounded = rounded_tokens(x)
     h = ACTIVATION_FUNCTIONS[activation](F.linear(rounded, gate)) * F.linear(rounded, up)
-    return h.abs() * factors > 1
+    return ~(h.abs() * factors <= 1)  # so that NaN is computed, not skipped
 
 
 def _masked(

@@ -116,7 +116,7 @@ def test_bias_is_the_mean_of_what_is_left_out(tiny_model, tiny_tokenizer, text):
     handle.remove()
     expected = torch.cat(added).mean(0)
     assert expected.abs().max() > 0.01
-    torch.testing.assert_close(built.cluster_bias[0], expected, atol=0.02, rtol=0.02)
+    torch.testing.assert_close(built.cluster_bias[0].float(), expected, atol=0.02, rtol=0.02)
 
     sparsify(tiny_model, clusters, config=SparseConfig(prefill="sparse"))
     module = sparse_modules(tiny_model)[1]

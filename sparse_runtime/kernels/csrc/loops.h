@@ -446,12 +446,10 @@ void round_token(const float* x, int64_t length, int8_t* codes, float* scales, f
       scales[g] = offsets[g] = finite ? 0.0f : __builtin_nanf("");
       continue;
     }
-    // Adding and subtracting 1.5 * 2^23 rounds to the nearest integer, ties to even.
-    constexpr float kRound = 12582912.0f;
     const float inverse = 127.0f / largest;
     int32_t sum = 0;
     for (int64_t k = 0; k < kLookGroup; ++k) {
-      const int32_t code = int32_t(values[k] * inverse + kRound - kRound);
+      const int32_t code = int32_t(__builtin_rintf(values[k] * inverse));
       target[k] = int8_t(code);
       sum += code;
     }
