@@ -46,7 +46,7 @@ def quantize_rows(w_gate: Tensor, w_up: Tensor) -> Tensor:
     records = torch.empty(
         num_neurons, record_size(hidden_size), dtype=torch.uint8, device=w_gate.device
     )
-    step = max(1, _BLOCK_VALUES // hidden_size)
+    step = max(1, _BLOCK_VALUES // max(1, hidden_size))
     for first in range(0, num_neurons, step):
         rows = slice(first, first + step)
         gate_codes, gate_scales = _quantize(w_gate[rows])
@@ -60,9 +60,10 @@ def dequantize_rows(records: Tensor, hidden_size: int) -> tuple[Tensor, Tensor]:
     """Gate and up [I, H] float32 that records [I, R] stand for."""
     groups = record_size(hidden_size) // 68
     codes, scales = records.split([64 * groups, 4 * groups], dim=1)
-    codes = codes.reshape(-1, 2, groups, 32)
+    count = len(records)
+    codes = codes.reshape(count, 2, groups, 32)
     values = torch.cat([codes & 0x0F, codes >> 4], dim=-1).float() - 8
-    values *= scales.contiguous().view(torch.bfloat16).float().view(-1, 2, groups, 1)
+    values *= scales.reshape(-1).view(torch.bfloat16).float().view(count, 2, groups, 1)
     gate, up = values.flatten(2)[..., :hidden_size].unbind(1)
     return gate, up
 
@@ -96,4 +97,4 @@ def _groups(values: Tensor) -> Tensor:
     """[n, H] as a float32 copy [n, G, 64], zeros past H."""
     padding = -values.shape[1] % GROUP
     padded = F.pad(values.to(torch.float32, copy=True), (0, padding))
-    return padded.view(values.shape[0], -1, GROUP)
+    return padded.view(values.shape[0], padded.shape[1] // GROUP, GROUP)

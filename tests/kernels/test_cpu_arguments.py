@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from test_cpu_kernel import first_largest, ops
 
 from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 
 REJECTED = (ValueError, IndexError, RuntimeError)  # NotImplementedError is a RuntimeError
@@ -179,6 +180,43 @@ def test_sparse_ffn(data):
                 x, *weights, tensors["sets"], tensors["cluster_ids"], case.activation
             ),
         )
+
+
+@EXAMPLES
+@given(data=st.data())
+def test_verified_ffn(data):
+    case = Case(data)
+    tensors = case.ffn() | case.sets() | case.ids()
+    looks, counted = data.draw(st.tuples(st.booleans(), st.booleans()))
+    # Whatever h̃ is, a factor of zero leaves the neuron out and an infinite one confirms it.
+    tensors |= {
+        "maybe_sets": values((case.clusters, packed_size(case.neurons)), torch.uint8, 9),
+        "low_bit": quantize_rows(tensors["w_gate"], tensors["w_up"]),
+        "factors": values((case.neurons,), torch.float32, 10).clamp_min(0) * torch.inf,
+    }
+    tensors["factors"].nan_to_num_(0, torch.inf)
+    if not looks:
+        tensors |= dict.fromkeys(("maybe_sets", "low_bit", "factors"))
+    counts = torch.tensor([3, 4])
+    tensors["row_counts"] = counts if counted else None
+    usable = case.clusters > 0 or case.n == 0
+
+    def operation(*arguments):
+        return ops.cpu_sparse_ffn(*arguments[:6], "relu", *arguments[6:])
+
+    y = case.call(operation, tensors, usable=usable)
+    if y is None:
+        assert counts.tolist() == [3, 4], "a rejected call has counted"
+        return
+    x, *weights = double(tensors, "x", "w_gate", "w_up", "w_down_t")
+    extra = [tensors[name] for name in ("maybe_sets", "low_bit", "factors")]
+    expected_counts = torch.tensor([3, 4])
+    expected = sparse_ffn_reference(
+        x, *weights, tensors["sets"], tensors["cluster_ids"], "relu", *extra, expected_counts
+    )
+    case.check(y, expected)
+    if counted and not any(name == "row_counts" for name, _ in case.spoiled):
+        assert torch.equal(counts, expected_counts)
 
 
 @EXAMPLES

@@ -380,10 +380,11 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   const int64_t values = most_parts * tokens * pass.row_stride;
   const int64_t sums = most_parts * tokens * pass.sum_stride;
   const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
-  const int64_t looks = band.maybe_sets ? tokens * groups : 0;
-  const int64_t look_scales = band.maybe_sets ? tokens * look_stride(groups) : 0;
-  const int64_t wide = looks ? ffn.hidden_size : 0;
-  const int64_t kept = looks ? most_parts * pass.held_rows : 0;
+  const int64_t verified = band.maybe_sets ? 1 : 0;
+  const int64_t looks = verified * tokens * groups;
+  const int64_t look_scales = verified * tokens * look_stride(groups);
+  const int64_t wide = verified * ffn.hidden_size;
+  const int64_t kept = verified * most_parts * pass.held_rows;
   Scratch& memory = scratch();
   memory.reserve(Scratch::size<char>(tokens * packed_size) + Scratch::size<uint8_t>(set_bytes) +
                  Scratch::size<int32_t>(neurons + 16) + 2 * Scratch::size<float>(values) +

@@ -279,7 +279,8 @@ struct VerificationArguments {
     low_bit.expect_size(0, ffn.num_neurons, "I");
     low_bit.expect_size(1, 68 * groups, "68 * ceil(H / 64)");
     low_bit.expect_rows();
-    if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(low_bit.stride(0))) % 2 != 0)
+    const int64_t stride = low_bit.size(0) > 1 && groups > 0 ? low_bit.stride(0) : 0;
+    if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(stride)) % 2 != 0)
       fail("low_bit has records at odd addresses, where their scales cannot be read; clone() it");
     factors.inspect(1);
     factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
