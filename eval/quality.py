@@ -14,13 +14,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer
 from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.perplexity import perplexity
 from sparse_runtime.progress import ProgressReporter
 from sparse_runtime.sparse_ffn import SparseFFN
@@ -50,8 +51,9 @@ def evaluate_quality(
 
     Returns:
         ``perplexity`` (``dense``, ``sparse``, ``oracle_ids``, ``static``), ``ratio`` (sparse ÷
-        dense), ``cost_share`` counted by the runtime, ``tokens``, ``window``, ``stride`` and, per
-        layer, the scores of :class:`SetScorer` on the states of the sparse model.
+        dense), ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
+        dtype (beside larger weights low-bit copies would seem cheaper), ``tokens``, ``window``,
+        ``stride`` and, per layer, the scores of :class:`SetScorer` on the states of the sparse model.
 
     Raises:
         DataError: the text is shorter than one window.
@@ -67,7 +69,7 @@ def evaluate_quality(
         reset_cost(model)
         with _scored(model, clusters, scorers) as set_scorers:
             figures["sparse"] = perplexity(model, tokens, description="sparse", **options)
-        cost = cost_report(model)
+        cost = count_cost(sparse_modules(model), element_size=2)
         with _oracle_ids(model, scorers):
             figures["oracle_ids"] = perplexity(model, tokens, description="oracle ids", **options)
         with _static_set(model, clusters):

@@ -6,7 +6,7 @@ with it what generation really asked for, so that both mean the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -115,12 +115,17 @@ class CostReport:
         return self.sparse_tokens / total if total else 0.0
 
 
-def count_cost(modules: list[SparseFFN]) -> CostReport:
-    """Add up the counters of sparse FFNs; synchronizes with their devices."""
+def count_cost(modules: list[SparseFFN], *, element_size: int | None = None) -> CostReport:
+    """Add up the counters of sparse FFNs; synchronizes with their devices.
+
+    Args:
+        modules: the sparse FFNs.
+        element_size: bytes per weight to count with; those of the weights if None.
+    """
     sparse_tokens = dense_tokens = 0
     sparse_bytes = dense_of_sparse = dense_of_dense = 0.0
     for module in modules:
-        cost = module.cost
+        cost = replace(module.cost, element_size=element_size or module.cost.element_size)
         tokens = int(module.cluster_counts.sum())
         computed, looked = module.row_counts.tolist()
         dense = int(module.dense_token_count)

@@ -69,9 +69,8 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     )
     assert result["perplexity"]["sparse"] != result["perplexity"]["dense"]
     assert (result["tokens"], result["window"], len(result["layers"])) == (640, 64, 3)
-    # The budget is met on the calibration tokens in bfloat16; held-out ones fall on other clusters,
-    # and beside float32 weights the low-bit copies weigh half as much.
-    assert 0.55 < result["cost_share"] < 0.75
+    # The budget is met on the calibration tokens; held-out ones fall on other clusters.
+    assert 0.62 < result["cost_share"] < 0.78
     for layer in result["layers"]:
         assert layer["coverage"] > layer["chance"] > 0.4
         assert 0 < layer["precision"] <= 1

@@ -210,6 +210,7 @@ def test_verified_ffn(data):
         return
     x, *weights = double(tensors, "x", "w_gate", "w_up", "w_down_t")
     extra = [tensors[name] for name in ("maybe_sets", "low_bit", "factors")]
+    extra = [tensor if tensor is None else tensor.resolve_neg() for tensor in extra]
     expected_counts = torch.tensor([3, 4])
     expected = sparse_ffn_reference(
         x, *weights, tensors["sets"], tensors["cluster_ids"], "relu", *extra, expected_counts
