@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,28 +14,56 @@ from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 
-def text_windows(tokens: Tensor, window: int, stride: int) -> list[tuple[Tensor, int]]:
+@dataclass(frozen=True)
+class TextScore:
+    """How well a model predicts a text.
+
+    Attributes:
+        nll: negative log-likelihood of each window, summed over its scored tokens, in nats.
+        scored: scored tokens of each window.
+    """
+
+    nll: list[float]
+    scored: list[int]
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean negative log-likelihood per scored token."""
+        return math.exp(sum(self.nll) / sum(self.scored))
+
+
+def text_windows(
+    tokens: Tensor, window: int, stride: int, prompt_tokens: int = 0
+) -> list[tuple[Tensor, int]]:
     """Cut a token stream into windows.
 
     Each window is scored on the tokens that no earlier window scored; its first token is never
-    scored, as nothing precedes it. A last, shorter window is kept if it scores a token.
+    scored, as nothing precedes it, nor are the tokens of its prompt. A last, shorter window is kept
+    if it scores a token.
 
     Args:
         tokens: [n] int64.
         window: tokens per window, at least 2.
         stride: distance of window starts, 1 to ``window``.
+        prompt_tokens: tokens at the start of each window that are its prompt, 0 to ``window`` − 2:
+            the first token after a prompt is predicted from the prompt alone.
 
     Returns:
         Pairs of window [≤ window] and the number of its last tokens that are scored.
 
     Raises:
-        ConfigError: ``window`` or ``stride`` is out of range.
+        ConfigError: ``window``, ``stride`` or ``prompt_tokens`` is out of range.
         DataError: the text is shorter than one window.
     """
     if window < 2:
         raise ConfigError(f"window is {window}; expected 2 tokens or more")
     if not 1 <= stride <= window:
         raise ConfigError(f"stride is {stride}; expected 1 to the window, {window}")
+    if not 0 <= prompt_tokens <= window - 2:
+        raise ConfigError(
+            f"prompt_tokens is {prompt_tokens}; expected 0 to {window - 2}, so that a window of "
+            f"{window} holds two tokens more"
+        )
     if len(tokens) < window:
         raise DataError(
             f"the text has {len(tokens)} tokens, fewer than one window of {window}; give a longer "
@@ -43,7 +73,7 @@ def text_windows(tokens: Tensor, window: int, stride: int) -> list[tuple[Tensor,
     scored_to = 0
     for start in range(0, len(tokens), stride):
         end = min(start + window, len(tokens))
-        scored = end - max(scored_to, start + 1)
+        scored = end - max(scored_to, start + max(prompt_tokens, 1))
         if scored > 0:
             windows.append((tokens[start:end], scored))
         scored_to = end
@@ -53,23 +83,26 @@ def text_windows(tokens: Tensor, window: int, stride: int) -> list[tuple[Tensor,
 
 
 @torch.inference_mode()
-def perplexity(
+def score_text(
     model: nn.Module,
     tokens: Tensor,
     *,
     window: int,
     stride: int | None = None,
+    prompt_tokens: int = 0,
     batch_windows: int = 2,
     progress: ProgressReporter | None = None,
     description: str = "perplexity",
-) -> float:
-    """exp of the mean negative log-likelihood per scored token.
+) -> TextScore:
+    """Score a text window by window.
 
     Args:
         model: a causal language model; logits are compared in float32.
         tokens: [n] int64.
         window: tokens per window.
         stride: distance of window starts; ``window`` (no overlap) if None.
+        prompt_tokens: tokens at the start of each window that are not scored. How they run is up to
+            the model: see ``sparse_runtime.eval.forwards``.
         batch_windows: windows per forward pass.
         progress: reports one unit per window.
         description: text of the progress bar.
@@ -77,20 +110,25 @@ def perplexity(
     Raises:
         ConfigError, DataError: see :func:`text_windows`.
     """
-    windows = text_windows(tokens, window, window if stride is None else stride)
+    windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
-    total, count = 0.0, 0
+    nll = []
     with (progress or SilentProgress()).task(description, len(windows)) as advance:
         for batch in _equal_length_batches(windows, batch_windows):
             ids = torch.stack([w for w, _ in batch]).to(device)
             logits = model(input_ids=ids, use_cache=False).logits
             for row, (_, scored) in enumerate(batch):
-                total += F.cross_entropy(
+                loss = F.cross_entropy(
                     logits[row, -scored - 1 : -1].float(), ids[row, -scored:], reduction="sum"
-                ).item()
-                count += scored
+                )
+                nll.append(loss.item())
             advance(len(batch))
-    return math.exp(total / count)
+    return TextScore(nll, [scored for _, scored in windows])
+
+
+def perplexity(model: nn.Module, tokens: Tensor, **options: Any) -> float:
+    """exp of the mean negative log-likelihood per scored token; arguments of :func:`score_text`."""
+    return score_text(model, tokens, **options).perplexity
 
 
 def _equal_length_batches(

@@ -1,9 +1,9 @@
 """Quality of a sparse model: perplexity, coverage and precision on held-out text.
 
-Four runs over the same text, every token through the sparse path: dense; sparse by the router's ids;
-sparse by oracle ids (the cluster whose set covers the token's true importance best, the ceiling of
-any router); and static (one set for all tokens, the floor). With verification a cluster's set is both
-of its bands.
+Four runs over the same text, every token through the sparse path (or every one after a prompt): dense;
+sparse by the router's ids; sparse by oracle ids (the cluster whose set covers the token's true
+importance best, the ceiling of any router); and static (one set for all tokens, the floor). With
+verification a cluster's set is both of its bands. ``sparse_runtime.eval.curves`` compares budgets.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from sparse_runtime.clusters.importance import ImportanceScorer, importance_scor
 from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import count_cost
-from sparse_runtime.eval.perplexity import perplexity
+from sparse_runtime.eval.forwards import dense_prompts
+from sparse_runtime.eval.perplexity import score_text
 from sparse_runtime.progress import ProgressReporter
 from sparse_runtime.sparse_ffn import SparseFFN
 
 # Scoring sets costs more than running them; this many tokens fix a layer's means to about 0.001.
 _SCORED_TOKENS = 4096
+#: Every token of every call sparse, by the backend that defines the answer.
+EVALUATION = SparseConfig(prefill="sparse", backend="reference")
 
 
 def evaluate_quality(
@@ -37,6 +40,7 @@ def evaluate_quality(
     *,
     window: int = 512,
     stride: int | None = None,
+    prompt_tokens: int = 0,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Measure a dense model with and without clusters on a text.
@@ -47,35 +51,45 @@ def evaluate_quality(
         tokens: the text, held out from the calibration [n] int64.
         window: tokens per window.
         stride: distance of window starts; ``window`` if None.
+        prompt_tokens: tokens at the start of each window that run dense and are not scored, as a
+            prompt is run before tokens are generated; 0 for every token sparse.
         progress: reports one unit per window of each run.
 
     Returns:
         ``perplexity`` (``dense``, ``sparse``, ``oracle_ids``, ``static``), ``ratio`` (sparse ÷
         dense), ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
-        dtype (beside larger weights low-bit copies would seem cheaper), ``tokens``, ``window``,
-        ``stride`` and, per layer, the scores of :class:`SetScorer` on the states of the sparse model.
+        dtype (beside larger weights low-bit copies would seem cheaper), ``nll`` (of each run, the
+        windows' negative log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,
+        ``window``, ``stride``, ``prompt_tokens`` and, per layer, the scores of :class:`SetScorer` on
+        the states of the sparse model.
 
     Raises:
         DataError: the text is shorter than one window.
+        ConfigError: window, stride or prompt are out of range (see ``text_windows``).
         SparseRuntimeError: as ``sparsify``.
     """
     options: dict[str, Any] = {"window": window, "stride": stride, "progress": progress}
+    options["prompt_tokens"] = prompt_tokens
     layers = find_ffn_layers(model)
     scorers = {layer.index: importance_scorer(layer) for layer in layers}
-    sparsify(model, clusters, config=SparseConfig(prefill="sparse", backend="reference"))
+    sparsify(model, clusters, config=EVALUATION)
     try:
         with dense(model):
-            figures = {"dense": perplexity(model, tokens, description="dense", **options)}
+            scores = {"dense": score_text(model, tokens, description="dense", **options)}
         reset_cost(model)
-        with _scored(model, clusters, scorers) as set_scorers:
-            figures["sparse"] = perplexity(model, tokens, description="sparse", **options)
-        cost = count_cost(sparse_modules(model), element_size=2)
-        with _oracle_ids(model, scorers):
-            figures["oracle_ids"] = perplexity(model, tokens, description="oracle ids", **options)
-        with _static_set(model, clusters):
-            figures["static"] = perplexity(model, tokens, description="static", **options)
+        with dense_prompts(model, prompt_tokens):
+            with _scored(model, clusters, scorers) as set_scorers:
+                scores["sparse"] = score_text(model, tokens, description="sparse", **options)
+            cost = count_cost(sparse_modules(model), element_size=2)
+            with _oracle_ids(model, scorers):
+                scores["oracle_ids"] = score_text(
+                    model, tokens, description="oracle ids", **options
+                )
+            with _static_set(model, clusters):
+                scores["static"] = score_text(model, tokens, description="static", **options)
     finally:
         unsparsify(model)
+    figures = {name: score.perplexity for name, score in scores.items()}
     return {
         "perplexity": figures,
         "ratio": figures["sparse"] / figures["dense"],
@@ -83,6 +97,9 @@ def evaluate_quality(
         "tokens": len(tokens),
         "window": window,
         "stride": window if stride is None else stride,
+        "prompt_tokens": prompt_tokens,
+        "scored": scores["dense"].scored,
+        "nll": {name: score.nll for name, score in scores.items()},
         "layers": [{"index": index, **s.scores()} for index, s in sorted(set_scorers.items())],
     }
 

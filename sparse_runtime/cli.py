@@ -217,39 +217,109 @@ def evaluate(
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 32_768,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     stride: Annotated[int, typer.Option(help="Distance of windows; 0: the window.")] = 0,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            help="First tokens of each window that run dense and are not scored, as a prompt.",
+        ),
+    ] = 0,
     budget: BudgetOption = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Compare these cost shares, with commas, with looks and without."),
+    ] = None,
     verify: VerifyOption = None,
+    baselines: Annotated[
+        str | None,
+        typer.Option(help="Beside other methods at the same budgets: teal,cats,deja-vu."),
+    ] = None,
+    calibration: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Text for --baselines, as --data; if not given, what the artifact was built on.",
+            metavar="SOURCE",
+        ),
+    ] = None,
+    calibration_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens of calibration text for --baselines.")
+    ] = 16_384,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Perplexity, coverage and precision on held-out text, every token sparse."""
+    """Perplexity, coverage and precision on held-out text, every token (after a prompt) sparse."""
     from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.eval.baselines import check_baselines
+    from sparse_runtime.eval.curves import Protocol, baseline_calibration, evaluate_curves
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.quality import evaluate_quality
 
+    if budget is not None and budgets is not None:
+        raise ConfigError("--budget and --budgets are both given; expected one of them")
+    if calibration and baselines is None:
+        raise ConfigError("--calibration is given without --baselines, which alone it is for")
+    shares = None if budgets is None else _numbers("--budgets", budgets, float)
+    names = baselines.split(",") if baselines is not None else []
+    check_baselines(names)
     sources = data or ["wikitext2"]
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    artifact.check_model(loaded)
+    texts = [
+        (
+            source,
+            token_stream(
+                parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=loaded
+            ),
+        )
+        for source in sources
+    ]
+    progress = RichProgress(err)
+    record: dict[str, Any] = {"model": model, "clusters": clusters}
+    record["dtype"] = str(loaded.dtype).removeprefix("torch.")
+    if shares is not None or names:
+        windows = None
+        if names:
+            text, reason = baseline_calibration(
+                artifact,
+                calibration or [],
+                tokenizer,
+                max_tokens=calibration_tokens,
+                window=window,
+                model=loaded,
+            )
+            if reason is not None:
+                err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
+            windows, record["calibration"] = text.windows, text.record
+        curves = evaluate_curves(
+            loaded,
+            artifact,
+            texts,
+            budgets=shares or [artifact.budget if budget is None else budget],
+            verify=[True, False] if verify is None else [verify],
+            baselines=names,
+            calibration=windows,
+            protocol=Protocol(window, stride or None, prompt_tokens, progress),
+        )
+        _print_curves(curves)
+        _write(json_file, {**record, **curves, "host": host_record(loaded.device)})
+        return
     if budget is not None or verify is not None:
-        artifact.check_model(loaded)
         artifact = recut(loaded, artifact, budget=budget, verify=verify)
     results = []
-    for source in sources:
-        tokens = token_stream(
-            parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=loaded
-        )
+    for source, tokens in texts:
         result = evaluate_quality(
             loaded,
             artifact,
             tokens,
             window=window,
             stride=stride or None,
-            progress=RichProgress(err),
+            prompt_tokens=prompt_tokens,
+            progress=progress,
         )
         _print_quality(source, result)
         results.append({"data": source, **result})
-    record = {"model": model, "clusters": clusters, "dtype": str(loaded.dtype).split(".")[-1]}
     further = {"others": results[1:]} if len(results) > 1 else {}
     _write(json_file, {**record, **results[0], **further, "host": host_record(loaded.device)})
 
@@ -559,7 +629,7 @@ def _print_summary(name: str, summary: dict[str, Any]) -> None:
 
 
 def _print_quality(source: str, result: dict[str, Any]) -> None:
-    table = Table(title=f"{escape(source)}: {result['tokens']} tokens, window {result['window']}")
+    table = Table(title=_text_title(source, result["tokens"], result))
     for column in ("neurons chosen", "perplexity", "÷ dense"):
         table.add_column(column, justify="left" if column == "neurons chosen" else "right")
     names = {
@@ -581,6 +651,41 @@ def _print_quality(source: str, result: dict[str, Any]) -> None:
         f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
         f"{mean['precision']:.3f}"
     )
+
+
+def _print_curves(curves: dict[str, Any]) -> None:
+    for result in curves["results"]:
+        table = Table(title=_text_title(result["data"], result["tokens"], curves))
+        table.add_column("method")
+        for column in ("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense"):
+            table.add_column(column, justify="right")
+        perplexity = result["dense"]["perplexity"]
+        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000")
+        for row in result["rows"]:
+            looks = {True: ", with looks", False: ", without", None: ""}[row["verify"]]
+            numbers = (
+                "–" if row[name] is None else f"{row[name]:.3f}"
+                for name in ("cost_share", "computed", "looked_at")
+            )
+            table.add_row(
+                row["method"] + looks,
+                f"{row['budget']:g}",
+                *numbers,
+                f"{row['perplexity']:.2f}",
+                f"{row['ratio']:.3f}",
+            )
+        out.print(table)
+    for row in curves["left_out"]:
+        out.print(
+            f"{row['method']} is left out at budget {row['budget']:g}: it reads "
+            f"{row['least']:.3f} of the FFN whatever it skips"
+        )
+
+
+def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:
+    prompt = protocol["prompt_tokens"]
+    dense_part = f", after a dense prompt of {prompt}" if prompt else ""
+    return f"{escape(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
 
 
 def _numbers(option: str, text: str, kind: type) -> list[Any]:

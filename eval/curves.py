@@ -1,0 +1,291 @@
+"""Quality over budgets: an artifact cut for each of them, beside other methods at the same cost.
+
+The dense model runs once for each text, and every row is one sparse run compared with it. All methods
+see the same windows and prompts, and their cost shares are counted on the text they are judged on, for
+bfloat16 weights.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.clusters.data import (
+    CalibrationText,
+    DataSource,
+    calibration_windows,
+    parse_source,
+)
+from sparse_runtime.cost import count_cost
+from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.eval.baselines import BASELINES, captured_states, check_baselines, fit_baseline
+from sparse_runtime.eval.forwards import dense_prompts
+from sparse_runtime.eval.masked_ffn import Baseline, CostMeter, Masks, masked_ffns
+from sparse_runtime.eval.perplexity import TextScore, score_text
+from sparse_runtime.eval.quality import EVALUATION
+from sparse_runtime.progress import ProgressReporter
+from sparse_runtime.recut import recut
+from sparse_runtime.sparse_ffn import SparseFFN
+
+DEFAULT_CALIBRATION = "wikitext2"
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How texts are run.
+
+    Args:
+        window: tokens per window.
+        stride: distance of window starts; ``window`` if None.
+        prompt_tokens: tokens at the start of each window that run dense and are not scored.
+        progress: reports one unit per window of each run, and per layer of a fit.
+    """
+
+    window: int = 512
+    stride: int | None = None
+    prompt_tokens: int = 0
+    progress: ProgressReporter | None = None
+
+    def score(self, model: nn.Module, tokens: Tensor, description: str) -> TextScore:
+        """Score a text; see :func:`score_text`."""
+        return score_text(
+            model,
+            tokens,
+            window=self.window,
+            stride=self.stride,
+            prompt_tokens=self.prompt_tokens,
+            progress=self.progress,
+            description=description,
+        )
+
+
+@dataclass
+class _Curve:
+    """The rows of one text."""
+
+    name: str
+    tokens: Tensor
+    dense: TextScore
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self) -> dict[str, Any]:
+        return {
+            "data": self.name,
+            "tokens": len(self.tokens),
+            "scored": self.dense.scored,
+            "dense": {"perplexity": self.dense.perplexity, "nll": self.dense.nll},
+            "rows": self.rows,
+        }
+
+    def add(self, score: TextScore, **figures: Any) -> None:
+        ratio = score.perplexity / self.dense.perplexity
+        self.rows.append(
+            {**figures, "perplexity": score.perplexity, "ratio": ratio, "nll": score.nll}
+        )
+
+
+def evaluate_curves(
+    model: nn.Module,
+    clusters: ClusterSet,
+    texts: Sequence[tuple[str, Tensor]],
+    *,
+    budgets: Sequence[float],
+    verify: Sequence[bool] = (True, False),
+    baselines: Sequence[str] = (),
+    calibration: Tensor | None = None,
+    protocol: Protocol | None = None,
+) -> dict[str, Any]:
+    """Measure an artifact, and other methods, at several budgets on several texts.
+
+    Args:
+        model: a dense causal language model; dense again when this returns.
+        clusters: the artifact, with centroids.
+        texts: names and tokens [n] int64 of held-out texts.
+        budgets: mean cost shares, in (0, 1].
+        verify: with looks at low-bit copies, without them, or both in turn.
+        baselines: names out of ``BASELINES``.
+        calibration: windows that the baselines are fitted on [W, window] int64.
+        protocol: windows and prompts.
+
+    Returns:
+        ``results``, for each text: ``data``, ``tokens``, ``scored`` (scored tokens of each window),
+        ``dense`` (``perplexity``, ``nll``) and ``rows`` of ``method`` (``clusters`` or a baseline),
+        ``budget``, ``verify`` (None for baselines), ``cost_share``, ``computed`` and ``looked_at``
+        (shares of the neurons; None where a method has no such thing), ``perplexity``, ``ratio`` to
+        dense and ``nll`` (summed over each window). ``left_out``: the ``method``, ``budget`` and
+        ``least`` cost share of baselines that cannot go so low. ``fit_seconds`` of each baseline.
+        ``window``, ``stride`` and ``prompt_tokens``.
+
+    Raises:
+        ConfigError: a budget, a baseline's name, or the protocol is out of range; the artifact has no
+            centroids; baselines without ``calibration``.
+        DataError: a text is shorter than one window.
+        SparseRuntimeError: as ``sparsify``.
+    """
+    protocol = protocol or Protocol()
+    check_baselines(baselines)
+    methods = [BASELINES[name]() for name in baselines]
+    if methods and calibration is None:
+        raise ConfigError("baselines are given without calibration text; pass calibration")
+    clusters.check_model(model)
+    # Whatever cannot work shows here, before the first run.
+    cuts = [
+        (budget, looks, recut(model, clusters, budget=budget, verify=looks))
+        for budget in budgets
+        for looks in verify
+    ]
+    curves = [
+        _Curve(name, tokens, protocol.score(model, tokens, f"dense, {name}"))
+        for name, tokens in texts
+    ]
+    for budget, looks, cut in cuts:
+        _add_clusters(model, cut, curves, budget, looks, protocol)
+    left_out: list[dict[str, Any]] = []
+    seconds: dict[str, float] = {}
+    if methods and calibration is not None:
+        with captured_states(model, calibration, progress=protocol.progress) as states:
+            for method in methods:
+                least = max(method.least_share(layer) for layer in find_ffn_layers(model))
+                possible = [budget for budget in budgets if budget > least]
+                left_out += [
+                    {"method": method.name, "budget": budget, "least": least}
+                    for budget in budgets
+                    if budget <= least
+                ]
+                started = time.perf_counter()
+                fitted = fit_baseline(model, method, states, possible, progress=protocol.progress)
+                seconds[method.name] = time.perf_counter() - started
+                for budget, masks in zip(possible, fitted, strict=True):
+                    _add_baseline(model, method, masks, curves, budget, protocol)
+    return {
+        "window": protocol.window,
+        "stride": protocol.window if protocol.stride is None else protocol.stride,
+        "prompt_tokens": protocol.prompt_tokens,
+        "results": [curve.record() for curve in curves],
+        "left_out": left_out,
+        "fit_seconds": seconds,
+    }
+
+
+def _add_clusters(
+    model: nn.Module,
+    cut: ClusterSet,
+    curves: list[_Curve],
+    budget: float,
+    looks: bool,
+    protocol: Protocol,
+) -> None:
+    sparsify(model, cut, config=EVALUATION)
+    try:
+        modules = sparse_modules(model)
+        for curve in curves:
+            reset_cost(model)
+            with dense_prompts(model, protocol.prompt_tokens):
+                how = "with looks" if looks else "without looks"
+                score = protocol.score(model, curve.tokens, f"budget {budget}, {how}")
+            computed, looked = _neuron_shares(modules)
+            curve.add(
+                score,
+                method="clusters",
+                budget=budget,
+                verify=looks,
+                cost_share=count_cost(modules, element_size=2).cost_share,
+                computed=computed,
+                looked_at=looked,
+            )
+    finally:
+        unsparsify(model)
+
+
+def _add_baseline(
+    model: nn.Module,
+    method: Baseline,
+    masks: dict[int, Masks],
+    curves: list[_Curve],
+    budget: float,
+    protocol: Protocol,
+) -> None:
+    for curve in curves:
+        meter: CostMeter
+        with masked_ffns(model, masks, prompt_tokens=protocol.prompt_tokens) as meter:
+            score = protocol.score(model, curve.tokens, f"budget {budget}, {method.name}")
+        curve.add(
+            score,
+            method=method.name,
+            budget=budget,
+            verify=None,
+            cost_share=meter.cost_share,
+            computed=meter.computed,
+            looked_at=None,
+        )
+
+
+def _neuron_shares(modules: list[SparseFFN]) -> tuple[float, float]:
+    """Shares of the neurons computed and looked at, mean over the sparse tokens and layers."""
+    neurons = sum(int(m.cluster_counts.sum()) * m.cost.intermediate_size for m in modules)
+    computed, looked = (
+        sum(int(module.row_counts[column]) for module in modules) for column in (0, 1)
+    )
+    return computed / neurons, looked / neurons
+
+
+def baseline_calibration(
+    clusters: ClusterSet,
+    specs: Sequence[str],
+    tokenizer: Any,
+    *,
+    max_tokens: int,
+    window: int,
+    model: Any = None,
+) -> tuple[CalibrationText, str | None]:
+    """Read the text that baselines are fitted on.
+
+    Args:
+        clusters: the artifact, whose build record names the default.
+        specs: sources as on the command line; if empty, those that the artifact was built on, or
+            ``wikitext2`` where they cannot be read.
+        tokenizer: of the model.
+        max_tokens: total over the sources.
+        window: tokens per window.
+        model: for ``self``.
+
+    Returns:
+        The text and, where the artifact's own sources could not be read, the reason.
+
+    Raises:
+        DataError, ConfigError: see :func:`calibration_windows`.
+    """
+
+    def read(sources: list[DataSource]) -> CalibrationText:
+        return calibration_windows(
+            sources, tokenizer, max_tokens=max_tokens, window=window, model=model
+        )
+
+    if specs:
+        return read([parse_source(spec) for spec in specs]), None
+    recorded = clusters.build.get("data", {}).get("sources", [])
+    reason = "its build record names no sources"
+    if recorded:
+        try:
+            return read(
+                [
+                    DataSource(source["name"], source["weight"], split=source["split"])
+                    for source in recorded
+                ]
+            ), None
+        except DataError as error:
+            reason = str(error)
+    try:
+        return read([parse_source(DEFAULT_CALIBRATION)]), reason
+    except DataError as error:
+        raise DataError(
+            f"baselines need calibration text: that of the artifact is out of reach ({reason}), and so "
+            f"is {DEFAULT_CALIBRATION} ({error}); name some with --calibration"
+        ) from error

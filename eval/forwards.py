@@ -1,0 +1,87 @@
+"""Stand-ins for the forward of a model's FFNs, and the decode-only protocol.
+
+A prompt runs dense at run time and only the tokens generated after it run sparsely. One pass over a
+window gives the same figures: attention is causal, so it is enough that every FFN runs the window's
+first tokens densely and the rest sparsely.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from sparse_runtime.api import sparse_modules
+from sparse_runtime.sparse_ffn import SparseFFN
+
+#: Hidden states [B, T, H] -> the FFN's output [B, T, H].
+Forward = Callable[[Tensor], Tensor]
+
+
+@contextmanager
+def swapped_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
+    """Run modules by other forwards inside the context; afterwards they are what they were."""
+    # accelerate keeps a forward of its own on the instance; elsewhere there is only the class's.
+    before = {module: module.__dict__.get("forward") for module in forwards}
+    try:
+        for module, forward in forwards.items():
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before.items():
+            if own is None:
+                module.__dict__.pop("forward", None)
+            else:
+                module.__dict__["forward"] = own
+
+
+def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward:
+    """Make a forward that is dense for each sequence's first tokens and sparse for the rest.
+
+    Args:
+        prompt_tokens: length of the dense part. Every call is taken to start at the first token of
+            its sequences, so calls that go on from a cache do not fit.
+        dense: of the prompt.
+        sparse: of the rest.
+    """
+    if prompt_tokens == 0:
+        return sparse
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        prompt, rest = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
+        if rest.shape[1] == 0:
+            return dense(prompt)
+        return torch.cat([dense(prompt), sparse(rest)], dim=1)
+
+    return forward
+
+
+@contextmanager
+def dense_prompts(model: nn.Module, prompt_tokens: int) -> Iterator[None]:
+    """Run the first tokens of every sequence densely in a sparse model, inside the context.
+
+    Args:
+        model: sparse, with ``prefill="sparse"``.
+        prompt_tokens: tokens of each sequence that are its prompt; 0 changes nothing.
+
+    Raises:
+        NotSparseError: the model holds no sparse FFN.
+    """
+    with swapped_forwards(
+        {
+            module: after_prompt(prompt_tokens, _counted_dense(module), module.forward)
+            for module in sparse_modules(model)
+        }
+    ):
+        yield
+
+
+def _counted_dense(module: SparseFFN) -> Forward:
+    def forward(hidden_states: Tensor) -> Tensor:
+        module.dense_token_count += hidden_states.shape[:-1].numel()
+        output: Tensor = module.base_layer(hidden_states)
+        return output
+
+    return forward
