@@ -169,6 +169,7 @@ struct Pass {
   const Isa* isa;
   const Kernels* kernels;
   Clusters clusters;
+  const Compensation* compensation;
   Groups groups;
   PackedTokens x;
   LookTokens low_bit;   // with verification
@@ -222,10 +223,25 @@ void compute_rows(const Pass& pass, const Part& own, const Rows& rows) {
                      own.sums, pass.sum_stride);
 }
 
+// A part's share of the linear correction, which is to its rows what the FFN is to neurons, without
+// gate and activation. The sums begin with it.
+void correct(const Pass& pass, const Part& own, int64_t part) {
+  const Compensation& correction = *pass.compensation;
+  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
+  const Range range = part_of(correction.rank, pass.num_parts, part, 1);
+  for (int64_t first = range.begin; first < range.end; first += pass.held_rows) {
+    const Rows rows = {nullptr, first, at_most(range.end - first, pass.held_rows), nullptr};
+    pass.kernels->linear(correction.down, pass.ffn->hidden_size, first, rows.count, pass.x,
+                         own.gate, pass.row_stride);
+    pass.kernels->down(correction.up, pass.ffn->hidden_size, rows, pass.x.count, own.gate,
+                       pass.row_stride, own.sums, pass.sum_stride);
+  }
+}
+
 // A part's slice of the rows.
 void compute_slice(const Pass& pass, int64_t part) {
   const Part own = part_of_pass(pass, part);
-  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
+  correct(pass, own, part);
   const Range range = part_of(pass.num_rows, pass.num_parts, part, 8);
   for (int64_t first = range.begin; first < range.end; first += pass.held_rows) {
     Rows rows;
@@ -286,7 +302,7 @@ int64_t verify(const Pass& pass, const Part& own, const Step& step, int64_t num_
 void verify_and_compute(const Pass& pass, int64_t part) {
   const Part own = part_of_pass(pass, part);
   const Verification& band = pass.clusters.verification;
-  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
+  correct(pass, own, part);
   int64_t* const counts = pass.counts + 2 * part;
   counts[0] = counts[1] = 0;
   int64_t num_kept = 0;
@@ -355,8 +371,8 @@ void join(const Groups& groups, const uint8_t* sets, int64_t stride, int64_t byt
   }
 }
 
-void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
-              char* y) {
+void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids,
+              const Compensation& compensation, char* y) {
   const Isa& isa = current_isa();
   const Kernels& kernels = isa.by_dtype[ffn.dtype];
   const Verification& band = clusters.verification;
@@ -365,6 +381,7 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   pass.isa = &isa;
   pass.kernels = &kernels;
   pass.clusters = clusters;
+  pass.compensation = &compensation;
   if (clusters.sets) group_tokens(ids, x.count, pass.groups);
 
   const int64_t neurons = ffn.num_neurons, tokens = x.count;
@@ -428,6 +445,7 @@ void run_pass(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, M
   const int64_t hidden = ffn.hidden_size, size = ffn.element_size;
   const auto finish = [&](int64_t token, int64_t begin, int64_t end) {
     const char* bias = nullptr;
+    const Matrix& cluster_bias = compensation.cluster_bias;
     if (cluster_bias.data)
       bias = static_cast<const char*>(cluster_bias.data) + ids[token] * cluster_bias.stride * size;
     kernels.finish(pass.sums + token * pass.sum_stride, tokens * pass.sum_stride, pass.num_parts,
@@ -489,10 +507,10 @@ bool beats(float value, float best) {
 
 }  // namespace
 
-void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
-             void* y) {
+void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids,
+             const Compensation& compensation, void* y) {
   in_passes(x, ffn.element_size, [&](Tokens some, int64_t first) {
-    run_pass(ffn, some, clusters, ids ? ids + first : nullptr, cluster_bias,
+    run_pass(ffn, some, clusters, ids ? ids + first : nullptr, compensation,
              static_cast<char*>(y) + first * ffn.hidden_size * ffn.element_size);
   });
 }

@@ -47,10 +47,18 @@ struct Router {
   const void* bias;  // [K] or null, dtype of the weights
 };
 
-// y[t] = FFN of x[t] over the neurons of ids[t]'s set and the confirmed ones of its band, plus cluster_bias[ids[t]] where given.
-// `ids` may be null where clusters.sets is.
-void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids, Matrix cluster_bias,
-             void* y);
+// Added to the output for what the neurons leave out: a vector per cluster, and up^T (down x).
+struct Compensation {
+  Matrix cluster_bias;  // [K, H] or null
+  int64_t rank;         // 0: no linear correction
+  Matrix down;          // [rank, H]
+  Matrix up;            // [rank, H]
+};
+
+// y[t] = FFN of x[t] over the neurons of ids[t]'s set and the confirmed ones of its band, plus the
+// compensation. `ids` may be null where clusters.sets is, and then there is no compensation.
+void run_ffn(const Ffn& ffn, Tokens x, Clusters clusters, const int64_t* ids,
+             const Compensation& compensation, void* y);
 
 // ids[t] = argmax of the router's logits; the lowest index wins a tie, NaN counts as largest.
 void run_router(DType dtype, int64_t element_size, Tokens x, int64_t hidden_size,

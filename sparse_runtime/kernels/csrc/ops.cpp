@@ -325,7 +325,7 @@ void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   }
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
-  run_ffn(ffn, tokens, clusters, ids, {nullptr, 0}, y.data());
+  run_ffn(ffn, tokens, clusters, ids, {}, y.data());
   stack[0] = y.release();
 }
 
@@ -342,7 +342,7 @@ void dense_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
-  run_ffn(ffn, tokens, {}, nullptr, {nullptr, 0}, y.data());
+  run_ffn(ffn, tokens, {}, nullptr, {}, y.data());
   stack[0] = y.release();
 }
 
@@ -377,6 +377,22 @@ Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias
   return router;
 }
 
+// The linear part of the compensation.
+Compensation correction_of(const Argument& x, Argument& down, Argument& up) {
+  if (down.given() != up.given())
+    fail("correction_down and correction_up go together: both or neither");
+  if (!down.given()) return {};
+  for (Argument* matrix : {&down, &up}) {
+    matrix->inspect(2);
+    matrix->expect_dtype(x.dtype(), "of x");
+    matrix->expect_size(1, x.size(1), "H");
+    matrix->expect_rows();
+  }
+  up.expect_size(0, down.size(0), "the rank of correction_down");
+  check_sizes("correction_down", down.size(0), x.size(1));
+  return {{nullptr, 0}, down.size(0), down.matrix(), up.matrix()};
+}
+
 const char* const kRoute =
     "cpu_route(Tensor x, Tensor? router_down, Tensor router_up, Tensor? router_bias) -> Tensor";
 
@@ -397,7 +413,8 @@ const char* const kRoutedFfn =
     "cpu_routed_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
     "Tensor? router_down, Tensor router_up, Tensor? router_bias, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
-    "Tensor? low_bit=None, Tensor? factors=None, Tensor(b!)? row_counts=None) -> Tensor";
+    "Tensor? low_bit=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
+    "Tensor? correction_down=None, Tensor? correction_up=None) -> Tensor";
 
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
@@ -408,6 +425,8 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument counts("cluster_counts", Argument::optional_handle(stack[9]));
   StringArgument activation(stack[10]);
   VerificationArguments verification(stack + 11);
+  Argument correction_down("correction_down", Argument::optional_handle(stack[15]));
+  Argument correction_up("correction_up", Argument::optional_handle(stack[16]));
 
   const Tokens tokens = tokens_of(x);
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
@@ -415,14 +434,14 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   verification.check_into(clusters, ffn);
   const Router router = router_of(x, down, up, bias);
   up.expect_size(0, clusters.count, "K");
-  Matrix compensation = {nullptr, 0};
+  Compensation compensation = correction_of(x, correction_down, correction_up);
   if (cluster_bias.given()) {
     cluster_bias.inspect(2);
     cluster_bias.expect_dtype(x.dtype(), "of x");
     cluster_bias.expect_size(0, clusters.count, "K");
     cluster_bias.expect_size(1, ffn.hidden_size, "H");
     cluster_bias.expect_rows();
-    compensation = cluster_bias.matrix();
+    compensation.cluster_bias = cluster_bias.matrix();
   }
   int64_t* count = nullptr;
   if (counts.given()) {
