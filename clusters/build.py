@@ -36,30 +36,39 @@ from sparse_runtime.clusters.data import (
     calibration_windows,
     parse_source,
 )
+from sparse_runtime.clusters.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import (
+    FittedLayer,
     LayerData,
     estimated_loss,
     fit_clusters,
     fit_layer,
     fit_paper_clusters,
-    fit_router,
+    follow_router,
     held_out_scores,
+    layer_cost,
     load_fitted,
     load_layer,
     packed_patterns,
+    priced_loss,
     save_fitted,
     set_size_for,
     uncut_layer,
 )
+from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
-from sparse_runtime.recut import recut
+from sparse_runtime.recut import price_for, recut
 
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
-ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 32)
+ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
+
+# Tokens that routers are compared on, and that layers are weighed on.
+_PROBE_TOKENS = 16_384
+_LOOP_TOKENS = 4096
 
 
 def build_clusters(
@@ -162,7 +171,7 @@ def _build(
     seconds = {"capture": time.perf_counter() - started}
     fisher = _fisher(model, text.windows, num_fit, config, work, progress)
     seconds["fisher"] = time.perf_counter() - started - seconds["capture"]
-    context = _Context(states, layers, fisher, config, num_fit, work, progress)
+    context = _Context(model, states, layers, fisher, config, num_fit, work, progress)
     rank = _choose_router(context)
     pooled = _pooled_clusters(context, rank)
     fitted = []
@@ -187,7 +196,8 @@ def _build(
         budget=config.budget,
     )
     if config.cuts:
-        clusters = recut(model, clusters, budget=config.budget, verify=config.verify)
+        clusters, figures_in_loop = _cut_in_loop(context, model, text.windows, clusters, seconds)
+        build = {**build, **figures_in_loop}
     with progress.task("scores", len(layers)) as advance:
         for position, layer in enumerate(layers):
             held_out = states.layer(position, num_fit)
@@ -205,10 +215,53 @@ def _build(
     return clusters
 
 
+def _cut_in_loop(
+    context: _Context,
+    model: Any,
+    windows: Tensor,
+    clusters: ClusterSet,
+    seconds: dict[str, float],
+) -> tuple[ClusterSet, dict[str, Any]]:
+    """Cut the sets with the whole sparse model in view: layers weighed, compensation distilled."""
+    config, work, progress = context.config, context.work, context.progress
+    if config.needs_fisher and context.fisher is None:  # backward passes cannot run
+        return recut(model, clusters, budget=config.budget, verify=config.verify), {}
+    windows = windows[: context.num_fit // windows.shape[1]]
+    figures: dict[str, Any] = {}
+    options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
+    if config.loop_weights:
+        started = time.perf_counter()
+        file = work / "loop_weights.json"
+        if not file.exists():
+            cut = recut(model, clusters, **options)
+            count = max(1, _LOOP_TOKENS // windows.shape[1])
+            weights = loop_weights(model, cut, windows[:count], progress=progress)
+            write_json(file, {str(index): weight for index, weight in weights.items()})
+        saved = json.loads(file.read_text(encoding="utf-8"))
+        figures["loop_weights"] = saved
+        clusters = scaled(clusters, {int(index): weight for index, weight in saved.items()})
+        seconds["loop_weights"] = time.perf_counter() - started
+    if config.distills:
+        started = time.perf_counter()
+        settings = Distillation(config.distill, config.correction_rank, seed=config.seed)
+        cut = recut(model, reserved(clusters, settings.rank), **options)
+        clusters, figures["divergence"] = distill(
+            model,
+            cut,
+            windows,
+            settings,
+            state_file=work / "distill.safetensors",
+            progress=progress,
+        )
+        seconds["distill"] = time.perf_counter() - started
+    return recut(model, clusters, **options), figures
+
+
 @dataclass(frozen=True)
 class _Context:
     """What the stages after the capture share."""
 
+    model: Any
     states: HiddenStates
     layers: list[FFNLayer]
     fisher: list[Tensor] | None
@@ -259,9 +312,10 @@ def _fisher(
         except (RuntimeError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0]
             warnings.warn(
-                f"importance 'fisher' falls back to 'norm', which costs quality: the backward pass "
-                f"over the model cannot run here ({reason}). Give the model more memory, or choose "
-                "importance='norm' to silence this",
+                f"importance 'fisher' falls back to 'norm', and layers are not weighed and nothing is "
+                f"distilled, which costs quality: the backward pass over the model cannot run here "
+                f"({reason}). Give the model more memory, or choose importance='norm', "
+                "loop_weights=False and distill=0 to silence this",
                 stacklevel=2,
             )
             return None
@@ -289,7 +343,7 @@ def _claim(work: Path, key: dict[str, Any]) -> None:
 
 
 def _choose_router(context: _Context) -> int | None:
-    """Rank of the router (None: linear) that loses least at the budget, on three layers.
+    """Rank of the router (None: linear) that loses least for its bytes, on three layers.
 
     Judged by the estimated loss, not by the coverage that the router is trained on: that forgives
     what perplexity does not (docs/LOG.md).
@@ -304,26 +358,49 @@ def _choose_router(context: _Context) -> int | None:
     candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
     if not candidates:
         set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
-    loss = dict.fromkeys(candidates, 0.0)
     probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
+    fits: dict[tuple[int, int | None], FittedLayer] = {}
+    held_out: dict[int, Tensor] = {}
     with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
         for position in probes:
-            layer = layers[position]
+            layer, fisher = layers[position], context.fisher_of(position)
+            with context.layer(position) as whole:
+                data = whole.at_most(_PROBE_TOKENS)
+            # One clustering for all candidates; the sets' size follows the router's.
+            generator = _generator(config, layer.index)
+            size = set_size_for(layer, config, candidates[0])
+            clustering = fit_clusters(data, config, size, generator)
+            for rank in candidates:
+                size = set_size_for(layer, config, rank)
+                start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
+                fits[position, rank] = follow_router(
+                    data, layer, start, config, rank, fisher, generator
+                )
+                advance(1)
+            held_out[position] = data.hidden_states[data.held_out]
+    loss = dict.fromkeys(candidates, 0.0)
+    price = _probe_price(context, {p: fits[p, candidates[0]] for p in probes})
+    for (position, rank), fitted in fits.items():
+        layer, states = layers[position], held_out[position]
+        if price is None:
             scorer = importance_scorer(layer, context.fisher_of(position))
-            with context.layer(position) as data:
-                # One clustering for all candidates; the sets' size follows the router's.
-                generator = _generator(config, layer.index)
-                size = set_size_for(layer, config, candidates[0])
-                clustering = fit_clusters(data, config, size, generator)
-                for rank in candidates:
-                    size = set_size_for(layer, config, rank)
-                    start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
-                    router, sets, *_ = fit_router(data, start, config, rank, size, generator)
-                    loss[rank] += estimated_loss(data, scorer, router, sets)
-                    advance(1)
+            loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
+        else:
+            cost = replace(layer_cost(layer, config, rank), verified=config.verify)
+            loss[rank] += priced_loss(states, fitted, layer, cost, price)
     best = min(candidates, key=lambda rank: loss[rank])
     write_json(file, best)
     return best
+
+
+def _probe_price(context: _Context, fits: dict[int, FittedLayer]) -> float | None:
+    """Price of a neuron by a few layers, given by position; None where sets are not cut at one."""
+    config, layers = context.config, context.layers
+    if not config.cuts:
+        return None
+    uncut = {layers[p].index: uncut_layer(layers[p], config, fitted) for p, fitted in fits.items()}
+    clusters = ClusterSet(uncut, {}, config.budget)
+    return price_for(context.model, clusters, config.budget, verify=config.verify)
 
 
 def _fits(layer: FFNLayer, config: BuildConfig, rank: int | None) -> bool:

@@ -29,6 +29,11 @@ class BuildConfig:
             copies (with allocation ``global``).
         fisher_tokens: calibration tokens of the backward passes that estimate the loss's
             sensitivity.
+        loop_weights: weigh layers by what they leave out of the sparse model, see
+            ``clusters/loop_weights.py`` (with allocation ``global``).
+        distill: steps that tune biases and a low-rank correction against the dense model's
+            predictions, 0 for none (with allocation ``global`` and cluster biases).
+        correction_rank: of that correction; it takes its bytes from the budget.
         cluster_bias: add, for each cluster, the mean of what its set leaves out (``awc`` only).
         num_clusters: K, 1 to 16,384.
         budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
@@ -57,12 +62,15 @@ class BuildConfig:
     allocation: Literal["global", "uniform"] = "global"
     verify: bool = True
     fisher_tokens: int = 8192
+    loop_weights: bool = True
+    distill: int = 60
+    correction_rank: int = 16
     cluster_bias: bool = True
     num_clusters: int = 256
     budget: float = 0.5
     router: str = "auto"
     router_rounds: int = 1
-    max_tokens: int | None = 32_768
+    max_tokens: int | None = 65_536
     window: int = 512
     held_out_share: float = 0.1
     clustering_tokens: int = 65_536
@@ -93,6 +101,8 @@ class BuildConfig:
             "window": (self.window >= 2, "2 or more"),
             "held_out_share": (0 < self.held_out_share < 1, "a share between 0 and 1"),
             "fisher_tokens": (self.fisher_tokens >= 1, "1 or more"),
+            "distill": (self.distill >= 0, "0 or more steps"),
+            "correction_rank": (self.correction_rank >= 0, "0 or more"),
             "clustering_tokens": (self.clustering_tokens >= 1, "1 or more"),
             "memory_mib": (self.memory_mib >= 1, "1 or more"),
             "percentile": (0 < self.percentile < 100, "a percentage between 0 and 100"),
@@ -111,6 +121,11 @@ class BuildConfig:
     def cuts(self) -> bool:
         """Whether the sets are cut at one price after the layers are fitted."""
         return self.method == "awc" and self.allocation == "global"
+
+    @property
+    def distills(self) -> bool:
+        """Whether biases and correction are tuned after the sets are cut."""
+        return self.cuts and self.adds_bias and self.distill > 0
 
     @property
     def adds_bias(self) -> bool:

@@ -60,7 +60,7 @@ def fisher_weights(
         for parameter in trained:
             parameter.requires_grad_(False)
         with (
-            _checkpointed(model),
+            checkpointed(model),
             (progress or SilentProgress()).task("fisher", len(windows)) as advance,
         ):
             for row in windows.split(1):
@@ -78,7 +78,7 @@ def fisher_weights(
 
 
 @contextmanager
-def _checkpointed(model: Any) -> Iterator[None]:
+def checkpointed(model: Any) -> Iterator[None]:
     """Run decoder layers again in the backward pass instead of keeping their activations.
 
     transformers checkpoints in training mode only, and its own switch leaves a hook on the embeddings.

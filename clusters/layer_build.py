@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.atomic import write_tensors
-from sparse_runtime.bands import LayerCentroids
+from sparse_runtime.bands import LayerCentroids, cut_bands
 from sparse_runtime.bitmaps import pack_bits, unpack_bits
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.clusters.awc import (
@@ -70,6 +70,16 @@ class LayerData:
     def free(self) -> None:
         """Let go of the tensors."""
         self.hidden_states = self.importance = torch.empty(0)
+
+    def at_most(self, tokens: int) -> LayerData:
+        """The same with so many tokens to fit on, at most."""
+        kept = min(tokens, self.num_fit)
+        parts = (slice(0, kept), self.held_out)
+        return LayerData(
+            torch.cat([self.hidden_states[part] for part in parts]),
+            torch.cat([self.importance[part] for part in parts]),
+            kept,
+        )
 
     @property
     def fit(self) -> slice:
@@ -227,14 +237,44 @@ def fit_router(
     return router, sets, history
 
 
-def estimated_loss(
-    data: LayerData, scorer: ImportanceScorer, router: Router, sets: Tensor
+def priced_loss(
+    states: Tensor, fitted: FittedLayer, layer: FFNLayer, cost: FFNCost, price: float
 ) -> float:
-    """Mean over held-out tokens of Σ e² over the neurons that the router's choice leaves out.
+    """What a router's clusters lose and cost at a price of λ per neuron, per token.
+
+    Σ e² over what is left out + λ·I·(cost share): the bytes of router, looks and neurons count at
+    the price that neurons are bought at, so that routers of different size compare.
+
+    Args:
+        states: the layer's inputs for tokens that nothing was fitted on [n, H].
+        fitted: its router and centroids.
+        layer: its FFN.
+        cost: with that router; ``verified`` says whether there are looks.
+        price: λ.
+    """
+    centroids = fitted.centroids
+    look_share = cost.look_bytes / cost.neuron_bytes if cost.verified else None
+    bands = cut_bands(centroids, price, look_share)
+    maybe = torch.zeros_like(bands.sure) if bands.maybe is None else bands.maybe
+    scorer = importance_scorer(layer, centroids.neuron_weights)
+    ids = route(fitted.router, states)
+    total = 0.0
+    for rows in chunk_slices(len(states), _CHUNK_TOKENS):
+        squares = scorer(states[rows].to(scorer.gate.device)).square_().cpu()
+        looked = maybe[ids[rows]]
+        computed = bands.sure[ids[rows]] | (looked & (squares > price))
+        total += squares.masked_fill_(computed, 0).sum().item()
+        bytes_read = cost.sparse_bytes(int(computed.sum()), int(looked.sum()))
+        bytes_read += cost.overhead_bytes * (len(computed) - 1)
+        total += price * bytes_read / cost.neuron_bytes
+    return total / len(states)
+
+
+def estimated_loss(states: Tensor, scorer: ImportanceScorer, router: Router, sets: Tensor) -> float:
+    """Mean over tokens [n, H] of Σ e² over the neurons that the router's choice leaves out.
 
     In units of the loss if the scorer has Fisher weights, so that layers may be added up.
     """
-    states = data.hidden_states[data.held_out]
     ids = route(router, states)
     left_out = [
         (scorer(states[rows]).square_() * ~sets[ids[rows]]).sum(-1)
@@ -284,23 +324,39 @@ def fit_layer(
     started = time.perf_counter()
     clustering = clustering or fit_clusters(data, config, set_size, generator)
     clustered = time.perf_counter()
+    fitted = follow_router(data, layer, clustering, config, rank, fisher, generator)
+    fitted.figures["seconds"] = {
+        "clustering": clustered - started,
+        "router": time.perf_counter() - clustered,
+    }
+    return fitted
+
+
+def follow_router(
+    data: LayerData,
+    layer: FFNLayer,
+    clustering: Clustering,
+    config: BuildConfig,
+    rank: int | None,
+    fisher: Tensor | None,
+    generator: torch.Generator,
+) -> FittedLayer:
+    """Train a router for given clusters; sets and centroids are those of the tokens it sends there.
+
+    Arguments as of :func:`fit_layer`.
+    """
+    set_size = set_size_for(layer, config, rank)
     router, sets, history = fit_router(data, clustering, config, rank, set_size, generator)
     router = router.to(torch.bfloat16).float()
-    num_clusters = len(sets)
     assignment = route(router, data.hidden_states[data.fit])
-    sizes = torch.bincount(assignment, minlength=num_clusters)
-    centroids = _layer_centroids(data, layer, fisher, assignment, num_clusters)
     figures = {
         "index": layer.index,
         "iterations": clustering.history,
         "router_coverage": history,
-        "cluster_sizes": sizes.tolist(),
+        "cluster_sizes": torch.bincount(assignment, minlength=len(sets)).tolist(),
         "unassigned": int((clustering.assignment < 0).sum()),
-        "seconds": {
-            "clustering": clustered - started,
-            "router": time.perf_counter() - clustered,
-        },
     }
+    centroids = _layer_centroids(data, layer, fisher, assignment, len(sets))
     return FittedLayer(router, sets, centroids, figures)
 
 

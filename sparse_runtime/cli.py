@@ -115,10 +115,18 @@ def build(
     verify: Annotated[
         bool, typer.Option(help="Leave some neurons to a look at low-bit copies.")
     ] = True,
+    loop_weights: Annotated[
+        bool, typer.Option(help="Weigh layers by what they leave out of the sparse model.")
+    ] = True,
+    distill: Annotated[
+        int,
+        typer.Option(help="Steps that tune biases and corrections by the dense model; 0: none."),
+    ] = 60,
+    correction_rank: Annotated[int, typer.Option(help="Of the distilled correction.")] = 16,
     clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
     budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
-    max_tokens: Annotated[int, typer.Option(help="Calibration tokens; 0 for all.")] = 32_768,
+    max_tokens: Annotated[int, typer.Option(help="Calibration tokens; 0 for all.")] = 65_536,
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Of sampling, clustering and training.")] = 0,
     memory_mib: Annotated[int, typer.Option(help="Bound on buffers; above it, files.")] = 1024,
@@ -139,6 +147,9 @@ def build(
         importance=importance,  # type: ignore[arg-type]
         allocation=allocation,  # type: ignore[arg-type]
         verify=verify,
+        loop_weights=loop_weights,
+        distill=distill,
+        correction_rank=correction_rank,
         num_clusters=clusters,
         budget=budget,
         router=router,

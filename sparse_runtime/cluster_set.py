@@ -47,6 +47,8 @@ _CENTROIDS: dict[str, tuple[str, torch.dtype]] = {
     "shares": ("K", torch.float32),
     "neuron_weights": ("I", torch.float32),
 }
+# Further tensors that recut needs, of layers that were distilled.
+_BIAS_SHIFT = "bias_shift"
 
 
 @dataclass
@@ -62,6 +64,11 @@ class LayerClusters:
         router_bias: [K].
         cluster_bias: added to the output of a cluster's tokens, the mean of what their sets leave out
             [K, H], or None.
+        correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x) to
+            the output; None without a correction.
+        correction_up: see ``correction_down``.
+        bias_shift: part of ``cluster_bias`` that distillation found, whatever the sets [K, H]; None if
+            it was not distilled, or loaded without centroids.
         maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
             None.
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
@@ -75,6 +82,9 @@ class LayerClusters:
     router_bias: Tensor
     router_down: Tensor | None = None
     cluster_bias: Tensor | None = None
+    correction_down: Tensor | None = None
+    correction_up: Tensor | None = None
+    bias_shift: Tensor | None = None
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
     centroids: LayerCentroids | None = None
@@ -90,21 +100,30 @@ class LayerClusters:
         return None if self.router_down is None else self.router_down.shape[0]
 
     @property
+    def correction_rank(self) -> int:
+        """c of the low-rank correction, 0 if there is none."""
+        return 0 if self.correction_down is None else self.correction_down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return (self.router_up if self.router_down is None else self.router_down).shape[1]
+
+    @property
     def extra_elements(self) -> int:
-        """Elements read per token besides the neurons: all router tensors and one bias vector."""
-        hidden_size = (self.router_up if self.router_down is None else self.router_down).shape[1]
-        router = router_parameter_count(hidden_size, self.num_clusters, self.router_rank)
-        return router if self.cluster_bias is None else router + hidden_size
+        """Elements read per token besides the neurons: router, one bias vector and correction."""
+        router = router_parameter_count(self.hidden_size, self.num_clusters, self.router_rank)
+        vectors = 2 * self.correction_rank + (self.cluster_bias is not None)
+        return router + vectors * self.hidden_size
 
     def collapsed(self, num_neurons: int) -> LayerClusters:
-        """One cluster, hardly any router and no bias, if every set holds all neurons; else itself."""
+        """One cluster and nearly nothing beside it, if every set holds all neurons; else itself."""
         if not bool((set_sizes(self.active_sets) == num_neurons).all()):
             return self
-        hidden_size = (self.router_up if self.router_down is None else self.router_down).shape[1]
         return LayerClusters(
             active_sets=self.active_sets[:1],
             static_set=self.static_set,
-            router_up=torch.zeros(1, hidden_size),
+            router_up=torch.zeros(1, self.hidden_size),
             router_bias=torch.zeros(1),
         )
 
@@ -234,6 +253,9 @@ class ClusterSet:
                 router_up=tensors[f"{prefix}router.up"],
                 router_bias=tensors[f"{prefix}router.bias"],
                 cluster_bias=tensors.get(f"{prefix}cluster_bias"),
+                correction_down=tensors.get(f"{prefix}correction.down"),
+                correction_up=tensors.get(f"{prefix}correction.up"),
+                bias_shift=centroid_tensors.get(f"{prefix}{_BIAS_SHIFT}"),
                 maybe_sets=tensors.get(f"{prefix}maybe_sets"),
                 factors=tensors.get(f"{prefix}factors"),
                 centroids=_layer_centroids(centroid_tensors, prefix),
@@ -288,6 +310,8 @@ class ClusterSet:
                     "num_clusters": layer.num_clusters,
                     "router_rank": layer.router_rank,
                     "cluster_bias": layer.cluster_bias is not None,
+                    "correction_rank": layer.correction_rank,
+                    "distilled": layer.bias_shift is not None,
                     "verified": layer.maybe_sets is not None,
                 }
                 for index, layer in sorted(self.layers.items())
@@ -309,12 +333,17 @@ class ClusterSet:
             clusters[f"{prefix}router.bias"] = layer.router_bias.to(torch.bfloat16)
             if layer.cluster_bias is not None:
                 clusters[f"{prefix}cluster_bias"] = layer.cluster_bias.to(torch.bfloat16)
+            if layer.correction_down is not None and layer.correction_up is not None:
+                clusters[f"{prefix}correction.down"] = layer.correction_down.to(torch.bfloat16)
+                clusters[f"{prefix}correction.up"] = layer.correction_up.to(torch.bfloat16)
             if layer.maybe_sets is not None and layer.factors is not None:
                 clusters[f"{prefix}maybe_sets"] = layer.maybe_sets
                 clusters[f"{prefix}factors"] = layer.factors.float()
             if layer.centroids is not None:
                 for name, (_, dtype) in _CENTROIDS.items():
                     centroids[prefix + name] = getattr(layer.centroids, name).to(dtype)
+                if layer.bias_shift is not None:
+                    centroids[prefix + _BIAS_SHIFT] = layer.bias_shift.to(torch.bfloat16)
         return (
             {key: tensor.contiguous().cpu() for key, tensor in clusters.items()},
             {key: tensor.contiguous().cpu() for key, tensor in centroids.items()},
@@ -433,6 +462,8 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             ("num_clusters", int),
             ("router_rank", (int, type(None))),
             ("cluster_bias", bool),
+            ("correction_rank", int),
+            ("distilled", bool),
             ("verified", bool),
         ):
             require(entry, key, kind, f"layers[{number}].")
@@ -458,6 +489,10 @@ def _expected_clusters(config: dict[str, Any]) -> _Expected:
         expected[f"{prefix}router.bias"] = ((clusters,), torch.bfloat16)
         if entry["cluster_bias"]:
             expected[f"{prefix}cluster_bias"] = ((clusters, hidden_size), torch.bfloat16)
+        if entry["correction_rank"]:
+            for name in ("correction.down", "correction.up"):
+                shape = (entry["correction_rank"], hidden_size)
+                expected[prefix + name] = (shape, torch.bfloat16)
         if entry["verified"]:
             expected[f"{prefix}maybe_sets"] = ((clusters, bitmap), torch.uint8)
             expected[f"{prefix}factors"] = ((neurons,), torch.float32)
@@ -466,10 +501,14 @@ def _expected_clusters(config: dict[str, Any]) -> _Expected:
 
 def _expected_centroids(config: dict[str, Any]) -> _Expected:
     sizes = {"I": config["fingerprint"]["intermediate_size"]}
+    sizes["H"] = config["fingerprint"]["hidden_size"]
     expected: _Expected = {}
     for entry in config["layers"]:
         sizes["K"] = entry["num_clusters"]
-        for name, (shape, dtype) in _CENTROIDS.items():
+        tensors = dict(_CENTROIDS)
+        if entry["distilled"]:
+            tensors[_BIAS_SHIFT] = ("KH", torch.bfloat16)
+        for name, (shape, dtype) in tensors.items():
             key = f"layers.{entry['index']}.{name}"
             expected[key] = (tuple(sizes[letter] for letter in shape), dtype)
     return expected

@@ -53,11 +53,7 @@ def recut(
     verify = clusters.verified if verify is None else verify
     own = dict(layer_budgets or {})
     _check(clusters, {"budget": budget, **{f"layer_budgets[{i}]": own[i] for i in own}}, own)
-    parts = {
-        layer.index: _Part(layer, clusters.layers[layer.index], verify)
-        for layer in find_ffn_layers(model)
-        if layer.index in clusters.layers
-    }
+    parts = _parts(model, clusters, verify)
     common = [part for index, part in parts.items() if index not in own]
     rest = (budget * len(parts) - sum(own.values())) / len(common) if common else 0.0
     price = _price(common, rest) if common else 0.0
@@ -66,6 +62,29 @@ def recut(
         for index, part in parts.items()
     }
     return replace(clusters, layers=layers, budget=budget)
+
+
+def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: bool) -> float:
+    """λ, the estimated loss that computing a neuron must save, at which a budget is met.
+
+    Args:
+        model: the model that the artifact was built for.
+        clusters: with the layers' centroids; layers that are not in it play no part.
+        budget: mean cost share of its layers.
+        verify: with or without a band of neurons that low-bit copies decide on.
+
+    Raises:
+        ConfigError: the budget cannot be met.
+    """
+    return _price(list(_parts(model, clusters, verify).values()), budget)
+
+
+def _parts(model: nn.Module, clusters: ClusterSet, verify: bool) -> dict[int, _Part]:
+    return {
+        layer.index: _Part(layer, clusters.layers[layer.index], verify)
+        for layer in find_ffn_layers(model)
+        if layer.index in clusters.layers
+    }
 
 
 def _check(clusters: ClusterSet, shares: Mapping[str, float], own: Mapping[int, float]) -> None:
@@ -131,7 +150,10 @@ class _Part:
         bias = None
         if self._clusters.cluster_bias is not None:
             down = self._layer.down.weight.detach()
-            bias = (bands.left_out.to(down) @ down.t()).to("cpu", torch.bfloat16)
+            bias = (bands.left_out.to(down) @ down.t()).float().cpu()
+            if self._clusters.bias_shift is not None:
+                bias += self._clusters.bias_shift.float()
+            bias = bias.to(torch.bfloat16)
         factors = None
         if bands.maybe is not None:
             factors = self._centroids.neuron_weights.float() / math.sqrt(price)

@@ -68,6 +68,8 @@ class SparseFFN(nn.Module):
     router_up: Tensor
     router_bias: Tensor
     cluster_bias: Tensor | None
+    correction_down: Tensor | None
+    correction_up: Tensor | None
     maybe_sets: Tensor | None
     low_bit: Tensor | None
     factors: Tensor | None
@@ -102,6 +104,8 @@ class SparseFFN(nn.Module):
                 ("router_up", clusters.router_up),
                 ("router_bias", clusters.router_bias),
                 ("cluster_bias", clusters.cluster_bias),
+                ("correction_down", clusters.correction_down),
+                ("correction_up", clusters.correction_up),
             )
         }
         buffers = {
@@ -181,6 +185,8 @@ class SparseFFN(nn.Module):
         )
         if self.cluster_bias is not None:
             output += self.cluster_bias[cluster_ids]
+        if self.correction_down is not None and self.correction_up is not None:
+            output += torch.nn.functional.linear(x, self.correction_down) @ self.correction_up
         return output
 
     def _path(self, num_tokens: int) -> str:
@@ -276,6 +282,8 @@ class SparseFFN(nn.Module):
             buffers["low_bit"],
             buffers["factors"],
             buffers["row_counts"],
+            buffers["correction_down"],
+            buffers["correction_up"],
         )
         return output
 

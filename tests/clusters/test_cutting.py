@@ -69,7 +69,9 @@ def test_without_a_backward_pass_norm_takes_its_place(tiny_model, tiny_tokenizer
         lambda module, arguments: (NoBackward.apply(arguments[0]),)
     )
     with pytest.warns(UserWarning, match=r"falls back to 'norm'.*no gradient for you"):
-        fallen = build_clusters(tiny_model, tiny_tokenizer, [text], config())
+        fallen = build_clusters(
+            tiny_model, tiny_tokenizer, [text], config(loop_weights=True, distill=5)
+        )
     handle.remove()
     chosen = build_clusters(tiny_model, tiny_tokenizer, [text], config(importance="norm"))
     for index, layer in fallen.layers.items():
@@ -86,6 +88,7 @@ def text(tmp_path):
 
 def config(**changes):
     options = {"num_clusters": 6, "budget": 0.7, "router": "2", "window": 50, "max_tokens": 2000}
+    options |= {"loop_weights": False, "distill": 0}  # tests/clusters/test_distill.py
     return BuildConfig(**(options | changes))
 
 

@@ -258,9 +258,19 @@ def test_routed_ffn(data):
     )
     counts = torch.arange(case.clusters)
     tensors["cluster_counts"] = counts if counted else None
+    corrected = data.draw(st.booleans())
+    for seed, name in ((9, "correction_down"), (10, "correction_up")):
+        tensors[name] = values((case.rank, case.hidden), case.dtype, seed) if corrected else None
     usable = case.n == 0 or case.clusters > 0
     usable = usable and (tensors["router_down"] is None or case.rank > 0)
-    y = case.call(ops.cpu_routed_ffn, tensors, usable=usable, with_activation=True)
+
+    def operation(*arguments):
+        *first, correction_down, correction_up, activation = arguments
+        return ops.cpu_routed_ffn(
+            *first, activation, correction_down=correction_down, correction_up=correction_up
+        )
+
+    y = case.call(operation, tensors, usable=usable, with_activation=True)
     if y is None:
         assert torch.equal(counts, torch.arange(case.clusters)), "a rejected call has counted"
         return
@@ -270,6 +280,8 @@ def test_routed_ffn(data):
     expected = sparse_ffn_reference(x, *weights, tensors["sets"], ids, case.activation)
     if tensors["cluster_bias"] is not None:
         expected += tensors["cluster_bias"].double()[ids]
+    if tensors["correction_up"] is not None:
+        expected += x @ tensors["correction_down"].double().t() @ tensors["correction_up"].double()
     case.check(y, expected)
     if counted and not any(name == "cluster_counts" for name, _ in case.spoiled):
         expected_counts = torch.arange(case.clusters) + ids.bincount(minlength=case.clusters)

@@ -288,6 +288,46 @@ def test_routed_ffn(isa, n, rank, dtype, compensated):
     assert torch.equal(counts, torch.arange(clusters) + ids.bincount(minlength=clusters))
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("n", [1, 7, 70])
+@pytest.mark.parametrize("rank", [1, 5, 150])
+@pytest.mark.parametrize("density", [0.0, 0.5])
+def test_correction(isa, num_threads, n, rank, dtype, density):
+    """correction_upᵀ·(correction_down·x) joins the output; wide and many-threaded ones too."""
+    x, weights, mask, _ = case(n, 33, 67, 5, dtype)
+    mask &= density > 0
+    g = torch.Generator().manual_seed(9)
+    up = torch.randn(5, 33, generator=g).to(dtype)
+    down, back = (torch.randn(2, rank, 33, generator=g) * rank**-0.5).to(dtype)
+    bias = torch.randn(5, 33, generator=g).to(dtype)
+    y = ops.cpu_routed_ffn(
+        x, *weights, pack_bits(mask), None, up, None, bias, None, "silu",
+        correction_down=down, correction_up=back,
+    )  # fmt: skip
+    ids = ops.cpu_route(x, None, up, None)
+    expected = exact(x, weights, mask, ids) + bias[ids].double()
+    assert_close(y, expected + x.double() @ down.double().t() @ back.double(), dtype)
+
+
+@pytest.mark.parametrize(
+    ("down", "up", "message"),
+    [
+        ((3, 33), None, "both or neither"),
+        ((3, 33), (4, 33), "correction_up"),
+        ((3, 32), (3, 33), "correction_down"),
+        ((3, 33), (3, 34), "correction_up"),
+    ],
+)
+def test_corrections_that_do_not_fit(down, up, message):
+    x, weights, mask, _ = case(2, 33, 67, 5, torch.float32)
+    tensors = [None if shape is None else torch.ones(shape) for shape in (down, up)]
+    with pytest.raises(ValueError, match=message):
+        ops.cpu_routed_ffn(
+            x, *weights, pack_bits(mask), None, torch.ones(5, 33), None, None, None, "silu",
+            correction_down=tensors[0], correction_up=tensors[1],
+        )  # fmt: skip
+
+
 def test_routed_ffn_without_extras(isa):
     x, weights, mask, _ = case(4, 33, 67, 5, torch.bfloat16)
     up = integers(5, 33, dtype=torch.bfloat16)

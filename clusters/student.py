@@ -1,0 +1,186 @@
+"""A sparse model that can be differentiated: what distillation trains.
+
+Each FFN is computed in full and masked, so nothing is saved; the masks are those of the run time, but
+that looks see the exact activation instead of its low-bit copy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.cluster_set import LayerClusters
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.predictors import router_logits
+
+
+class StudentFFN(nn.Module):
+    """An FFN under its clusters' masks.
+
+    Attributes:
+        enabled: masked if true, else the original FFN.
+        restored: if not None, a scalar: the share of what is left out that is given back all the same.
+            At zero, its gradient tells what restoring the layer is worth.
+        left_out: with ``restored``, the mean over the last call's tokens of Σ e² over the neurons
+            left out.
+        bias_shift: added to the cluster's bias [K, H] float32.
+        correction_down: [c, H] float32.
+        correction_up: [c, H] float32.
+    """
+
+    def __init__(self, layer: FFNLayer, rank: int, generator: torch.Generator) -> None:
+        super().__init__()
+        # Not a submodule: the model's own parameters are not the student's.
+        self._layer = (layer,)
+        self.enabled = True
+        self.restored: Tensor | None = None
+        self.left_out = 0.0
+        hidden_size = layer.hidden_size
+        start = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
+        self.correction_down = nn.Parameter(start)
+        # Zero at first, so that the student starts from where the build left it.
+        self.correction_up = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.bias_shift = nn.Parameter(torch.empty(0))
+        self._masks: _Masks | None = None
+
+    def set_clusters(self, clusters: LayerClusters) -> None:
+        """Take the masks, router and bias of a cut; what was trained so far stays."""
+        layer = self._layer[0]
+        device = layer.gate.weight.device
+        if self.bias_shift.numel() == 0:
+            shape = (clusters.num_clusters, layer.hidden_size)
+            self.bias_shift = nn.Parameter(torch.zeros(shape))
+        self.to(device)
+        self._masks = _Masks(clusters, layer)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map hidden states [..., H] to the FFN's output [..., H]."""
+        layer, masks = self._layer[0], self._masks
+        if not self.enabled or masks is None or masks.everything:
+            output: Tensor = layer.mlp(hidden_states)
+            return output
+        x = hidden_states.reshape(-1, layer.hidden_size)
+        act = ACTIVATION_FUNCTIONS[layer.activation]
+        h = act(F.linear(x, layer.gate.weight)) * F.linear(x, layer.up.weight)
+        with torch.no_grad():
+            ids = masks.route(x)
+            chosen = masks.chosen(ids, h)
+        y = F.linear(h * chosen, layer.down.weight)
+        bias = (masks.cluster_bias + self.bias_shift).to(x.dtype)[ids]
+        if self.restored is not None:
+            self.left_out = masks.left_out(chosen, h.detach())
+            missing = F.linear(h.masked_fill(chosen, 0), layer.down.weight) - bias
+            y = y + self.restored.to(x.dtype) * missing.detach()
+        y = y + bias
+        correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
+        return (y + correction).reshape(hidden_states.shape)
+
+
+class _Masks:
+    """A layer's clusters, unpacked on its device."""
+
+    def __init__(self, clusters: LayerClusters, layer: FFNLayer) -> None:
+        weight, neurons = layer.gate.weight, layer.intermediate_size
+
+        def ready(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(weight)
+
+        self._down, self._up = ready(clusters.router_down), clusters.router_up.to(weight)
+        self._bias = clusters.router_bias.to(weight)
+        self._sure = unpack_bits(clusters.active_sets.to(weight.device), neurons)
+        self._maybe, self._factors = None, None
+        if clusters.maybe_sets is not None and clusters.factors is not None:
+            self._maybe = unpack_bits(clusters.maybe_sets.to(weight.device), neurons)
+            self._factors = clusters.factors.to(weight.device)
+        self._neuron_weights: Tensor | None = None
+        if clusters.centroids is not None:
+            self._neuron_weights = clusters.centroids.neuron_weights.to(weight.device).float()
+        self.everything = bool(self._sure.all())
+        self.cluster_bias: Tensor | float = 0.0
+        if clusters.cluster_bias is not None:
+            self.cluster_bias = clusters.cluster_bias.to(weight.device).float()
+
+    def route(self, x: Tensor) -> Tensor:
+        """Cluster ids [n] of hidden states [n, H]."""
+        return router_logits(x, self._down, self._up, self._bias).argmax(-1)
+
+    def chosen(self, ids: Tensor, h: Tensor) -> Tensor:
+        """Neurons that are computed, bool [n, I], from cluster ids [n] and activations [n, I]."""
+        chosen = self._sure[ids]
+        if self._maybe is None or self._factors is None:
+            return chosen
+        return chosen | (self._maybe[ids] & (h.abs() * self._factors > 1))
+
+    def left_out(self, chosen: Tensor, h: Tensor) -> float:
+        """Mean over tokens of Σ e² over the neurons that are not chosen."""
+        assert self._neuron_weights is not None, "left_out needs centroids"
+        e = h.float() * self._neuron_weights
+        return e.square().masked_fill(chosen, 0).sum(-1).mean().item()
+
+
+@contextmanager
+def students(model: Any, clusters: Mapping[int, Any], rank: int, seed: int) -> Iterator[Any]:
+    """Patch a dense model with students inside the context; its parameters need no gradient there.
+
+    Args:
+        model: a dense causal language model.
+        clusters: layer index -> anything, for the layers to patch.
+        rank: of the correction.
+        seed: of the correction's start.
+
+    Yields:
+        Layer index -> :class:`StudentFFN`, without clusters yet.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layers = [layer for layer in find_ffn_layers(model) if layer.index in clusters]
+    modules = {layer.index: StudentFFN(layer, rank, generator) for layer in layers}
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        for layer in layers:
+            setattr(layer.parent, layer.attribute, modules[layer.index])
+        yield modules
+    finally:
+        for layer in layers:
+            setattr(layer.parent, layer.attribute, layer.mlp)
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def divergence(model: Any, modules: dict[int, StudentFFN], windows: Tensor) -> Tensor:
+    """Mean KL(dense ‖ sparse) over the tokens of windows [W, window], in nats; has a gradient.
+
+    Args:
+        model: patched with ``modules``.
+        modules: its students, enabled; they are off while the dense model predicts.
+        windows: token ids on the model's device.
+    """
+    with torch.no_grad(), _off(modules):
+        target = _log_probabilities(model, windows)
+    found = _log_probabilities(model, windows)
+    return F.kl_div(found, target, reduction="sum", log_target=True) / windows.numel()
+
+
+def _log_probabilities(model: Any, windows: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=windows, use_cache=False).logits
+    return logits.float().log_softmax(-1)
+
+
+@contextmanager
+def _off(modules: dict[int, StudentFFN]) -> Iterator[None]:
+    before = {module: module.enabled for module in modules.values()}
+    try:
+        for module in before:
+            module.enabled = False
+        yield
+    finally:
+        for module, value in before.items():
+            module.enabled = value

@@ -1,0 +1,231 @@
+"""Weighing layers and distilling in the loop, against the runtime's own sparse model."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from helpers import random_centroids, random_cluster_set
+
+from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
+from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.clusters.distill import Distillation, distill, reserved
+from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.clusters.loop_weights import _line, _measured, loop_weights, scaled
+from sparse_runtime.clusters.student import divergence, students
+from sparse_runtime.progress import SilentProgress
+
+
+@pytest.fixture
+def clusters(tiny_model):
+    """Centroids of the model's own activations on random states, in six equal clusters."""
+    result = random_cluster_set(tiny_model, 0.5)
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    for layer in find_ffn_layers(tiny_model):
+        h = importance_scorer(layer).activations(x)
+        centroids = random_centroids(6, 44, seed=layer.index)
+        noise = centroids.mean_magnitudes / centroids.mean_magnitudes.mean()
+        clusters = result.layers[layer.index]
+        clusters.cluster_bias = torch.zeros(6, 32)
+        clusters.centroids = replace(
+            centroids,
+            mean_squares=h.square().mean(0) * noise,
+            mean_magnitudes=h.abs().mean(0) * noise.sqrt(),
+            mean_activations=h.mean(0).expand(6, -1),
+            neuron_weights=torch.ones(44),
+        )
+    return result
+
+
+@pytest.fixture
+def windows():
+    return torch.randint(0, 250, (12, 30), generator=torch.Generator().manual_seed(1))
+
+
+def sparse_logits(model, clusters, windows):
+    sparsify(model, clusters, backend="reference", prefill="sparse")
+    with torch.inference_mode():
+        logits = model(windows).logits
+    unsparsify(model)
+    return logits
+
+
+def true_divergence(model, clusters, windows):
+    with torch.inference_mode():
+        expected = model(windows).logits.log_softmax(-1)
+    found = sparse_logits(model, clusters, windows).log_softmax(-1)
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+def test_students_compute_what_the_runtime_does(tiny_model, clusters, windows):
+    cut = recut(tiny_model, clusters, budget=0.6, verify=False)
+    expected = sparse_logits(tiny_model, cut, windows)
+    distance = true_divergence(tiny_model, cut, windows)
+    dense = tiny_model(windows).logits
+    with students(tiny_model, cut.layers, 0, 0) as modules:
+        for index, module in modules.items():
+            module.set_clusters(cut.layers[index])
+        torch.testing.assert_close(tiny_model(windows).logits, expected, atol=0.02, rtol=0.02)
+        assert (dense - expected).abs().max() > 0.2
+        found = divergence(tiny_model, modules, windows).item()
+        assert found == pytest.approx(distance, rel=0.02)
+        assert all(not p.requires_grad for p in tiny_model.lm_head.parameters())
+    assert all(p.requires_grad for p in tiny_model.parameters())
+    assert torch.equal(tiny_model(windows).logits, dense)
+
+
+def test_students_keep_what_looks_confirm(tiny_model, clusters, windows):
+    cut = recut(tiny_model, clusters, budget=0.6, verify=True)
+    assert any(layer.maybe_sets is not None for layer in cut.layers.values())
+    expected = true_divergence(tiny_model, cut, windows)
+    with students(tiny_model, cut.layers, 0, 0) as modules:
+        for index, module in modules.items():
+            module.set_clusters(cut.layers[index])
+        # Looks err a little at run time.
+        found = divergence(tiny_model, modules, windows).item()
+    assert found == pytest.approx(expected, rel=0.3)
+
+
+@pytest.mark.parametrize("verify", [False, True])
+def test_distillation_brings_the_sparse_model_closer(tiny_model, clusters, windows, verify):
+    before = {name: tensor.clone() for name, tensor in tiny_model.state_dict().items()}
+    options = {"budget": 0.4, "verify": verify}
+    cut = recut(tiny_model, reserved(clusters, 3), **options)
+    plain = true_divergence(tiny_model, recut(tiny_model, clusters, **options), windows)
+    settings = Distillation(150, 3, step_tokens=90, learning_rate=2e-2)
+    tuned, history = distill(tiny_model, cut, windows, settings)
+    tuned = recut(tiny_model, tuned, **options)
+    assert len(history) == 150
+    assert true_divergence(tiny_model, tuned, windows) < 0.8 * plain
+    assert all(
+        torch.equal(tiny_model.state_dict()[name], tensor) for name, tensor in before.items()
+    )
+    for index, layer in tuned.layers.items():
+        assert layer.correction_rank == 3
+        assert torch.equal(layer.router_up, clusters.layers[index].router_up)
+    # The correction's bytes are part of the budget.
+    extra = tuned.layers[0].extra_elements - clusters.layers[0].extra_elements
+    assert extra == 2 * 3 * 32
+
+
+def test_an_interrupted_distillation_goes_on(tiny_model, clusters, windows, tmp_path):
+    cut = recut(tiny_model, reserved(clusters, 2), budget=0.6, verify=False)
+    settings = Distillation(30, 2, step_tokens=60)
+    whole, history = distill(tiny_model, cut, windows, settings)
+    file = tmp_path / "state.safetensors"
+    calls = []
+
+    def interrupt(module, arguments, keywords):
+        calls.append(1)
+        if len(calls) > 2 * 25:
+            raise KeyboardInterrupt
+
+    handle = tiny_model.register_forward_pre_hook(interrupt, with_kwargs=True)
+    with pytest.raises(KeyboardInterrupt):
+        distill(tiny_model, cut, windows, settings, state_file=file)
+    handle.remove()
+    assert file.exists()
+    again, resumed = distill(tiny_model, cut, windows, settings, state_file=file)
+    assert resumed == pytest.approx(history, rel=1e-4)
+    for index, layer in whole.layers.items():
+        other = again.layers[index]
+        assert layer.bias_shift.abs().max() > 1e-3
+        torch.testing.assert_close(other.bias_shift, layer.bias_shift, atol=1e-5, rtol=1e-3)
+        torch.testing.assert_close(other.correction_up, layer.correction_up, atol=1e-5, rtol=1e-3)
+
+
+def test_recut_keeps_what_was_distilled(tiny_model, clusters, tmp_path):
+    shift = torch.randn(6, 32).bfloat16()
+    plain = recut(tiny_model, reserved(clusters, 2), budget=0.5, verify=False)
+    for layer in clusters.layers.values():
+        layer.bias_shift = shift.clone()
+        layer.correction_down, layer.correction_up = torch.randn(2, 2, 32).bfloat16().clone()
+        layer.correction_up = layer.correction_up.clone()
+    recut(tiny_model, clusters, budget=0.7, verify=False).save_pretrained(tmp_path)
+    loaded = ClusterSet.from_pretrained(tmp_path, centroids=True)
+    cut = recut(tiny_model, loaded, budget=0.5)
+    for index, layer in cut.layers.items():
+        assert torch.equal(layer.correction_up, clusters.layers[index].correction_up)
+        found = layer.cluster_bias.float() - plain.layers[index].cluster_bias.float()
+        torch.testing.assert_close(found, shift.float(), atol=0.1, rtol=0.05)
+
+
+def test_the_correction_is_added(tiny_model, clusters):
+    """By the reference and by the C++ operation, beside the cost that is counted."""
+    cut = recut(tiny_model, clusters, budget=0.6, verify=False)
+    x = torch.randn(3, 32, generator=torch.Generator().manual_seed(2))
+    down, up = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(3)).bfloat16()
+    for backend in ("reference", "auto"):
+        outputs = []
+        for correction in ((None, None), (down, up)):
+            layers = {
+                index: replace(layer, correction_down=correction[0], correction_up=correction[1])
+                for index, layer in cut.layers.items()
+            }
+            sparsify(tiny_model, replace(cut, layers=layers), backend=backend, prefill="sparse")
+            outputs.append(sparse_modules(tiny_model)[1](x))
+            share = cost_report(tiny_model).cost_share
+            unsparsify(tiny_model)
+            outputs.append(share)
+        plain, share, corrected, larger = outputs
+        expected = x @ down.float().t() @ up.float()
+        torch.testing.assert_close(corrected - plain, expected, atol=1e-3, rtol=1e-3)
+        assert larger - share == pytest.approx(2 * 4 * 32 / (3 * 32 * 44), rel=1e-3)
+
+
+def test_loop_weights_are_what_restoring_a_layer_is_worth(tiny_model, clusters, windows):
+    """Against differences of the runtime's own outputs, with a hundredth of a layer given back."""
+    cut = recut(tiny_model, clusters, budget=0.85, verify=False)
+    found = _measured(tiny_model, cut, windows, SilentProgress())
+
+    layers = {layer.index: layer for layer in find_ffn_layers(tiny_model)}
+    with torch.inference_mode():
+        expected = tiny_model(windows).logits.double().log_softmax(-1)
+    sparsify(tiny_model, cut, backend="reference", prefill="sparse")
+    modules = {module.layer_index: module for module in sparse_modules(tiny_model)}
+
+    def run():
+        with torch.inference_mode():
+            logits = tiny_model(windows).logits.double().log_softmax(-1)
+        return (expected.exp() * (expected - logits)).sum(-1).mean().item()
+
+    ratios, step = [], 0.02
+    for index, module in modules.items():
+        left_out = []
+
+        def give_back(module, arguments, output, index=index, left_out=left_out):
+            x = arguments[0].reshape(-1, 32)
+            h = importance_scorer(layers[index]).activations(x)
+            chosen = unpack_bits(module.active_sets, 44)[module.route(x)]
+            left_out.append((h.square() * ~chosen).sum(-1).mean().item())
+            return output + give_back.share * (layers[index].mlp(arguments[0]) - output)
+
+        handle = module.register_forward_hook(give_back)
+        values = []
+        for give_back.share in (step, -step, 0.0):
+            values.append(run())
+        handle.remove()
+        ratios.append((values[1] - values[0]) / (2 * step) / left_out[-1])
+    unsparsify(tiny_model)
+    assert max(map(abs, ratios)) > 0.05
+    assert list(found.values()) == pytest.approx(ratios, rel=0.05, abs=0.02)
+    weights = loop_weights(tiny_model, cut, windows)
+    slope, offset = np.polyfit([0, 1, 2], list(found.values()), 1)
+    assert weights == pytest.approx({i: max(0.1, offset + slope * i) for i in range(3)})
+
+
+def test_the_line_through_few_layers():
+    assert _line([0, 1, 2, 3], {0: 1.0, 2: 3.0, 3: 4.0}) == pytest.approx({0: 1, 1: 2, 2: 3, 3: 4})
+    assert _line([0, 1, 2], {0: -2.0, 1: 0.0, 2: 2.0}) == pytest.approx({0: 0.1, 1: 0.1, 2: 2})
+    assert _line([0, 1], {0: 5.0, 1: 6.0}) == {0: 1.0, 1: 1.0}
+
+
+def test_scaled_multiplies_e_squared(clusters):
+    result = scaled(clusters, {0: 4.0, 1: 1.0, 2: 0.25})
+    for index, factor in ((0, 4.0), (2, 0.25)):
+        old, new = clusters.layers[index].centroids, result.layers[index].centroids
+        torch.testing.assert_close(new.mean_squares, old.mean_squares * factor)
+        torch.testing.assert_close(new.mean_magnitudes, old.mean_magnitudes * factor**0.5)
+        torch.testing.assert_close(new.neuron_weights, old.neuron_weights * factor**0.5)
+        assert torch.equal(new.mean_activations, old.mean_activations)
