@@ -176,8 +176,7 @@ def _verify(layers: Sequence[SparseFFN]) -> None:
                 module.low_bit,
                 module.factors,
             ).float()
-            if module.cluster_bias is not None:
-                expected += module.cluster_bias[ids].float()
+            expected = module.compensated(expected, x, ids)
             error = (module._fused(x).float() - expected).norm() / expected.norm()
         if not error < 0.02:
             raise SparseRuntimeError(

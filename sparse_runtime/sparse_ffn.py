@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer
@@ -183,10 +184,20 @@ class SparseFFN(nn.Module):
             factors=self.factors,
             row_counts=self.row_counts,
         )
+        return self.compensated(output, x, cluster_ids)
+
+    def compensated(self, output: Tensor, x: Tensor, cluster_ids: Tensor) -> Tensor:
+        """Add, in place, bias and correction for what the neurons of x's clusters leave out.
+
+        Args:
+            output: of the clusters' neurons [n, H].
+            x: hidden states [n, H].
+            cluster_ids: int64 [n].
+        """
         if self.cluster_bias is not None:
             output += self.cluster_bias[cluster_ids]
         if self.correction_down is not None and self.correction_up is not None:
-            output += torch.nn.functional.linear(x, self.correction_down) @ self.correction_up
+            output += F.linear(x, self.correction_down) @ self.correction_up
         return output
 
     def _path(self, num_tokens: int) -> str:
