@@ -26,7 +26,7 @@ PROMPTS = (
     "The with statement is used to wrap the execution of a block",
 )
 # Sized for ten minutes on two cores; `build` without options spends more on quality.
-BUILD = BuildConfig(budget=0.5, max_tokens=24_576, router="32")
+BUILD = BuildConfig(budget=0.5, max_tokens=24_576, router="32", distill=20)
 _EVALUATION_TOKENS = 4096
 _NEW_TOKENS = 48
 
