@@ -23,6 +23,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, check_output_folder
@@ -58,6 +59,7 @@ from sparse_runtime.clusters.layer_build import (
     uncut_layer,
 )
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
@@ -69,6 +71,8 @@ ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 # Tokens that routers are compared on, and that layers are weighed on.
 _PROBE_TOKENS = 16_384
 _LOOP_TOKENS = 4096
+# Bound on what is found in the loop to be read beyond the budget.
+_MOST_EXCESS = 0.05
 
 
 def build_clusters(
@@ -222,14 +226,17 @@ def _cut_in_loop(
     clusters: ClusterSet,
     seconds: dict[str, float],
 ) -> tuple[ClusterSet, dict[str, Any]]:
-    """Cut the sets with the whole sparse model in view: layers weighed, compensation distilled."""
+    """Cut the sets with the whole sparse model in view.
+
+    Layers are weighed, the compensation distilled, and the cost share checked on held-out text.
+    """
     config, work, progress = context.config, context.work, context.progress
-    if config.needs_fisher and context.fisher is None:  # backward passes cannot run
-        return recut(model, clusters, budget=config.budget, verify=config.verify), {}
-    windows = windows[: context.num_fit // windows.shape[1]]
+    windows, held_out = windows.tensor_split([context.num_fit // windows.shape[1]])
+    held_out = held_out[: max(1, _LOOP_TOKENS // windows.shape[1])]
     figures: dict[str, Any] = {}
     options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
-    if config.loop_weights:
+    differentiable = context.fisher is not None or not config.needs_fisher
+    if config.loop_weights and differentiable:
         started = time.perf_counter()
         file = work / "loop_weights.json"
         if not file.exists():
@@ -241,7 +248,7 @@ def _cut_in_loop(
         figures["loop_weights"] = saved
         clusters = scaled(clusters, {int(index): weight for index, weight in saved.items()})
         seconds["loop_weights"] = time.perf_counter() - started
-    if config.distills:
+    if config.distills and differentiable:
         started = time.perf_counter()
         settings = Distillation(config.distill, config.correction_rank, seed=config.seed)
         cut = recut(model, reserved(clusters, settings.rank), **options)
@@ -254,7 +261,24 @@ def _cut_in_loop(
             progress=progress,
         )
         seconds["distill"] = time.perf_counter() - started
+    share = _share_in_loop(model, recut(model, clusters, **options), held_out)
+    clusters = replace(
+        clusters, excess=min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
+    )
     return recut(model, clusters, **options), figures
+
+
+def _share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
+    """Cost share of tokens [W, window] that nothing was fitted on, every token sparse, in bfloat16."""
+    sparsify(model, clusters, backend="reference", prefill="sparse")
+    try:
+        decoder = model.get_decoder()
+        with torch.inference_mode():
+            for window in windows.split(1):
+                decoder(input_ids=window.to(model.device), use_cache=False)
+        return count_cost(sparse_modules(model), element_size=2).cost_share
+    finally:
+        unsparsify(model)
 
 
 @dataclass(frozen=True)

@@ -136,6 +136,8 @@ class ClusterSet:
         layers: layer index -> clusters and router.
         fingerprint: of the model it was built for, see ``model_fingerprint``.
         budget: mean cost share that the sets were cut for.
+        excess: cost share that held-out text was found to read beyond what a cut expects;
+            :func:`sparse_runtime.recut` aims so much lower.
         build: how it was built: method and its settings, data with token counts, seed, budget and
             the figures reached. Free-form JSON; nothing at run time depends on it.
     """
@@ -143,6 +145,7 @@ class ClusterSet:
     layers: dict[int, LayerClusters]
     fingerprint: dict[str, Any]
     budget: float
+    excess: float = 0.0
     build: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -264,6 +267,7 @@ class ClusterSet:
             layers=layers,
             fingerprint=config["fingerprint"],
             budget=config["budget"],
+            excess=config["excess"],
             build=config["build"],
         )
 
@@ -304,6 +308,7 @@ class ClusterSet:
             "library_version": __version__,
             "fingerprint": self.fingerprint,
             "budget": self.budget,
+            "excess": self.excess,
             "layers": [
                 {
                     "index": index,
@@ -451,6 +456,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
     for key, kind in _FINGERPRINT_TYPES.items():
         require(fingerprint, key, kind, "fingerprint.")
     require(config, "budget", float, "")
+    require(config, "excess", float, "")
     require(config, "build", dict, "")
     files = require(config, "files", dict, "")
     require(files, CLUSTERS_FILE, dict, "files.")

@@ -55,13 +55,19 @@ def recut(
     _check(clusters, {"budget": budget, **{f"layer_budgets[{i}]": own[i] for i in own}}, own)
     parts = _parts(model, clusters, verify)
     common = [part for index, part in parts.items() if index not in own]
-    rest = (budget * len(parts) - sum(own.values())) / len(common) if common else 0.0
+    aim = budget - _excess(clusters, budget)
+    rest = (aim * len(parts) - sum(own.values())) / len(common) if common else 0.0
     price = _price(common, rest) if common else 0.0
     layers = {
         index: part.cut(_price([part], own[index]) if index in own else price)
         for index, part in parts.items()
     }
     return replace(clusters, layers=layers, budget=budget)
+
+
+def _excess(clusters: ClusterSet, budget: float) -> float:
+    """What a cut is to aim below a budget; nothing is in excess of all neurons or of none."""
+    return clusters.excess * min(1.0, 2 * (1 - budget), 4 * budget)
 
 
 def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: bool) -> float:

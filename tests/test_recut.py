@@ -201,3 +201,19 @@ def test_factors_are_weights_over_the_price(tiny_model, clusters):
         torch.testing.assert_close(ratio, ratio[:1].expand(44), rtol=1e-4, atol=0)
         prices.append(ratio[0].item())
     assert math.isclose(min(prices), max(prices), rel_tol=1e-4)
+
+
+def test_excess_lowers_the_aim(tiny_model, clusters, tmp_path):
+    """A cut aims below the budget by what text was found to read beyond it, and 1 stays 1."""
+    lower = recut(tiny_model, clusters, budget=0.45, verify=False)
+    clusters.excess = 0.05
+    clusters.save_pretrained(tmp_path)
+    loaded = ClusterSet.from_pretrained(tmp_path, centroids=True)
+    assert loaded.excess == 0.05
+    cut = recut(tiny_model, loaded, budget=0.5, verify=False)
+    assert cut.budget == 0.5
+    for index, layer in cut.layers.items():
+        same = (layer.active_sets == lower.layers[index].active_sets).float().mean()
+        assert same > 0.97  # centroids were rounded on disk
+    everything = recut(tiny_model, clusters, budget=1.0, verify=False)
+    assert all(unpack_bits(layer.active_sets, 44).all() for layer in everything.layers.values())
