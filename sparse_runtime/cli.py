@@ -667,13 +667,14 @@ def _print_quality(source: str, result: dict[str, Any]) -> None:
 def _print_curves(curves: dict[str, Any]) -> None:
     for result in curves["results"]:
         table = Table(title=_text_title(result["data"], result["tokens"], curves))
-        table.add_column("method")
+        table.add_column("method", no_wrap=True)
         for column in ("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense"):
-            table.add_column(column, justify="right")
+            # In a narrow terminal the headings of two words break, and nothing else.
+            table.add_column(column, justify="right", no_wrap=" " not in column)
         perplexity = result["dense"]["perplexity"]
         table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000")
         for row in result["rows"]:
-            looks = {True: ", with looks", False: ", without", None: ""}[row["verify"]]
+            looks = " + looks" if row["verify"] else ""
             numbers = (
                 "–" if row[name] is None else f"{row[name]:.3f}"
                 for name in ("cost_share", "computed", "looked_at")
