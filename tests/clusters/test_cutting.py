@@ -78,14 +78,6 @@ def test_without_a_backward_pass_norm_takes_its_place(tiny_model, tiny_tokenizer
         assert torch.equal(layer.active_sets, chosen.layers[index].active_sets)
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    picks = torch.randint(97, 110, (3000,), generator=torch.Generator().manual_seed(0)).tolist()
-    file.write_text("".join(map(chr, picks)))
-    return str(file)
-
-
 def config(**changes):
     options = {"num_clusters": 6, "budget": 0.7, "router": "2", "window": 50, "max_tokens": 2000}
     options |= {"loop_weights": False, "distill": 0}  # tests/clusters/test_distill.py

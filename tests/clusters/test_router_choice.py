@@ -49,14 +49,6 @@ def test_priced_loss_by_hand(tiny_model, verify):
     assert (bands.sure.any() and not bands.sure.all()) or verify
 
 
-@pytest.fixture
-def text(tmp_path):
-    file = tmp_path / "text.txt"
-    picks = torch.randint(97, 110, (2500,), generator=torch.Generator().manual_seed(0)).tolist()
-    file.write_text("".join(map(chr, picks)))
-    return str(file)
-
-
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_auto_takes_the_least(tiny_model, tiny_tokenizer, text, monkeypatch, allocation):
     """Of all candidates on all probed layers; the sum decides."""
