@@ -44,6 +44,7 @@ def built(run, tiny_folder, text, tmp_path):
 
 def build_command(model, text, folder, *options):
     command = ["build", model, "-o", folder, "--data", text, "--clusters", 8, "--window", 64]
+    command += ["--distill", 4, "--correction-rank", 3]
     return [*command, "--router", 2, "--budget", 0.7, "--dtype", "float32", *options]
 
 
@@ -56,6 +57,8 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     assert "method awc" in out
     summary = json.loads(file.read_text())
     assert [layer["router"] for layer in summary["layers"]] == ["rank 2"] * 3
+    assert len(summary["build"]["divergence"]) == 4
+    assert sorted(summary["build"]["loop_weights"]) == ["0", "1", "2"]
 
     code, out, err = run(
         "eval", tiny_folder, "--clusters", built, "--data", text, "--window", 64,
