@@ -77,8 +77,6 @@ def distill(
     batch = max(1, config.step_tokens // windows.shape[1])
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
     with students(model, clusters.layers, config.rank, config.seed) as modules:
-        for index, module in modules.items():
-            module.set_clusters(clusters.layers[index])
         training = _Training(modules, config)
         training.load(state_file)
         large = _kept_bytes(model, batch * windows.shape[1]) > _KEPT_BYTES
@@ -117,7 +115,7 @@ class _Training:
             f"{index}.{name}": parameter
             for index, module in modules.items()
             for name, parameter in module.named_parameters()
-            if parameter.numel()
+            if parameter.numel()  # none in a correction of rank 0
         }
         self._optimizer = torch.optim.Adam(
             self._named.values(), lr=config.learning_rate, betas=(0.9, 0.95)

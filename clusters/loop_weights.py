@@ -56,8 +56,7 @@ def _measured(
         checkpointed(model),
         progress.task("weigh layers", len(windows)) as advance,
     ):
-        for index, module in modules.items():
-            module.set_clusters(clusters.layers[index])
+        for module in modules.values():
             device = module.bias_shift.device
             module.restored = torch.zeros((), requires_grad=True, device=device)
         left_out = dict.fromkeys(modules, 0.0)

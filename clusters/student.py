@@ -35,7 +35,9 @@ class StudentFFN(nn.Module):
         correction_up: [c, H] float32.
     """
 
-    def __init__(self, layer: FFNLayer, rank: int, generator: torch.Generator) -> None:
+    def __init__(
+        self, layer: FFNLayer, clusters: LayerClusters, rank: int, generator: torch.Generator
+    ) -> None:
         super().__init__()
         # Not a submodule: the model's own parameters are not the student's.
         self._layer = (layer,)
@@ -47,23 +49,14 @@ class StudentFFN(nn.Module):
         self.correction_down = nn.Parameter(start)
         # Zero at first, so that the student starts from where the build left it.
         self.correction_up = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.bias_shift = nn.Parameter(torch.empty(0))
-        self._masks: _Masks | None = None
-
-    def set_clusters(self, clusters: LayerClusters) -> None:
-        """Take the masks, router and bias of a cut; what was trained so far stays."""
-        layer = self._layer[0]
-        device = layer.gate.weight.device
-        if self.bias_shift.numel() == 0:
-            shape = (clusters.num_clusters, layer.hidden_size)
-            self.bias_shift = nn.Parameter(torch.zeros(shape))
-        self.to(device)
+        self.bias_shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
+        self.to(layer.gate.weight.device)
         self._masks = _Masks(clusters, layer)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
         layer, masks = self._layer[0], self._masks
-        if not self.enabled or masks is None or masks.everything:
+        if not self.enabled or masks.everything:
             output: Tensor = layer.mlp(hidden_states)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
@@ -126,21 +119,25 @@ class _Masks:
 
 
 @contextmanager
-def students(model: Any, clusters: Mapping[int, Any], rank: int, seed: int) -> Iterator[Any]:
+def students(
+    model: Any, clusters: Mapping[int, LayerClusters], rank: int, seed: int
+) -> Iterator[dict[int, StudentFFN]]:
     """Patch a dense model with students inside the context; its parameters need no gradient there.
 
     Args:
         model: a dense causal language model.
-        clusters: layer index -> anything, for the layers to patch.
+        clusters: layer index -> clusters, for the layers to patch.
         rank: of the correction.
         seed: of the correction's start.
 
     Yields:
-        Layer index -> :class:`StudentFFN`, without clusters yet.
+        Layer index -> its student.
     """
     generator = torch.Generator().manual_seed(seed)
     layers = [layer for layer in find_ffn_layers(model) if layer.index in clusters]
-    modules = {layer.index: StudentFFN(layer, rank, generator) for layer in layers}
+    modules = {
+        layer.index: StudentFFN(layer, clusters[layer.index], rank, generator) for layer in layers
+    }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         for parameter in trained:

@@ -64,8 +64,6 @@ def test_students_compute_what_the_runtime_does(tiny_model, clusters, windows):
     distance = true_divergence(tiny_model, cut, windows)
     dense = tiny_model(windows).logits
     with students(tiny_model, cut.layers, 0, 0) as modules:
-        for index, module in modules.items():
-            module.set_clusters(cut.layers[index])
         torch.testing.assert_close(tiny_model(windows).logits, expected, atol=0.02, rtol=0.02)
         assert (dense - expected).abs().max() > 0.2
         found = divergence(tiny_model, modules, windows).item()
@@ -80,8 +78,6 @@ def test_students_keep_what_looks_confirm(tiny_model, clusters, windows):
     assert any(layer.maybe_sets is not None for layer in cut.layers.values())
     expected = true_divergence(tiny_model, cut, windows)
     with students(tiny_model, cut.layers, 0, 0) as modules:
-        for index, module in modules.items():
-            module.set_clusters(cut.layers[index])
         # Looks err a little at run time.
         found = divergence(tiny_model, modules, windows).item()
     assert found == pytest.approx(expected, rel=0.3)

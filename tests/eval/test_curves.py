@@ -150,7 +150,9 @@ def test_command(run, clusters, tmp_path):
     )  # fmt: skip
     assert code == 0, err
     assert "after a dense prompt of 16" in " ".join(out.split())
-    assert "clusters, without" in out
+    labels = {line.split("│")[1].strip() for line in out.splitlines() if line.startswith("│")}
+    assert "clusters" in labels
+    assert "clusters + looks" not in labels
     assert figures["calibration"]["tokens"] == 640
     assert figures["calibration"]["sources"][0]["name"] == str(run.text)
     rows = figures["results"][0]["rows"]
