@@ -200,7 +200,7 @@ def _build(
         budget=config.budget,
     )
     if config.cuts:
-        clusters, figures_in_loop = _cut_in_loop(context, model, text.windows, clusters, seconds)
+        clusters, figures_in_loop = _cut_in_loop(context, text.windows, clusters, seconds)
         build = {**build, **figures_in_loop}
     with progress.task("scores", len(layers)) as advance:
         for position, layer in enumerate(layers):
@@ -221,7 +221,6 @@ def _build(
 
 def _cut_in_loop(
     context: _Context,
-    model: Any,
     windows: Tensor,
     clusters: ClusterSet,
     seconds: dict[str, float],
@@ -230,9 +229,10 @@ def _cut_in_loop(
 
     Layers are weighed, the compensation distilled, and the cost share checked on held-out text.
     """
-    config, work, progress = context.config, context.work, context.progress
+    model, config = context.model, context.config
+    work, progress = context.work, context.progress
     windows, held_out = windows.tensor_split([context.num_fit // windows.shape[1]])
-    held_out = held_out[: max(1, _LOOP_TOKENS // windows.shape[1])]
+    count = max(1, _LOOP_TOKENS // windows.shape[1])
     figures: dict[str, Any] = {}
     options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
     differentiable = context.fisher is not None or not config.needs_fisher
@@ -241,7 +241,6 @@ def _cut_in_loop(
         file = work / "loop_weights.json"
         if not file.exists():
             cut = recut(model, clusters, **options)
-            count = max(1, _LOOP_TOKENS // windows.shape[1])
             weights = loop_weights(model, cut, windows[:count], progress=progress)
             write_json(file, {str(index): weight for index, weight in weights.items()})
         saved = json.loads(file.read_text(encoding="utf-8"))
@@ -261,7 +260,7 @@ def _cut_in_loop(
             progress=progress,
         )
         seconds["distill"] = time.perf_counter() - started
-    share = _share_in_loop(model, recut(model, clusters, **options), held_out)
+    share = _share_in_loop(model, recut(model, clusters, **options), held_out[:count])
     clusters = replace(
         clusters, excess=min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
     )

@@ -258,16 +258,17 @@ def priced_loss(
     maybe = torch.zeros_like(bands.sure) if bands.maybe is None else bands.maybe
     scorer = importance_scorer(layer, centroids.neuron_weights)
     ids = route(fitted.router, states)
-    total = 0.0
+    loss, num_computed, num_looked = 0.0, 0, 0
     for rows in chunk_slices(len(states), _CHUNK_TOKENS):
         squares = scorer(states[rows].to(scorer.gate.device)).square_().cpu()
         looked = maybe[ids[rows]]
         computed = bands.sure[ids[rows]] | (looked & (squares > price))
-        total += squares.masked_fill_(computed, 0).sum().item()
-        bytes_read = cost.sparse_bytes(int(computed.sum()), int(looked.sum()))
-        bytes_read += cost.overhead_bytes * (len(computed) - 1)
-        total += price * bytes_read / cost.neuron_bytes
-    return total / len(states)
+        loss += squares.masked_fill_(computed, 0).sum().item()
+        num_computed += int(computed.sum())
+        num_looked += int(looked.sum())
+    count = len(states)
+    bytes_read = cost.sparse_bytes(num_computed / count, num_looked / count)
+    return loss / count + price * bytes_read / cost.neuron_bytes
 
 
 def estimated_loss(states: Tensor, scorer: ImportanceScorer, router: Router, sets: Tensor) -> float:

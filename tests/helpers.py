@@ -26,3 +26,11 @@ def random_centroids(num_clusters, num_neurons, *, seed, scale=1.0) -> LayerCent
         shares=shares / shares.sum(),
         neuron_weights=torch.rand(num_neurons, generator=generator) + 0.5,
     )
+
+
+def cuttable_cluster_set(model) -> ClusterSet:
+    """Random clusters of a tiny model with centroids; its layers matter ten times apart in e²."""
+    result = random_cluster_set(model, 0.5)
+    for index, layer in result.layers.items():
+        layer.centroids = random_centroids(6, 44, seed=index, scale=10.0 ** (index - 1))
+    return result

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from helpers import random_centroids, random_cluster_set
+from helpers import cuttable_cluster_set, random_centroids
 
 from sparse_runtime import (
     ClusterSet,
@@ -24,10 +24,7 @@ LOOK = 0.18
 
 @pytest.fixture
 def clusters(tiny_model):
-    result = random_cluster_set(tiny_model, 0.5)
-    for index, layer in result.layers.items():
-        layer.centroids = random_centroids(6, 44, seed=index, scale=10.0 ** (index - 1))
-    return result
+    return cuttable_cluster_set(tiny_model)
 
 
 def expected_share(model, clusters):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from helpers import random_centroids, random_cluster_set
+from helpers import cuttable_cluster_set
 
 from sparse_runtime import cli, recut
 from sparse_runtime.errors import ConfigError
@@ -19,10 +19,7 @@ WINDOWS = torch.randint(0, 250, (12, 32), generator=torch.Generator().manual_see
 
 @pytest.fixture
 def clusters(tiny_model):
-    result = random_cluster_set(tiny_model, 0.5)
-    for index, layer in result.layers.items():
-        layer.centroids = random_centroids(6, 44, seed=index, scale=10.0 ** (index - 1))
-    return result
+    return cuttable_cluster_set(tiny_model)
 
 
 def test_rows_agree_with_single_runs(tiny_model, clusters):
