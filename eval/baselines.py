@@ -1,124 +1,55 @@
-"""Opponents, judged by masks on the dense model (see ``sparse_runtime.eval.masked_ffn``).
+"""Opponents by name, judged by masks on the dense model (``sparse_runtime.eval.masked_ffn``).
 
-TEAL and CATS are thresholds on what the FFN computes anyway; Deja Vu trains a predictor
-(``sparse_runtime.eval.deja_vu``). All are fitted on the dense model's hidden states on calibration
-text, so that the expected cost share is the budget, and none is fine-tuned.
+All are fitted on the dense model's hidden states on calibration text, so that the expected cost share
+is the budget, and none is fine-tuned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.deja_vu import DejaVu
-from sparse_runtime.eval.masked_ffn import Baseline, MaskedOutput, Masks, threshold_for
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.eval.masked_ffn import Baseline, Masks, PromptMasks
+from sparse_runtime.eval.neuron_sets import Griffin, Oracle, Random, Static
+from sparse_runtime.eval.paper_clusters import AwcPaper
+from sparse_runtime.eval.thresholds import Cats, Teal, Wina
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-# Thresholds come from so many tokens, spread over the calibration text: a layer's mean density varies
-# by 0.1 / √4096 or so, less than one text differs from another.
-_THRESHOLD_TOKENS = 4096
-
-
-@dataclass(frozen=True)
-class TealMasks:
-    """Thresholds of one layer: what is not above them in magnitude counts as zero.
-
-    Attributes:
-        x_threshold: on entries of the hidden state; skips columns of gate and up.
-        h_threshold: on entries of the activation; skips rows of transposed down.
-    """
-
-    x_threshold: float
-    h_threshold: float
-
-    def __call__(self, layer: FFNLayer, x: Tensor) -> MaskedOutput:
-        """Run the layer's FFN on hidden states [n, H]."""
-        kept_x = x.abs() > self.x_threshold
-        h = _activation(layer, x * kept_x)
-        kept_h = h.abs() > self.h_threshold
-        cost = (2 * kept_x.float().mean(-1) + kept_h.float().mean(-1)) / 3
-        return MaskedOutput(layer.down(h * kept_h), cost, None)
-
-
-class Teal:
-    """TEAL (arXiv 2408.14690), with one sparsity for all layers and matrices.
-
-    The paper also searches a sparsity for each matrix; that search is left out.
-    """
-
-    name = "teal"
-
-    def least_share(self, layer: FFNLayer) -> float:
-        """Nothing is read but what is kept."""
-        return 0.0
-
-    def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Masks]:
-        """Thresholds of each budget: as large a share of x and of h is kept."""
-        x = _sample(layer, states)
-        masks: list[Masks] = []
-        for budget in budgets:
-            x_threshold = threshold_for(x.abs(), budget)
-            # Of the h that the masked x gives: it is smaller than the dense one.
-            h = _activation(layer, x * (x.abs() > x_threshold))
-            masks.append(TealMasks(x_threshold, threshold_for(h.float().abs(), budget)))
-        return masks
-
-
-@dataclass(frozen=True)
-class CatsMasks:
-    """Threshold of one layer on |act(gate·x)|; up and down are read for the neurons above it."""
-
-    threshold: float
-
-    def __call__(self, layer: FFNLayer, x: Tensor) -> MaskedOutput:
-        """Run the layer's FFN on hidden states [n, H]."""
-        gate = ACTIVATION_FUNCTIONS[layer.activation](layer.gate(x))
-        kept = gate.abs() > self.threshold
-        computed = kept.float().mean(-1)
-        output = layer.down(gate * kept * layer.up(x))
-        return MaskedOutput(output, (1 + 2 * computed) / 3, computed)
-
-
-class Cats:
-    """CATS (arXiv 2404.08763): the gate is computed in full and tells what else to skip."""
-
-    name = "cats"
-
-    def least_share(self, layer: FFNLayer) -> float:
-        """The gate is a third of the FFN."""
-        return 1 / 3
-
-    def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Masks]:
-        """Thresholds of each budget: (3·budget − 1)/2 of the neurons are kept."""
-        act = ACTIVATION_FUNCTIONS[layer.activation]
-        gate = act(layer.gate(_sample(layer, states))).float().abs()
-        return [CatsMasks(threshold_for(gate, (3 * budget - 1) / 2)) for budget in budgets]
-
-
 #: Name on the command line -> the method with its default settings.
-BASELINES: dict[str, Callable[[], Baseline]] = {"teal": Teal, "cats": Cats, "deja-vu": DejaVu}
+BASELINES: dict[str, Callable[[], Baseline]] = {
+    "oracle": Oracle,
+    "teal": Teal,
+    "wina": Wina,
+    "cats": Cats,
+    "deja-vu": DejaVu,
+    "griffin": Griffin,
+    "awc-paper": AwcPaper,
+    "static": Static,
+    "random": Random,
+}
 
 
-def check_baselines(names: Sequence[str]) -> None:
-    """Check that there are baselines of these names.
+def named_baselines(names: Sequence[str]) -> list[Baseline]:
+    """Baselines of these names with their default settings; ``all`` stands for every one.
 
     Raises:
         ConfigError: there is none of a name.
     """
     for name in names:
-        if name not in BASELINES:
-            raise ConfigError(f"baseline is {name!r}; expected some of {', '.join(BASELINES)}")
+        if name not in (*BASELINES, "all"):
+            raise ConfigError(
+                f"baseline is {name!r}; expected all, or some of {', '.join(BASELINES)}"
+            )
+    return [BASELINES[name]() for name in (BASELINES if "all" in names else names)]
 
 
 @contextmanager
@@ -147,7 +78,7 @@ def fit_baseline(
     budgets: Sequence[float],
     *,
     progress: ProgressReporter | None = None,
-) -> list[dict[int, Masks]]:
+) -> list[dict[str, dict[int, Masks | PromptMasks]]]:
     """Fit a baseline on every layer of a dense model.
 
     Args:
@@ -158,7 +89,7 @@ def fit_baseline(
         progress: reports one unit per layer.
 
     Returns:
-        For each budget, layer index -> masks.
+        For each budget, name of the row -> layer index -> masks.
 
     Raises:
         ConfigError: the baseline cannot meet a budget.
@@ -172,24 +103,15 @@ def fit_baseline(
                     f"budget is {budget!r}; expected a cost share above {least:.3f}, which "
                     f"{baseline.name} reads whatever it skips, and at most 1"
                 )
-    fitted: list[dict[int, Masks]] = [{} for _ in budgets]
+    fitted: list[dict[str, dict[int, Masks | PromptMasks]]] = [{} for _ in budgets]
     with (progress or SilentProgress()).task(f"fit {baseline.name}", len(layers)) as advance:
         for position, layer in enumerate(layers):
             # Training needs gradients, also where the caller has turned them off.
             with torch.inference_mode(False), torch.no_grad():
                 inputs = states.layer(position, dtype=torch.bfloat16)
                 fits = baseline.fit(layer, inputs, list(budgets))
-            for masks, fit in zip(fitted, fits, strict=True):
-                masks[layer.index] = fit
+            for rows, variants in zip(fitted, fits, strict=True):
+                for name, masks in variants.items():
+                    rows.setdefault(name, {})[layer.index] = masks
             advance(1)
     return fitted
-
-
-def _sample(layer: FFNLayer, states: Tensor) -> Tensor:
-    """Tokens spread over the states, as the layer takes them [n, H]."""
-    return states[:: -(-len(states) // _THRESHOLD_TOKENS)].to(layer.gate.weight)
-
-
-def _activation(layer: FFNLayer, x: Tensor) -> Tensor:
-    act = ACTIVATION_FUNCTIONS[layer.activation]
-    return act(F.linear(x, layer.gate.weight)) * F.linear(x, layer.up.weight)

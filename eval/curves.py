@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
-from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.data import (
     CalibrationText,
@@ -25,9 +25,10 @@ from sparse_runtime.clusters.data import (
 )
 from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.eval.baselines import BASELINES, captured_states, check_baselines, fit_baseline
+from sparse_runtime.eval.baselines import captured_states, fit_baseline, named_baselines
+from sparse_runtime.eval.bootstrap import ratio_interval
 from sparse_runtime.eval.forwards import dense_prompts
-from sparse_runtime.eval.masked_ffn import Baseline, CostMeter, Masks, masked_ffns
+from sparse_runtime.eval.masked_ffn import Baseline, CostMeter, Masks, PromptMasks, masked_ffns
 from sparse_runtime.eval.perplexity import TextScore, score_text
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.progress import ProgressReporter
@@ -53,14 +54,23 @@ class Protocol:
     prompt_tokens: int = 0
     progress: ProgressReporter | None = None
 
-    def score(self, model: nn.Module, tokens: Tensor, description: str) -> TextScore:
-        """Score a text; see :func:`score_text`."""
+    def score(
+        self,
+        model: nn.Module,
+        tokens: Tensor,
+        description: str,
+        *,
+        reference: TextScore | None = None,
+    ) -> TextScore:
+        """Score a text beside a reference, or as one; see :func:`score_text`."""
         return score_text(
             model,
             tokens,
             window=self.window,
             stride=self.stride,
             prompt_tokens=self.prompt_tokens,
+            reference=reference,
+            keep_states=reference is None,
             progress=self.progress,
             description=description,
         )
@@ -85,9 +95,16 @@ class _Curve:
         }
 
     def add(self, score: TextScore, **figures: Any) -> None:
-        ratio = score.perplexity / self.dense.perplexity
         self.rows.append(
-            {**figures, "perplexity": score.perplexity, "ratio": ratio, "nll": score.nll}
+            {
+                **figures,
+                "perplexity": score.perplexity,
+                "ratio": score.perplexity / self.dense.perplexity,
+                "interval": ratio_interval(score.nll, self.dense.nll, score.scored),
+                "divergence": score.mean_divergence,
+                "agreement": score.agreement,
+                "nll": score.nll,
+            }
         )
 
 
@@ -110,7 +127,7 @@ def evaluate_curves(
         texts: names and tokens [n] int64 of held-out texts.
         budgets: mean cost shares, in (0, 1].
         verify: with looks at low-bit copies, without them, or both in turn.
-        baselines: names out of ``BASELINES``.
+        baselines: names out of ``BASELINES``, or ``all``.
         calibration: windows that the baselines are fitted on [W, window] int64.
         protocol: windows and prompts.
 
@@ -119,9 +136,11 @@ def evaluate_curves(
         ``dense`` (``perplexity``, ``nll``) and ``rows`` of ``method`` (``clusters`` or a baseline),
         ``budget``, ``verify`` (None for baselines), ``cost_share``, ``computed`` and ``looked_at``
         (shares of the neurons; None where a method has no such thing), ``perplexity``, ``ratio`` to
-        dense and ``nll`` (summed over each window). ``left_out``: the ``method``, ``budget`` and
-        ``least`` cost share of baselines that cannot go so low. ``fit_seconds`` of each baseline.
-        ``window``, ``stride`` and ``prompt_tokens``.
+        dense with its 95 % ``interval`` over windows, ``divergence`` (KL to the dense model in nats
+        per token), ``agreement`` (share of the tokens with the dense model's likeliest next token)
+        and ``nll`` (summed over each window). ``left_out``: ``method``, ``budget`` and ``reason`` of
+        baselines that cannot go so low, or have no prompt to go by. ``fit_seconds`` of each
+        baseline. ``window``, ``stride`` and ``prompt_tokens``.
 
     Raises:
         ConfigError: a budget, a baseline's name, or the protocol is out of range; the artifact has no
@@ -130,8 +149,7 @@ def evaluate_curves(
         SparseRuntimeError: as ``sparsify``.
     """
     protocol = protocol or Protocol()
-    check_baselines(baselines)
-    methods = [BASELINES[name]() for name in baselines]
+    methods = named_baselines(baselines)
     if methods and calibration is None:
         raise ConfigError("baselines are given without calibration text; pass calibration")
     clusters.check_model(model)
@@ -152,18 +170,21 @@ def evaluate_curves(
     if methods and calibration is not None:
         with captured_states(model, calibration, progress=protocol.progress) as states:
             for method in methods:
-                least = max(method.least_share(layer) for layer in find_ffn_layers(model))
-                possible = [budget for budget in budgets if budget > least]
-                left_out += [
-                    {"method": method.name, "budget": budget, "least": least}
-                    for budget in budgets
-                    if budget <= least
-                ]
+                possible = []
+                for budget in budgets:
+                    reason = _reason_against(method, budget, find_ffn_layers(model), protocol)
+                    if reason is None:
+                        possible.append(budget)
+                    else:
+                        left_out.append({"method": method.name, "budget": budget, "reason": reason})
+                if not possible:
+                    continue
                 started = time.perf_counter()
                 fitted = fit_baseline(model, method, states, possible, progress=protocol.progress)
                 seconds[method.name] = time.perf_counter() - started
-                for budget, masks in zip(possible, fitted, strict=True):
-                    _add_baseline(model, method, masks, curves, budget, protocol)
+                for budget, rows in zip(possible, fitted, strict=True):
+                    for name, masks in rows.items():
+                        _add_baseline(model, name, masks, curves, budget, protocol)
     return {
         "window": protocol.window,
         "stride": protocol.window if protocol.stride is None else protocol.stride,
@@ -172,6 +193,16 @@ def evaluate_curves(
         "left_out": left_out,
         "fit_seconds": seconds,
     }
+
+
+def _reason_against(
+    method: Baseline, budget: float, layers: list[FFNLayer], protocol: Protocol
+) -> str | None:
+    """Why a method cannot run at a budget; None if it can."""
+    if method.needs_prompt and protocol.prompt_tokens == 0:
+        return "it takes its neurons from a prompt, and there is none (see --prompt-tokens)"
+    least = max(method.least_share(layer) for layer in layers)
+    return None if budget > least else f"it reads {least:.3f} of the FFN whatever it skips"
 
 
 def _add_clusters(
@@ -189,7 +220,9 @@ def _add_clusters(
             reset_cost(model)
             with dense_prompts(model, protocol.prompt_tokens):
                 how = "with looks" if looks else "without looks"
-                score = protocol.score(model, curve.tokens, f"budget {budget}, {how}")
+                score = protocol.score(
+                    model, curve.tokens, f"budget {budget}, {how}", reference=curve.dense
+                )
             computed, looked = _neuron_shares(modules)
             curve.add(
                 score,
@@ -206,8 +239,8 @@ def _add_clusters(
 
 def _add_baseline(
     model: nn.Module,
-    method: Baseline,
-    masks: dict[int, Masks],
+    name: str,
+    masks: dict[int, Masks | PromptMasks],
     curves: list[_Curve],
     budget: float,
     protocol: Protocol,
@@ -215,10 +248,12 @@ def _add_baseline(
     for curve in curves:
         meter: CostMeter
         with masked_ffns(model, masks, prompt_tokens=protocol.prompt_tokens) as meter:
-            score = protocol.score(model, curve.tokens, f"budget {budget}, {method.name}")
+            score = protocol.score(
+                model, curve.tokens, f"budget {budget}, {name}", reference=curve.dense
+            )
         curve.add(
             score,
-            method=method.name,
+            method=name,
             budget=budget,
             verify=None,
             cost_share=meter.cost_share,

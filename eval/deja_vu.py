@@ -11,7 +11,7 @@ and 10 of SmolLM2-135M, worse than at the start (0.35 and 0.33); with them it is
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.clusters.importance import chunk_slices, importance_scorer
-from sparse_runtime.eval.masked_ffn import MaskedOutput, Masks, threshold_for
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.cost import FFNCost
+from sparse_runtime.eval.masked_ffn import MaskedOutput, Variants, run_neurons, threshold_for
 
 _CHUNK_TOKENS = 2048
 
@@ -47,11 +47,8 @@ class DejaVuMasks:
 
     def __call__(self, layer: FFNLayer, x: Tensor) -> MaskedOutput:
         """Run the layer's FFN on hidden states [n, H]."""
-        kept = self.scores(x) > self.threshold
-        computed = kept.float().mean(-1)
-        act = ACTIVATION_FUNCTIONS[layer.activation]
-        output = layer.down(act(layer.gate(x)) * layer.up(x) * kept)
-        return MaskedOutput(output, computed + _predictor_share(layer, len(self.down)), computed)
+        extra = _predictor_elements(layer, len(self.down))
+        return run_neurons(layer, x, self.scores(x) > self.threshold, extra_elements=extra)
 
 
 @dataclass(frozen=True)
@@ -72,13 +69,17 @@ class DejaVu:
     learning_rate: float = 2e-3
     seed: int = 0
     name: str = "deja-vu"
+    needs_prompt: bool = False
 
     def least_share(self, layer: FFNLayer) -> float:
         """The predictor is read whatever it says."""
         rank = min(self.rank, layer.hidden_size, layer.intermediate_size)
-        return _predictor_share(layer, rank)
+        elements = _predictor_elements(layer, rank)
+        return FFNCost(layer.hidden_size, layer.intermediate_size, elements, clustered=False).share(
+            0
+        )
 
-    def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Masks]:
+    def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Train a predictor for each budget; the start is common to all."""
         states = states.to(layer.gate.weight.device)
         scorer = importance_scorer(layer)
@@ -91,7 +92,7 @@ class DejaVu:
         scale = x.square().mean().sqrt()
         x /= scale
         start = reduced_rank_start(x, importance, self.rank)
-        masks: list[Masks] = []
+        fits: list[Variants] = []
         for budget in budgets:
             density = budget - self.least_share(layer)
             down, up, bias = self._trained(start, x, importance, density)
@@ -102,8 +103,8 @@ class DejaVu:
                 [fitted.scores(states[s]) for s in chunk_slices(len(states), _CHUNK_TOKENS)]
             )
             threshold = threshold_for(scores, density)
-            masks.append(DejaVuMasks(fitted.down, fitted.up, fitted.bias, threshold))
-        return masks
+            fits.append({self.name: replace(fitted, threshold=threshold)})
+        return fits
 
     def _trained(
         self, start: tuple[Tensor, Tensor, Tensor], x: Tensor, importance: Tensor, density: float
@@ -170,7 +171,6 @@ def reduced_rank_start(
     return down.contiguous(), (whitened.t() @ directions).contiguous(), total / len(x)
 
 
-def _predictor_share(layer: FFNLayer, rank: int) -> float:
+def _predictor_elements(layer: FFNLayer, rank: int) -> int:
     hidden_size, num_neurons = layer.hidden_size, layer.intermediate_size
-    elements = rank * (hidden_size + num_neurons) + num_neurons
-    return elements / (3 * hidden_size * num_neurons)
+    return rank * (hidden_size + num_neurons) + num_neurons

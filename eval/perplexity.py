@@ -1,14 +1,14 @@
-"""Perplexity over windows of a text."""
+"""Perplexity over windows of a text, and how far a model's predictions are from another's."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.progress import ProgressReporter, SilentProgress
@@ -21,10 +21,29 @@ class TextScore:
     Attributes:
         nll: negative log-likelihood of each window, summed over its scored tokens, in nats.
         scored: scored tokens of each window.
+        states: with ``keep_states``, last hidden states of each window's scored tokens
+            [scored, H], which the output head turns into logits.
+        divergence: with a reference, KL(reference ‖ model) of each window, summed over its scored
+            tokens, in nats.
+        agreed: with a reference, scored tokens of each window whose likeliest next token is the
+            reference's.
     """
 
     nll: list[float]
     scored: list[int]
+    states: list[Tensor] = field(default_factory=list)
+    divergence: list[float] = field(default_factory=list)
+    agreed: list[int] = field(default_factory=list)
+
+    @property
+    def mean_divergence(self) -> float | None:
+        """KL divergence per scored token in nats; None without a reference."""
+        return sum(self.divergence) / sum(self.scored) if self.divergence else None
+
+    @property
+    def agreement(self) -> float | None:
+        """Share of the tokens with the reference's likeliest next token; None without a reference."""
+        return sum(self.agreed) / sum(self.scored) if self.agreed else None
 
     @property
     def perplexity(self) -> float:
@@ -84,26 +103,32 @@ def text_windows(
 
 @torch.inference_mode()
 def score_text(
-    model: nn.Module,
+    model: Any,
     tokens: Tensor,
     *,
     window: int,
     stride: int | None = None,
     prompt_tokens: int = 0,
     batch_windows: int = 2,
+    reference: TextScore | None = None,
+    keep_states: bool = False,
     progress: ProgressReporter | None = None,
     description: str = "perplexity",
 ) -> TextScore:
     """Score a text window by window.
 
     Args:
-        model: a causal language model; logits are compared in float32.
+        model: a causal language model whose logits are its output head's of its decoder's states;
+            they are compared in float32.
         tokens: [n] int64.
         window: tokens per window.
         stride: distance of window starts; ``window`` (no overlap) if None.
         prompt_tokens: tokens at the start of each window that are not scored. How they run is up to
             the model: see ``sparse_runtime.eval.forwards``.
         batch_windows: windows per forward pass.
+        reference: another score of the same windows, with ``states``, by a model with the same
+            output head, to measure the distance from.
+        keep_states: keep what a ``reference`` needs, H values per scored token.
         progress: reports one unit per window.
         description: text of the progress bar.
 
@@ -112,21 +137,36 @@ def score_text(
     """
     windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
-    nll = []
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    score = TextScore([], [scored for _, scored in windows])
     with (progress or SilentProgress()).task(description, len(windows)) as advance:
         for batch in _equal_length_batches(windows, batch_windows):
             ids = torch.stack([w for w, _ in batch]).to(device)
-            logits = model(input_ids=ids, use_cache=False).logits
+            states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             for row, (_, scored) in enumerate(batch):
+                own = states[row, -scored - 1 : -1]
+                logits = head(own).float()
                 loss = F.cross_entropy(
-                    logits[row, -scored - 1 : -1].float(), ids[row, -scored:], reduction="sum"
+                    logits, ids[row, -scored:].to(logits.device), reduction="sum"
                 )
-                nll.append(loss.item())
+                if reference is not None:
+                    theirs = head(reference.states[len(score.nll)].to(own)).float()
+                    score.divergence.append(_divergence(theirs, logits))
+                    score.agreed.append(int((theirs.argmax(-1) == logits.argmax(-1)).sum()))
+                if keep_states:
+                    score.states.append(own.cpu())
+                score.nll.append(loss.item())
             advance(len(batch))
-    return TextScore(nll, [scored for _, scored in windows])
+    return score
 
 
-def perplexity(model: nn.Module, tokens: Tensor, **options: Any) -> float:
+def _divergence(reference: Tensor, logits: Tensor) -> float:
+    """KL(softmax(reference) ‖ softmax(logits)) summed over tokens, of logits [n, V] float32."""
+    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
+    return F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+
+
+def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:
     """exp of the mean negative log-likelihood per scored token; arguments of :func:`score_text`."""
     return score_text(model, tokens, **options).perplexity
 

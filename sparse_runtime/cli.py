@@ -243,7 +243,10 @@ def evaluate(
     verify: VerifyOption = None,
     baselines: Annotated[
         str | None,
-        typer.Option(help="Beside other methods at the same budgets: teal,cats,deja-vu."),
+        typer.Option(
+            help="Beside other methods at the same budgets: all, or some of oracle,teal,wina,cats,"
+            "deja-vu,griffin,awc-paper,static,random."
+        ),
     ] = None,
     calibration: Annotated[
         list[str] | None,
@@ -261,7 +264,7 @@ def evaluate(
 ) -> None:
     """Perplexity, coverage and precision on held-out text, every token (after a prompt) sparse."""
     from sparse_runtime.clusters.data import parse_source, token_stream
-    from sparse_runtime.eval.baselines import check_baselines
+    from sparse_runtime.eval.baselines import named_baselines
     from sparse_runtime.eval.curves import Protocol, baseline_calibration, evaluate_curves
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.quality import evaluate_quality
@@ -272,7 +275,7 @@ def evaluate(
         raise ConfigError("--calibration is given without --baselines, which alone it is for")
     shares = None if budgets is None else _numbers("--budgets", budgets, float)
     names = baselines.split(",") if baselines is not None else []
-    check_baselines(names)
+    named_baselines(names)  # a wrong name shows before the model is loaded
     sources = data or ["wikitext2"]
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
@@ -664,15 +667,21 @@ def _print_quality(source: str, result: dict[str, Any]) -> None:
     )
 
 
+_CURVE_COLUMNS = (
+    *("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense", "95 %"),
+    *("KL", "top-1"),
+)
+
+
 def _print_curves(curves: dict[str, Any]) -> None:
     for result in curves["results"]:
         table = Table(title=_text_title(result["data"], result["tokens"], curves))
         table.add_column("method", no_wrap=True)
-        for column in ("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense"):
+        for column in _CURVE_COLUMNS:
             # In a narrow terminal the headings of two words break, and nothing else.
             table.add_column(column, justify="right", no_wrap=" " not in column)
         perplexity = result["dense"]["perplexity"]
-        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000")
+        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000", "", "0", "1")
         for row in result["rows"]:
             looks = " + looks" if row["verify"] else ""
             numbers = (
@@ -685,13 +694,13 @@ def _print_curves(curves: dict[str, Any]) -> None:
                 *numbers,
                 f"{row['perplexity']:.2f}",
                 f"{row['ratio']:.3f}",
+                "–".join(f"{bound:.3f}" for bound in row["interval"]),
+                f"{row['divergence']:.3f}",
+                f"{row['agreement']:.3f}",
             )
         out.print(table)
     for row in curves["left_out"]:
-        out.print(
-            f"{row['method']} is left out at budget {row['budget']:g}: it reads "
-            f"{row['least']:.3f} of the FFN whatever it skips"
-        )
+        out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
 
 
 def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:

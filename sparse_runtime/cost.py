@@ -7,15 +7,19 @@ with it what generation really asked for, so that both mean the same.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import torch
+from torch import Tensor
 
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
 
 if TYPE_CHECKING:
     from sparse_runtime.sparse_ffn import SparseFFN
+
+#: Neurons of one token, or of each of several.
+Amount = TypeVar("Amount", float, Tensor)
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,7 @@ class FFNCost:
         extra_elements: elements read per token besides the neurons: router and compensation.
         element_size: bytes per weight (2 for bfloat16).
         verified: a second band of neurons is looked at in low-bit copies.
+        clustered: sets are read as bitmaps; False for methods that have none.
     """
 
     hidden_size: int
@@ -35,6 +40,7 @@ class FFNCost:
     extra_elements: int
     element_size: int = 2
     verified: bool = False
+    clustered: bool = True
 
     @property
     def neuron_bytes(self) -> int:
@@ -54,16 +60,16 @@ class FFNCost:
     @property
     def overhead_bytes(self) -> int:
         """Bytes read whatever the cluster: router, compensation and the bands' bitmaps."""
-        bitmaps = 2 if self.verified else 1
+        bitmaps = (2 if self.verified else 1) if self.clustered else 0
         return self.extra_elements * self.element_size + bitmaps * packed_size(
             self.intermediate_size
         )
 
-    def sparse_bytes(self, computed: float, looked: float = 0) -> float:
+    def sparse_bytes(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
         """Bytes for a token that computes and looks at so many neurons."""
         return computed * self.neuron_bytes + looked * self.look_bytes + self.overhead_bytes
 
-    def share(self, computed: float, looked: float = 0) -> float:
+    def share(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
         """Cost share of a token that computes and looks at so many neurons."""
         return self.sparse_bytes(computed, looked) / self.dense_bytes
 

@@ -9,7 +9,10 @@ from helpers import cuttable_cluster_set
 from sparse_runtime import cli, recut
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval import curves as curves_module
+from sparse_runtime.eval.baselines import BASELINES
 from sparse_runtime.eval.curves import Protocol, evaluate_curves
+from sparse_runtime.eval.deja_vu import DejaVu
+from sparse_runtime.eval.paper_clusters import AwcPaper
 from sparse_runtime.eval.perplexity import score_text
 from sparse_runtime.eval.quality import evaluate_quality
 
@@ -50,6 +53,10 @@ def test_rows_agree_with_single_runs(tiny_model, clusters):
             assert row["cost_share"] == pytest.approx(single["cost_share"])
             assert row["nll"] == pytest.approx(single["nll"]["sparse"], rel=1e-6)
             assert entry["scored"] == single["scored"] == [22] * 3
+            low, high = row["interval"]
+            assert low < row["ratio"] < high
+            assert 0 < row["divergence"] < 5
+            assert 0 < row["agreement"] < 1
             assert (row["looked_at"] > 0) == verify
             assert 0 < row["computed"] < 1
         assert rows[0.5, False]["computed"] < rows[0.8, False]["computed"]
@@ -86,7 +93,7 @@ def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkey
         ("cats", 0.3),
         ("deja-vu", 0.3),
     ]
-    assert result["left_out"][0]["least"] == pytest.approx(1 / 3)
+    assert result["left_out"][0]["reason"] == "it reads 0.333 of the FFN whatever it skips"
     assert set(result["fit_seconds"]) == {"teal", "cats", "deja-vu"}
     dense = result["results"][0]["dense"]["perplexity"]
     assert dense == pytest.approx(score_text(tiny_model, IDS, window=32).perplexity)
@@ -96,6 +103,28 @@ def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkey
         assert row["ratio"] == pytest.approx(row["perplexity"] / dense)
         assert row["perplexity"] != pytest.approx(dense, rel=1e-4)
         assert (row["computed"] is None) == (row["method"] == "teal")
+
+
+def test_all_baselines(tiny_model, clusters, monkeypatch):
+    monkeypatch.setitem(BASELINES, "deja-vu", lambda: DejaVu(rank=2, steps=2))
+    monkeypatch.setitem(BASELINES, "awc-paper", lambda: AwcPaper(num_clusters=4, rank=2))
+    options = {"budgets": [0.6], "verify": [False], "baselines": ["all"], "calibration": WINDOWS}
+    for prompt_tokens in (0, 8):
+        result = evaluate_curves(
+            tiny_model,
+            clusters,
+            [("text", IDS)],
+            **options,
+            protocol=Protocol(window=32, prompt_tokens=prompt_tokens),
+        )
+        left_out = {row["method"]: row["reason"] for row in result["left_out"]}
+        assert list(left_out) == ([] if prompt_tokens else ["griffin"])
+        if not prompt_tokens:
+            assert "takes its neurons from a prompt" in left_out["griffin"]
+        rows = {row["method"]: row for row in result["results"][0]["rows"]}
+        expected = {"clusters", *BASELINES, "awc-paper, oracle ids"} - set(left_out)
+        assert set(rows) == expected
+        assert min(rows, key=lambda name: rows[name]["divergence"]) == "oracle"
 
 
 @pytest.mark.parametrize(

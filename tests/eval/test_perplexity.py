@@ -1,12 +1,13 @@
 """Perplexity against transformers' own loss, and its windows."""
 
+import copy
 import math
 
 import pytest
 import torch
 
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.eval.perplexity import perplexity, text_windows
+from sparse_runtime.eval.perplexity import perplexity, score_text, text_windows
 
 
 def tokens(count):
@@ -47,3 +48,32 @@ def test_windows_that_cannot_work():
     for window, stride in ((1, 1), (4, 0), (4, 5)):
         with pytest.raises(ConfigError):
             text_windows(torch.arange(9), window, stride)
+
+
+@pytest.mark.parametrize("prompt_tokens", [0, 5])
+def test_distance_from_a_reference(tiny_model, prompt_tokens):
+    other = copy.deepcopy(tiny_model)
+    with torch.no_grad():
+        other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
+    ids = tokens(88)
+    options = {"window": 16, "stride": 8, "prompt_tokens": prompt_tokens}
+    dense = score_text(tiny_model, ids, keep_states=True, **options)
+    score = score_text(other, ids, reference=dense, **options)
+    assert score.nll == pytest.approx(score_text(other, ids, **options).nll)
+    windows = text_windows(ids, 16, 8, prompt_tokens)
+    for number, (window, scored) in enumerate(windows):
+        with torch.inference_mode():
+            p, q = (
+                model(window[None]).logits[0, -scored - 1 : -1].softmax(-1)
+                for model in (tiny_model, other)
+            )
+        expected = (p * (p / q).log()).sum()
+        assert score.divergence[number] == pytest.approx(float(expected), rel=1e-3)
+        assert score.agreed[number] == int((p.argmax(-1) == q.argmax(-1)).sum())
+    total = sum(scored for _, scored in windows)
+    assert score.mean_divergence == pytest.approx(sum(score.divergence) / total)
+    assert 0 < score.agreement < 1
+    itself = score_text(tiny_model, ids, reference=dense, **options)
+    assert itself.mean_divergence == pytest.approx(0, abs=1e-6)
+    assert itself.agreement == 1
+    assert dense.mean_divergence is dense.agreement is None
