@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
 from sparse_runtime.clusters.binary_patterns import (
+    PackedPatterns,
     assign,
     chance,
     coverage,
@@ -25,6 +26,7 @@ from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.layer_build import load_layer, packed_patterns
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.eval.binary_clustering import BINARY_CLUSTERINGS, Fit
 from sparse_runtime.eval.paper_masks import (
     collect_paper_patterns,
     fit_paper_masks,
@@ -45,6 +47,7 @@ def paper_coverage(
     layers: Sequence[int] | None = None,
     percentile: float = 50.0,
     init: str = "random",
+    compare: bool = False,
     seed: int = 0,
     progress: ProgressReporter | None = None,
 ) -> list[dict[str, Any]]:
@@ -62,14 +65,15 @@ def paper_coverage(
         layers: layer indices; all if None.
         percentile: threshold of the patterns.
         init: ``random`` or ``kmeans++``.
+        compare: also fit the clusterings of ``sparse_runtime.eval.binary_clustering``, for each K.
         seed: of the initialization.
         progress: reports one unit per fit.
 
     Returns:
-        One row per K and density, means over the layers of oracle ids' ``coverage``, ``static``
-        (the most frequent neurons), ``chance`` (the centroids' density) and ``precision`` on the
-        held-out text; ``fitted_coverage`` on the text that was fitted, as the paper scores;
-        ``iterations`` and ``seconds`` of one layer.
+        One row per method, K and, for the paper's, density (None for the others, whose density is
+        their own): means over the layers of oracle ids' ``coverage``, ``static`` (the most frequent
+        neurons), ``chance`` (the centroids' density) and ``precision`` on the held-out text;
+        ``fitted_coverage`` on the text that was fitted, as the paper scores; ``seconds`` of one layer.
 
     Raises:
         ConfigError: a layer does not exist, or a value is out of range.
@@ -80,57 +84,61 @@ def paper_coverage(
     unknown = sorted(set(wanted) - {layer.index for layer in found})
     if unknown or not wanted:
         raise ConfigError(f"layers are {wanted}; expected some of 0 to {len(found) - 1}")
-    grid = [
-        AWCPaperConfig(num_clusters=count, top_percentile=1 - density, init=init)
-        for count in clusters
-        for density in densities
-    ]
+    fits: list[tuple[dict[str, Any], Fit]] = []
+    for count in clusters:
+        for density in densities:
+            settings = AWCPaperConfig(num_clusters=count, top_percentile=1 - density, init=init)
+            row = {"method": "awc-paper", "clusters": count, "density": density}
+            fits.append((row, _paper_fit(settings)))
+        for name, fit in BINARY_CLUSTERINGS.items() if compare else ():
+            fits.append(({"method": name, "clusters": count, "density": None}, fit))
     config = BuildConfig(method="awc-paper", percentile=percentile, seed=seed)
     progress = progress or SilentProgress()
-    num_fit = fit_windows.numel()
-    rows: list[list[dict[str, float]]] = [[] for _ in grid]
+    scores: list[list[dict[str, float]]] = [[] for _ in fits]
     with TemporaryDirectory() as folder:
         work = Path(folder)
         windows = torch.cat([fit_windows, test_windows])
         states = capture_hidden_states(model, windows, work, progress=progress)
-        with progress.task("paper's clusters", len(wanted) * len(grid)) as advance:
+        with progress.task("binary clusters", len(wanted) * len(fits)) as advance:
             for position, layer in enumerate(found):
                 if layer.index not in wanted:
                     continue
                 data, matrix = load_layer(
-                    states, position, layer, config, num_fit=num_fit, work=work
+                    states, position, layer, config, num_fit=fit_windows.numel(), work=work
                 )
-                fit, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
+                seen, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
                 matrix.close()
-                for scores, settings in zip(rows, grid, strict=True):
+                for of_layers, (row, fit) in zip(scores, fits, strict=True):
                     generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
                     started = time.perf_counter()
-                    result = fit_awc_paper(fit, settings, generator=generator)
+                    centroids = fit(seen, row["clusters"], generator)
                     seconds = time.perf_counter() - started
-                    ids = assign(test, result.centroids)
-                    by_chance = chance(test, result.centroids, ids)
-                    scores.append(
-                        {
-                            "coverage": coverage(test, result.centroids, ids),
-                            "static": static_coverage(fit.frequency(), test, by_chance),
-                            "chance": by_chance,
-                            "precision": precision(test, result.centroids, ids),
-                            "fitted_coverage": coverage(
-                                fit, result.centroids, assign(fit, result.centroids)
-                            ),
-                            "iterations": float(len(result.history)),
-                            "seconds": seconds,
-                        }
-                    )
+                    of_layers.append({**_coverage(centroids, seen, test), "seconds": seconds})
                     advance(1)
     return [
-        {
-            "clusters": settings.num_clusters,
-            "density": round(1 - settings.top_percentile, 6),
-            **{name: sum(s[name] for s in scores) / len(scores) for name in scores[0]},
-        }
-        for settings, scores in zip(grid, rows, strict=True)
+        {**row, **{name: sum(s[name] for s in of_layers) / len(of_layers) for name in of_layers[0]}}
+        for (row, _), of_layers in zip(fits, scores, strict=True)
     ]
+
+
+def _paper_fit(settings: AWCPaperConfig) -> Fit:
+    def fit(patterns: PackedPatterns, num_clusters: int, generator: torch.Generator) -> Tensor:
+        return fit_awc_paper(patterns, settings, generator=generator).centroids
+
+    return fit
+
+
+def _coverage(centroids: Tensor, seen: PackedPatterns, test: PackedPatterns) -> dict[str, float]:
+    """Scores of centroids on held-out patterns, and on those that they were fitted on."""
+    ids = assign(test, centroids)
+    by_chance = chance(test, centroids, ids)
+    return {
+        "coverage": coverage(test, centroids, ids),
+        "static": static_coverage(seen.frequency(), test, by_chance),
+        "chance": by_chance,
+        "precision": precision(test, centroids, ids),
+        "fitted_coverage": coverage(seen, centroids, assign(seen, centroids)),
+    }
 
 
 def paper_perplexity(

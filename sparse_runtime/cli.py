@@ -357,6 +357,10 @@ def paper(
         bool,
         typer.Option("--masks", help="Also perplexity under separate masks of gate, up and down."),
     ] = False,
+    compare: Annotated[
+        bool,
+        typer.Option("--compare", help="Beside binary k-means, factorization and a penalty."),
+    ] = False,
     percentile: Annotated[float, typer.Option(help="Threshold of the patterns.")] = 50.0,
     init: Annotated[str, typer.Option(help="random or kmeans++.")] = "random",
     seed: Annotated[int, typer.Option(help="Of windows and initialization.")] = 0,
@@ -407,6 +411,7 @@ def paper(
         clusters=counts,
         densities=shares,
         layers=chosen,
+        compare=compare,
         progress=progress,
         **options,
     )
@@ -722,7 +727,12 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
 def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     table = Table(*(name.replace("_", " ") for name in rows[0]), title=title or None)
     for row in rows:
-        table.add_row(*(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()))
+        table.add_row(
+            *(
+                "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
     out.print(table)
 
 

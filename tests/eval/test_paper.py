@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.eval.binary_clustering import BINARY_CLUSTERINGS
 from sparse_runtime.eval.paper import paper_coverage, paper_perplexity
 
 
@@ -42,6 +43,22 @@ def test_more_density_covers_more(tiny_model, windows):
     )
     coverage = [row["coverage"] for row in rows]
     assert coverage == sorted(coverage)
+
+
+def test_beside_other_binary_clusterings(tiny_model, windows):
+    rows = paper_coverage(
+        tiny_model, windows[:8], windows[8:], clusters=[4, 8], densities=[0.5], compare=True
+    )
+    assert [(row["method"], row["clusters"], row["density"]) for row in rows] == [
+        (name, count, 0.5 if name == "awc-paper" else None)
+        for count in (4, 8)
+        for name in ("awc-paper", *BINARY_CLUSTERINGS)
+    ]
+    for row in rows:
+        assert 0.2 < row["chance"] < row["coverage"] < 1
+        assert row["precision"] > 0.5  # the share of active neurons
+    # Ones that a point lacks cost less than ones that the centroid lacks.
+    assert rows[3]["chance"] > rows[2]["chance"]
 
 
 @pytest.mark.parametrize("layers", [[3], [], [-1]])
