@@ -34,6 +34,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
         parts += [f"## {result['model']}\n", _host(result["host"])]
         for run in result["runs"]:
             parts += [_mlp(run), _decode(run, result["prompt_tokens"])]
+        parts.append(_prediction(result["runs"][0]["prediction"]))
         parts.append(_tokens(result["runs"][0]["mlp"]["tokens"]))
         if result["batches"]:
             parts.append(_batches(result["batches"]))
@@ -104,6 +105,24 @@ def _decode(run: dict[str, Any], prompt_tokens: int) -> str:
         f"{decode['ceiling']:.2f}×; all together {decode['speedup_total']:.2f}×. Prefill of "
         f"{prompt_tokens} tokens: {prefill['dense_ms']:.0f} → {prefill['sparse_ms']:.0f} ms "
         f"({prefill['speedup']:.2f}×; nothing is skipped there, the kernel is another one).\n"
+    )
+
+
+def _prediction(prediction: dict[str, Any]) -> str:
+    table = _table(
+        ("prediction, one token", "µs", "of the dense FFN", "KiB read"),
+        (
+            (
+                row["name"],
+                f"{1e3 * row['ms']:.0f}",
+                f"{row['share']:.1%}",
+                f"{row['bytes'] / 1024:.0f}",
+            )
+            for row in prediction["rows"]
+        ),
+    )
+    return (
+        f"{table}\nThe dense FFN by our kernels takes {prediction['ffn_ms']:.3f} ms in that run.\n"
     )
 
 

@@ -32,6 +32,7 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
+from sparse_runtime.eval.prediction_latency import bench_prediction
 from sparse_runtime.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -108,7 +109,8 @@ def bench(
         progress: reports one unit per run.
 
     Returns:
-        ``read_gbps``; ``mlp`` (see :func:`bench_mlp`); ``prefill`` and ``decode``: milliseconds
+        ``read_gbps``; ``mlp`` (see :func:`bench_mlp`); ``prediction`` (see
+        :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds
         (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
         (sparse_fast over dense_fast), ``ceiling`` (by bytes) and ``gbps``; ``cost_share``;
         ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``host``.
@@ -124,13 +126,14 @@ def bench(
     read_gbps = [bandwidth()]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
-    mlps = []
+    mlps, predictions = [], []
     for number, run in enumerate(runs):
         sparsify(model, run.clusters)
         run.bytes = decode_bytes(model)
         # How many tokens pay is told once: it depends on the density less than on the machine.
         counts = TOKEN_COUNTS if number == 0 else (1,)
         mlps.append(bench_mlp(sparse_modules(model), token_counts=counts))
+        predictions.append(bench_prediction(sparse_modules(model)))
         unsparsify(model)
     cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
@@ -148,7 +151,10 @@ def bench(
             if repeat == 0:  # it warms up
                 for run in runs:
                     run.seconds = {}
-    results = [{**run.result(), "mlp": mlp} for run, mlp in zip(runs, mlps, strict=True)]
+    results = [
+        {**run.result(), "mlp": mlp, "prediction": prediction}
+        for run, mlp, prediction in zip(runs, mlps, predictions, strict=True)
+    ]
     return {
         "read_gbps": statistics.median(read_gbps),
         **results[0],

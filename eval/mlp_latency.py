@@ -52,9 +52,7 @@ def bench_mlp(
     Raises:
         SparseRuntimeError: the sparse FFN's outputs are not those of the reference.
     """
-    layer_bytes = modules[0].cost.dense_bytes
-    count = min(len(modules), max(_LAYERS, -(-_MIN_BYTES // layer_bytes)))
-    layers = list(modules[:count])
+    layers = bench_layers(modules)
     _verify(layers[:_LAYERS])
     dense = [_DenseFFN(module) for module in layers]
     variants: dict[str, Variant] = {
@@ -72,7 +70,7 @@ def bench_mlp(
         rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
         for module in layers:
             module.reset_counts()
-        seconds, read_gbps = _in_turns(calls, layers, num_tokens, rounds)
+        seconds, read_gbps = in_turns(calls, layers, num_tokens, rounds)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
             result |= _one_token(seconds, layers, statistics.median(read_gbps))
@@ -80,6 +78,12 @@ def bench_mlp(
             milliseconds["path"] = layers[0]._path(num_tokens)  # type: ignore[assignment]
         result["tokens"].append({"tokens": num_tokens, **milliseconds})
     return result
+
+
+def bench_layers(modules: Sequence[SparseFFN]) -> list[SparseFFN]:
+    """The first few FFNs, enough that their weights are beyond every cache."""
+    count = max(_LAYERS, -(-_MIN_BYTES // modules[0].cost.dense_bytes))
+    return list(modules[:count])
 
 
 def _one_token(
@@ -110,7 +114,7 @@ def _one_token(
     }
 
 
-def _in_turns(
+def in_turns(
     calls: dict[str, Variant], layers: Sequence[SparseFFN], num_tokens: int, repeats: int
 ) -> tuple[dict[str, float], list[float]]:
     """Median seconds of each call, and the read bandwidths measured between the rounds.

@@ -749,6 +749,12 @@ def _print_bench(name: str, result: dict[str, Any]) -> None:
             f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
             f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of the bandwidth)"
         )
+        prediction = run["prediction"]
+        rows = (
+            f"{row['name']} {1e3 * row['ms']:.0f} µs ({row['share']:.1%})"
+            for row in prediction["rows"]
+        )
+        out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
         table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
         for variant, gbps in decode["gbps"].items():
             table.add_row(

@@ -109,6 +109,11 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     assert mlp["bandwidth_share"] == pytest.approx(mlp["gbps"] / mlp["read_gbps"])
     assert [row["tokens"] for row in mlp["tokens"]] == [1, 2, 4, 8, 16, 32, 64]
     assert all(row["path"] in ("sparse", "rows", "torch") for row in mlp["tokens"][1:])
+    prediction = {row["name"]: row for row in figures["prediction"]["rows"]}
+    assert list(prediction) == ["router", "per-neuron predictor", "dense gate"]
+    assert prediction["dense gate"]["bytes"] == 2 * 32 * 44
+    for row in prediction.values():
+        assert row["share"] == pytest.approx(row["ms"] / figures["prediction"]["ffn_ms"])
     assert [row["batch"] for row in figures["batches"]] == [2]
     assert figures["memory"]["weights_mib"] > 0
     assert len(figures["runs"]) == 1

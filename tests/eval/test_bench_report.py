@@ -21,6 +21,10 @@ def figures():
             "speedup_total": 2.5,
             "ceiling": 1.65,
         },
+        "prediction": {
+            "ffn_ms": 2.0,
+            "rows": [{"name": "router", "ms": 0.05, "share": 0.025, "bytes": 4096}],
+        },
         "mlp": {
             "density": 0.5,
             "read_gbps": 30.0,
@@ -77,6 +81,7 @@ def test_report_of_files(tmp_path, monkeypatch):
     assert "| sparse | 1.000 | 1.00× | 27.0 | 0.90 |" in lines
     assert not any(line.startswith("| prepacked") for line in lines)
     assert "| sparse + fast linears | 4.0 | 5.0 | 250.0 | 20.0 |" in lines
+    assert "| router | 50 | 2.5% | 4 |" in lines
     assert "| 2 | 5.00 |  | 3.00 | 2.50 | 2.60 | sparse |" in lines
     assert "| 4 | 20.0 | 10.0 | 2.00× |" in lines
     assert "    sparse-runtime bench demo" in lines
