@@ -444,6 +444,62 @@ def paper(
 
 
 @app.command()
+def tasks(
+    model: ModelArgument,
+    clusters: ClustersOption,
+    task: Annotated[
+        list[str],
+        typer.Option(
+            "--task",
+            help="lambada=FILE, piqa=FILE, or a task of lm-eval, which reads it from the Hub; may be "
+            "given again.",
+            metavar="TASK",
+        ),
+    ],
+    limit: Annotated[int, typer.Option(min=0, help="Documents of each task; 0 for all.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents per call.")] = 1,
+    budget: BudgetOption = None,
+    verify: VerifyOption = None,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Downstream tasks by lm-eval, every token sparse beside the dense model."""
+    from sparse_runtime.eval.downstream import evaluate_tasks
+    from sparse_runtime.eval.host import host_record
+
+    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    if budget is not None or verify is not None:
+        artifact = recut(loaded, artifact, budget=budget, verify=verify)
+    result = evaluate_tasks(
+        loaded,
+        tokenizer,
+        artifact,
+        task,
+        limit=limit or None,
+        batch_size=batch_size,
+        progress=RichProgress(err),
+    )
+    table = Table("task", "metric", "documents", "dense", "sparse")
+    for row in result["rows"]:
+        table.add_row(
+            row["task"],
+            row["metric"],
+            str(row["documents"]),
+            *(
+                f"{row[side]:.3f}"
+                + (f" ± {row[f'{side}_error']:.3f}" if row[f"{side}_error"] else "")
+                for side in ("dense", "sparse")
+            ),
+        )
+    out.print(table)
+    out.print(f"cost share {result['cost_share']:.3f}; ± is the standard error over documents")
+    record = {"model": model, "clusters": clusters, **result}
+    _write(json_file, {**record, "host": host_record(loaded.device)})
+
+
+@app.command()
 def bench(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")] = None,
     clusters: Annotated[
