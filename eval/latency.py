@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from transformers.generation.streamers import BaseStreamer
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
@@ -113,7 +114,7 @@ def bench(
         :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds
         (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
         (sparse_fast over dense_fast), ``ceiling`` (by bytes) and ``gbps``; ``cost_share``;
-        ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``host``.
+        ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``num_layers``; ``host``.
 
     Raises:
         SparseRuntimeError: the sparse runs did not take the sparse path, or compute something else.
@@ -164,6 +165,7 @@ def bench(
             for size in batches
         ],
         "runs": results,
+        "num_layers": len(find_ffn_layers(model)),
         "prompt_tokens": prompt_tokens,
         "host": host_record(),
     }

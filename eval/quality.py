@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsparsify
@@ -24,11 +25,13 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.forwards import dense_prompts
 from sparse_runtime.eval.perplexity import score_text
+from sparse_runtime.predictors import router_logits
 from sparse_runtime.progress import ProgressReporter
 from sparse_runtime.sparse_ffn import SparseFFN
 
 # Scoring sets costs more than running them; this many tokens fix a layer's means to about 0.001.
 _SCORED_TOKENS = 4096
+_CONFIDENCE_BINS = 10
 #: Every token of every call sparse, by the backend that defines the answer.
 EVALUATION = SparseConfig(prefill="sparse", backend="reference")
 
@@ -61,7 +64,8 @@ def evaluate_quality(
         dtype (beside larger weights low-bit copies would seem cheaper), ``nll`` (of each run, the
         windows' negative log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,
         ``window``, ``stride``, ``prompt_tokens`` and, per layer, the scores of :class:`SetScorer` on
-        the states of the sparse model.
+        the states of the sparse model and ``confidence``: shares of the tokens whose router gives its
+        choice a probability of 0 to 0.1, 0.1 to 0.2, … 0.9 to 1.
 
     Raises:
         DataError: the text is shorter than one window.
@@ -78,7 +82,7 @@ def evaluate_quality(
             scores = {"dense": score_text(model, tokens, description="dense", **options)}
         reset_cost(model)
         with dense_prompts(model, prompt_tokens):
-            with _scored(model, clusters, scorers) as set_scorers:
+            with _scored(model, clusters, scorers) as scored:
                 scores["sparse"] = score_text(model, tokens, description="sparse", **options)
             cost = count_cost(sparse_modules(model), element_size=2)
             with _oracle_ids(model, scorers):
@@ -100,7 +104,14 @@ def evaluate_quality(
         "prompt_tokens": prompt_tokens,
         "scored": scores["dense"].scored,
         "nll": {name: score.nll for name, score in scores.items()},
-        "layers": [{"index": index, **s.scores()} for index, s in sorted(set_scorers.items())],
+        "layers": [
+            {
+                "index": index,
+                **scorer.scores(),
+                "confidence": (counts / counts.sum()).tolist(),
+            }
+            for index, (scorer, counts) in sorted(scored.items())
+        ],
     }
 
 
@@ -120,9 +131,10 @@ def _routes(model: nn.Module, make_route: Any) -> Iterator[None]:
 @contextmanager
 def _scored(
     model: nn.Module, clusters: ClusterSet, scorers: dict[int, ImportanceScorer]
-) -> Iterator[dict[int, SetScorer]]:
+) -> Iterator[dict[int, tuple[SetScorer, Tensor]]]:
+    """Score the sets that routers choose, and count how sure they are."""
     neurons = clusters.fingerprint["intermediate_size"]
-    set_scorers = {}
+    scored = {}
 
     def make_route(module: SparseFFN) -> Any:
         layer, predict = clusters.layers[module.layer_index], module.route
@@ -133,7 +145,8 @@ def _scored(
             unpack_bits(sets, neurons),
             unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
         )
-        set_scorers[module.layer_index] = scorer
+        counts = torch.zeros(_CONFIDENCE_BINS, device=module.active_sets.device)
+        scored[module.layer_index] = (scorer, counts)
         remaining = _SCORED_TOKENS
 
         def route(x: Tensor) -> Tensor:
@@ -142,13 +155,18 @@ def _scored(
             if remaining > 0:
                 sample = slice(0, remaining)
                 scorer.add(scorers[module.layer_index](x[sample]), ids[sample])
+                logits = router_logits(
+                    x[sample], module.router_down, module.router_up, module.router_bias
+                )
+                sure = logits.float().softmax(-1).amax(-1)
+                counts += torch.histc(sure, _CONFIDENCE_BINS, 0, 1)
                 remaining -= len(ids[sample])
             return ids
 
         return route
 
     with _routes(model, make_route):
-        yield set_scorers
+        yield scored
 
 
 @contextmanager

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -21,20 +21,30 @@ from transformers import TextStreamer
 
 from sparse_runtime.api import cost_report, dense, reset_cost, sparsify
 from sparse_runtime.atomic import write_json
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cluster_set import ClusterSet, check_output_folder
 from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError
 from sparse_runtime.models import load_model, parse_dtype
 from sparse_runtime.progress import RichProgress
 from sparse_runtime.recut import recut
+from sparse_runtime.tables import (
+    artifact_summary,
+    out,
+    print_bench,
+    print_curves,
+    print_quality,
+    print_rows,
+    print_summary,
+)
 from sparse_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from sparse_runtime.clusters.data import CalibrationText
 
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 ModelArgument = Annotated[
@@ -177,9 +187,9 @@ def build(
     except KeyboardInterrupt:
         _fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
     seconds = time.perf_counter() - started
-    summary = _summary(artifact)
+    summary = artifact_summary(artifact)
     summary.update(seconds_total=seconds, peak_memory_mib=_peak_memory_mib())
-    _print_summary(str(output), summary)
+    print_summary(str(output), summary)
     _write(json_file, summary)
 
 
@@ -316,7 +326,7 @@ def evaluate(
             calibration=windows,
             protocol=Protocol(window, stride or None, prompt_tokens, progress),
         )
-        _print_curves(curves)
+        print_curves(curves)
         _write(json_file, {**record, **curves, "host": host_record(loaded.device)})
         return
     if budget is not None or verify is not None:
@@ -332,7 +342,7 @@ def evaluate(
             prompt_tokens=prompt_tokens,
             progress=progress,
         )
-        _print_quality(source, result)
+        print_quality(source, result)
         results.append({"data": source, **result})
     further = {"others": results[1:]} if len(results) > 1 else {}
     _write(json_file, {**record, **results[0], **further, "host": host_record(loaded.device)})
@@ -372,7 +382,6 @@ def paper(
     json_file: JsonOption = None,
 ) -> None:
     """Reproduce the AWC paper's figures; evaluation only, nothing is saved or skipped."""
-    from sparse_runtime.clusters.data import calibration_windows, parse_source, token_stream
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.paper import paper_coverage, paper_perplexity
 
@@ -381,33 +390,16 @@ def paper(
         _numbers("--densities", densities, float),
     )
     chosen = None if layers is None else _numbers("--layers", layers, int)
-    sources = data or ["wikitext2"]
-    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
-    text = calibration_windows(
-        [parse_source(source) for source in sources],
-        tokenizer,
-        max_tokens=max_tokens,
-        window=window,
-        seed=seed,
-        model=loaded,
+    loaded, text, tokens, windows = _fit_and_test(
+        model, data, test, max_tokens, test_tokens, window, seed, dtype, device
     )
-    tokens = token_stream(
-        parse_source(test or sources[0]),
-        tokenizer,
-        max_tokens=test_tokens,
-        split="test",
-        model=loaded,
-    )
-    whole = len(tokens) // window
-    if whole == 0:
-        raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
     options: dict[str, Any] = {"percentile": percentile, "init": init, "seed": seed}
     progress = RichProgress(err)
     result: dict[str, Any] = {"model": model, "data": text.record, "layers": chosen, **options}
     result["coverage"] = paper_coverage(
         loaded,
         text.windows,
-        tokens[: whole * window].view(whole, window),
+        windows,
         clusters=counts,
         densities=shares,
         layers=chosen,
@@ -415,7 +407,7 @@ def paper(
         progress=progress,
         **options,
     )
-    _print_rows("oracle ids, held-out text", result["coverage"])
+    print_rows("oracle ids, held-out text", result["coverage"])
     if masks:
         result["perplexity"] = paper_perplexity(
             loaded,
@@ -439,8 +431,66 @@ def paper(
                 for name, values in row["projections"].items()
             }
             rows.append({name: row[name] for name in ("density", "perplexity", "ratio")} | scores)
-        _print_rows("", rows)
+        print_rows("", rows)
     _write(json_file, {**result, "host": host_record(loaded.device)})
+
+
+@app.command()
+def ablate(
+    model: ModelArgument,
+    data: DataOption = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+    ] = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Layers, with commas; three spread over the model if not given."),
+    ] = None,
+    clusters: Annotated[str, typer.Option(help="Values of K, with commas.")] = "64,256,1024",
+    percentiles: Annotated[
+        str, typer.Option(help="Top percentiles p, with commas: sets hold 1 − p of the neurons.")
+    ] = "0.2,0.4,0.6,0.8",
+    sparsities: Annotated[
+        str, typer.Option(help="Shares of zeros in the paper's patterns, with commas.")
+    ] = "0.3,0.5,0.7",
+    seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 16_384,
+    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 4096,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Settings of the clustering, one changed at a time, by coverage on held-out text."""
+    from sparse_runtime.eval.ablation import Grid, ablate
+    from sparse_runtime.eval.host import host_record
+
+    grid = Grid(
+        clusters=tuple(_numbers("--clusters", clusters, int)),
+        top_percentiles=tuple(_numbers("--percentiles", percentiles, float)),
+        sparsities=tuple(_numbers("--sparsities", sparsities, float)),
+        seeds=tuple(_numbers("--seeds", seeds, int)),
+    )
+    chosen = None if layers is None else _numbers("--layers", layers, int)
+    loaded, text, _, windows = _fit_and_test(
+        model, data, test, max_tokens, test_tokens, window, 0, dtype, device
+    )
+    rows = ablate(
+        loaded,
+        text.windows,
+        windows,
+        layers=chosen,
+        grid=grid,
+        progress=RichProgress(err),
+    )
+    names = ("coverage", "oracle_coverage", "static_coverage", "chance", "precision", "effective")
+    shown = [
+        {name: row[name] for name in ("method", "factor", "value", *names, "iterations")}
+        for row in rows
+    ]
+    print_rows("held-out text, ids by a linear router", shown)
+    record = {"model": model, "data": text.record, "rows": rows}
+    _write(json_file, {**record, "host": host_record(loaded.device)})
 
 
 @app.command()
@@ -557,7 +607,7 @@ def bench(
         batches=sizes,
         progress=RichProgress(err),
     )
-    _print_bench(shape or str(model), result)
+    print_bench(shape or str(model), result)
     _write(json_file, {"model": shape or model, "clusters": clusters, **result})
 
 
@@ -567,8 +617,8 @@ def inspect(
     json_file: JsonOption = None,
 ) -> None:
     """Show what an artifact holds."""
-    summary = _summary(ClusterSet.from_pretrained(clusters))
-    _print_summary(clusters, summary)
+    summary = artifact_summary(ClusterSet.from_pretrained(clusters))
+    print_summary(clusters, summary)
     _write(json_file, summary)
 
 
@@ -583,10 +633,47 @@ def demo(
     from sparse_runtime.eval.demo import run_demo
 
     result = run_demo(output, out, RichProgress(err), _generate, _dtype("auto", None))
-    _print_quality("pydoc, held-out topics", result["quality"])
+    print_quality("pydoc, held-out topics", result["quality"])
     write_json(output / "demo.json", result)
     _write(json_file, result)
     out.print(f"artifact in {output / 'clusters'}, figures in {output / 'demo.json'}")
+
+
+def _fit_and_test(
+    model: str,
+    data: list[str] | None,
+    test: str | None,
+    max_tokens: int,
+    test_tokens: int,
+    window: int,
+    seed: int,
+    dtype: str,
+    device: str | None,
+) -> tuple[Any, CalibrationText, torch.Tensor, torch.Tensor]:
+    """A model, calibration text, and the tokens of held-out text, also as windows [W, window]."""
+    from sparse_runtime.clusters.data import calibration_windows, parse_source, token_stream
+
+    sources = data or ["wikitext2"]
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    text = calibration_windows(
+        [parse_source(source) for source in sources],
+        tokenizer,
+        max_tokens=max_tokens,
+        window=window,
+        seed=seed,
+        model=loaded,
+    )
+    tokens = token_stream(
+        parse_source(test or sources[0]),
+        tokenizer,
+        max_tokens=test_tokens,
+        split="test",
+        model=loaded,
+    )
+    whole = len(tokens) // window
+    if whole == 0:
+        raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
+    return loaded, text, tokens, tokens[: whole * window].view(whole, window)
 
 
 def _generate(
@@ -639,137 +726,6 @@ def _dtype(text: str, device: str | None) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
-def _summary(artifact: ClusterSet) -> dict[str, Any]:
-    neurons = artifact.fingerprint["intermediate_size"]
-    layers = [
-        {
-            "index": index,
-            "clusters": layer.num_clusters,
-            "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
-            "looked_at": (
-                0.0
-                if layer.maybe_sets is None
-                else set_sizes(layer.maybe_sets).float().mean().item() / neurons
-            ),
-            "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
-        }
-        for index, layer in sorted(artifact.layers.items())
-    ]
-    return {
-        "fingerprint": artifact.fingerprint,
-        "budget": artifact.budget,
-        "verified": artifact.verified,
-        "layers": layers,
-        "build": artifact.build,
-    }
-
-
-def _print_summary(name: str, summary: dict[str, Any]) -> None:
-    build, fingerprint = summary["build"], summary["fingerprint"]
-    config = build.get("config", {})
-    out.print(f"[bold]{escape(name)}[/bold]: clusters for {escape(str(build.get('model')))}")
-    out.print(
-        f"{fingerprint['model_type']}, {fingerprint['num_layers']} layers, hidden "
-        f"{fingerprint['hidden_size']}, intermediate {fingerprint['intermediate_size']}"
-    )
-    if config:
-        out.print(
-            f"method {config['method']}, importance {config['importance']}, budget "
-            f"{summary['budget']}, seed {config['seed']}, "
-            f"{build['data']['tokens']} calibration tokens"
-        )
-    table = Table(
-        "layer", "clusters", "computed", "looked at", "router", "coverage", "chance", "static"
-    )
-    held_out = {entry["index"]: entry["held_out"] for entry in build.get("layers", [])}
-    for layer in summary["layers"]:
-        scores = held_out.get(layer["index"], {})
-        table.add_row(
-            str(layer["index"]),
-            str(layer["clusters"]),
-            f"{layer['density']:.3f}",
-            f"{layer['looked_at']:.3f}",
-            layer["router"],
-            *(
-                f"{scores[name]:.3f}" if name in scores else "–"
-                for name in ("coverage", "chance", "static_coverage")
-            ),
-        )
-    out.print(table)
-    if "seconds_total" in summary:
-        out.print(
-            f"{summary['seconds_total']:.0f} s in all, peak memory "
-            f"{summary['peak_memory_mib']:.0f} MiB"
-        )
-
-
-def _print_quality(source: str, result: dict[str, Any]) -> None:
-    table = Table(title=_text_title(source, result["tokens"], result))
-    for column in ("neurons chosen", "perplexity", "÷ dense"):
-        table.add_column(column, justify="left" if column == "neurons chosen" else "right")
-    names = {
-        "dense": "all (dense)",
-        "sparse": "by the router (sparse)",
-        "oracle_ids": "by oracle ids (ceiling of the router)",
-        "static": "one static set (floor)",
-    }
-    dense_perplexity = result["perplexity"]["dense"]
-    for key, name in names.items():
-        value = result["perplexity"][key]
-        table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
-    out.print(table)
-    layers = result["layers"]
-    mean = {key: sum(entry[key] for entry in layers) / len(layers) for key in layers[0]}
-    out.print(
-        f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
-        f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "
-        f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
-        f"{mean['precision']:.3f}"
-    )
-
-
-_CURVE_COLUMNS = (
-    *("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense", "95 %"),
-    *("KL", "top-1"),
-)
-
-
-def _print_curves(curves: dict[str, Any]) -> None:
-    for result in curves["results"]:
-        table = Table(title=_text_title(result["data"], result["tokens"], curves))
-        table.add_column("method", no_wrap=True)
-        for column in _CURVE_COLUMNS:
-            # In a narrow terminal the headings of two words break, and nothing else.
-            table.add_column(column, justify="right", no_wrap=" " not in column)
-        perplexity = result["dense"]["perplexity"]
-        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000", "", "0", "1")
-        for row in result["rows"]:
-            looks = " + looks" if row["verify"] else ""
-            numbers = (
-                "–" if row[name] is None else f"{row[name]:.3f}"
-                for name in ("cost_share", "computed", "looked_at")
-            )
-            table.add_row(
-                row["method"] + looks,
-                f"{row['budget']:g}",
-                *numbers,
-                f"{row['perplexity']:.2f}",
-                f"{row['ratio']:.3f}",
-                "–".join(f"{bound:.3f}" for bound in row["interval"]),
-                f"{row['divergence']:.3f}",
-                f"{row['agreement']:.3f}",
-            )
-        out.print(table)
-    for row in curves["left_out"]:
-        out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
-
-
-def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:
-    prompt = protocol["prompt_tokens"]
-    dense_part = f", after a dense prompt of {prompt}" if prompt else ""
-    return f"{escape(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
-
-
 def _numbers(option: str, text: str, kind: type) -> list[Any]:
     try:
         return [kind(part) for part in text.split(",")]
@@ -778,67 +734,6 @@ def _numbers(option: str, text: str, kind: type) -> list[Any]:
             f"{option} is {text!r}; expected numbers separated by commas, such as "
             + ("256,1024" if kind is int else "0.6,0.7")
         ) from None
-
-
-def _print_rows(title: str, rows: list[dict[str, Any]]) -> None:
-    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title or None)
-    for row in rows:
-        table.add_row(
-            *(
-                "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
-                for value in row.values()
-            )
-        )
-    out.print(table)
-
-
-def _print_bench(name: str, result: dict[str, Any]) -> None:
-    for run in result["runs"]:
-        mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
-        out.print(
-            f"[bold]{escape(name)}[/bold], density {mlp['density']:.2f}, cost share "
-            f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
-        )
-        out.print(
-            f"one FFN, one token: F.linear {mlp['dense_ms']:.3f} ms, prepacked "
-            f"{mlp['prepacked_ms'] or float('nan'):.3f} ms, sparse {mlp['sparse_ms']:.3f} ms "
-            f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
-            f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of the bandwidth)"
-        )
-        prediction = run["prediction"]
-        rows = (
-            f"{row['name']} {1e3 * row['ms']:.0f} µs ({row['share']:.1%})"
-            for row in prediction["rows"]
-        )
-        out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
-        table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
-        for variant, gbps in decode["gbps"].items():
-            table.add_row(
-                variant.replace("_fast", " + fast linears"),
-                f"{decode[variant + '_ms']:.1f}",
-                f"{decode[variant + '_p90_ms']:.1f}",
-                f"{decode[variant + '_tok_s']:.1f}",
-                f"{gbps:.1f}",
-            )
-        out.print(table)
-        out.print(
-            f"decode: sparse {decode['speedup']:.2f}×, with fast linears on both sides "
-            f"{decode['speedup_fast']:.2f}× (ceiling by bytes {decode['ceiling']:.2f}×), both "
-            f"together {decode['speedup_total']:.2f}×; prefill of {result['prompt_tokens']} tokens "
-            f"{prefill['dense_ms']:.0f} → {prefill['sparse_ms']:.0f} ms "
-            f"({prefill['speedup']:.2f}×)\n"
-        )
-    for batch in result["batches"]:
-        out.print(
-            f"batch {batch['batch']}: {batch['dense_ms']:.1f} → {batch['sparse_ms']:.1f} ms "
-            f"({batch['speedup']:.2f}×)"
-        )
-    memory = result["memory"]
-    out.print(
-        f"memory: dense {memory['dense_mib']:.0f} MiB, sparse {memory['sparse_mib']:.0f} MiB; "
-        f"(weights + growth) ÷ weights = {memory['ratio']:.3f}, artifact "
-        f"{memory['artifact_mib']:.0f} MiB"
-    )
 
 
 def _write(json_file: Path | None, value: dict[str, Any]) -> None:

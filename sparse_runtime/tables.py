@@ -1,0 +1,213 @@
+"""Tables that the command line prints."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.cluster_set import ClusterSet
+
+out = Console(highlight=False)
+
+
+def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
+    """What an artifact holds, as JSON."""
+    neurons = artifact.fingerprint["intermediate_size"]
+    layers = [
+        {
+            "index": index,
+            "clusters": layer.num_clusters,
+            "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
+            "looked_at": (
+                0.0
+                if layer.maybe_sets is None
+                else set_sizes(layer.maybe_sets).float().mean().item() / neurons
+            ),
+            "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
+        }
+        for index, layer in sorted(artifact.layers.items())
+    ]
+    return {
+        "fingerprint": artifact.fingerprint,
+        "budget": artifact.budget,
+        "verified": artifact.verified,
+        "layers": layers,
+        "build": artifact.build,
+    }
+
+
+def print_summary(name: str, summary: dict[str, Any]) -> None:
+    """Print what ``artifact_summary`` says."""
+    build, fingerprint = summary["build"], summary["fingerprint"]
+    config = build.get("config", {})
+    out.print(f"[bold]{escape(name)}[/bold]: clusters for {escape(str(build.get('model')))}")
+    out.print(
+        f"{fingerprint['model_type']}, {fingerprint['num_layers']} layers, hidden "
+        f"{fingerprint['hidden_size']}, intermediate {fingerprint['intermediate_size']}"
+    )
+    if config:
+        out.print(
+            f"method {config['method']}, importance {config['importance']}, budget "
+            f"{summary['budget']}, seed {config['seed']}, "
+            f"{build['data']['tokens']} calibration tokens"
+        )
+    table = Table(
+        "layer", "clusters", "computed", "looked at", "router", "coverage", "chance", "static"
+    )
+    held_out = {entry["index"]: entry["held_out"] for entry in build.get("layers", [])}
+    for layer in summary["layers"]:
+        scores = held_out.get(layer["index"], {})
+        table.add_row(
+            str(layer["index"]),
+            str(layer["clusters"]),
+            f"{layer['density']:.3f}",
+            f"{layer['looked_at']:.3f}",
+            layer["router"],
+            *(
+                f"{scores[name]:.3f}" if name in scores else "–"
+                for name in ("coverage", "chance", "static_coverage")
+            ),
+        )
+    out.print(table)
+    if "seconds_total" in summary:
+        out.print(
+            f"{summary['seconds_total']:.0f} s in all, peak memory "
+            f"{summary['peak_memory_mib']:.0f} MiB"
+        )
+
+
+def print_quality(source: str, result: dict[str, Any]) -> None:
+    """Print the figures of ``evaluate_quality`` on one text."""
+    table = Table(title=_text_title(source, result["tokens"], result))
+    for column in ("neurons chosen", "perplexity", "÷ dense"):
+        table.add_column(column, justify="left" if column == "neurons chosen" else "right")
+    names = {
+        "dense": "all (dense)",
+        "sparse": "by the router (sparse)",
+        "oracle_ids": "by oracle ids (ceiling of the router)",
+        "static": "one static set (floor)",
+    }
+    dense_perplexity = result["perplexity"]["dense"]
+    for key, name in names.items():
+        value = result["perplexity"][key]
+        table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
+    out.print(table)
+    layers = result["layers"]
+    names = ("density", "coverage", "chance", "static_coverage", "oracle_coverage", "precision")
+    mean = {name: sum(entry[name] for entry in layers) / len(layers) for name in names}
+    out.print(
+        f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
+        f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "
+        f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
+        f"{mean['precision']:.3f}"
+    )
+
+
+_CURVE_COLUMNS = (
+    *("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense", "95 %"),
+    *("KL", "top-1"),
+)
+
+
+def print_curves(curves: dict[str, Any]) -> None:
+    """Print the figures of ``evaluate_curves``."""
+    for result in curves["results"]:
+        table = Table(title=_text_title(result["data"], result["tokens"], curves))
+        table.add_column("method", no_wrap=True)
+        for column in _CURVE_COLUMNS:
+            # In a narrow terminal the headings of two words break, and nothing else.
+            table.add_column(column, justify="right", no_wrap=" " not in column)
+        perplexity = result["dense"]["perplexity"]
+        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000", "", "0", "1")
+        for row in result["rows"]:
+            looks = " + looks" if row["verify"] else ""
+            numbers = (
+                "–" if row[name] is None else f"{row[name]:.3f}"
+                for name in ("cost_share", "computed", "looked_at")
+            )
+            table.add_row(
+                row["method"] + looks,
+                f"{row['budget']:g}",
+                *numbers,
+                f"{row['perplexity']:.2f}",
+                f"{row['ratio']:.3f}",
+                "–".join(f"{bound:.3f}" for bound in row["interval"]),
+                f"{row['divergence']:.3f}",
+                f"{row['agreement']:.3f}",
+            )
+        out.print(table)
+    for row in curves["left_out"]:
+        out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
+
+
+def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:
+    prompt = protocol["prompt_tokens"]
+    dense_part = f", after a dense prompt of {prompt}" if prompt else ""
+    return f"{escape(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
+
+
+def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
+    """Print records with the same keys as a table."""
+    table = Table(*(name.replace("_", " ") for name in rows[0]), title=title or None)
+    for row in rows:
+        table.add_row(
+            *(
+                "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+                for value in row.values()
+            )
+        )
+    out.print(table)
+
+
+def print_bench(name: str, result: dict[str, Any]) -> None:
+    """Print the figures of ``bench``."""
+    for run in result["runs"]:
+        mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
+        out.print(
+            f"[bold]{escape(name)}[/bold], density {mlp['density']:.2f}, cost share "
+            f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
+        )
+        out.print(
+            f"one FFN, one token: F.linear {mlp['dense_ms']:.3f} ms, prepacked "
+            f"{mlp['prepacked_ms'] or float('nan'):.3f} ms, sparse {mlp['sparse_ms']:.3f} ms "
+            f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
+            f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of the bandwidth)"
+        )
+        prediction = run["prediction"]
+        rows = (
+            f"{row['name']} {1e3 * row['ms']:.0f} µs ({row['share']:.1%})"
+            for row in prediction["rows"]
+        )
+        out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
+        table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
+        for variant, gbps in decode["gbps"].items():
+            table.add_row(
+                variant.replace("_fast", " + fast linears"),
+                f"{decode[variant + '_ms']:.1f}",
+                f"{decode[variant + '_p90_ms']:.1f}",
+                f"{decode[variant + '_tok_s']:.1f}",
+                f"{gbps:.1f}",
+            )
+        out.print(table)
+        out.print(
+            f"decode: sparse {decode['speedup']:.2f}×, with fast linears on both sides "
+            f"{decode['speedup_fast']:.2f}× (ceiling by bytes {decode['ceiling']:.2f}×), both "
+            f"together {decode['speedup_total']:.2f}×; prefill of {result['prompt_tokens']} tokens "
+            f"{prefill['dense_ms']:.0f} → {prefill['sparse_ms']:.0f} ms "
+            f"({prefill['speedup']:.2f}×)\n"
+        )
+    for batch in result["batches"]:
+        out.print(
+            f"batch {batch['batch']}: {batch['dense_ms']:.1f} → {batch['sparse_ms']:.1f} ms "
+            f"({batch['speedup']:.2f}×)"
+        )
+    memory = result["memory"]
+    out.print(
+        f"memory: dense {memory['dense_mib']:.0f} MiB, sparse {memory['sparse_mib']:.0f} MiB; "
+        f"(weights + growth) ÷ weights = {memory['ratio']:.3f}, artifact "
+        f"{memory['artifact_mib']:.0f} MiB"
+    )
