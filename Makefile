@@ -15,7 +15,16 @@ SANITIZERS := -fsanitize=address,undefined,float-cast-overflow -fno-sanitize-rec
 	-fno-omit-frame-pointer -g
 SANITIZER_LIBRARIES = $(foreach name,asan ubsan stdc++,$(shell g++ -print-file-name=lib$(name).so))
 
-.PHONY: demo test test-all sanitize lint format bench wheel clean
+# Texts of `make report`, as options of sparse-runtime. Without a model hub, name local files:
+# make report CALIBRATION="--data valid.txt --data train.txt" TEST=test.txt DOMAINS="--data c4.jsonl" TASKS=
+CALIBRATION ?= --data wikitext2
+TEST ?= wikitext2
+DOMAINS ?= --data c4
+TASKS ?= --task lambada_openai --task piqa
+REPORT := runs/report
+CHEAP_BASELINES := oracle,teal,wina,cats,static,random
+
+.PHONY: demo test test-all sanitize lint format bench report report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -55,6 +64,43 @@ bench: $(STAMP)
 		--json runs/bench/mistral-7b.json
 	$(BIN)/python -m sparse_runtime.eval.bench_report docs/benchmarks/cpu.md \
 		runs/bench/demo.json runs/bench/mistral-7b.json
+
+# Every quality figure of README and docs/benchmarks/quality.md, and a page of plots, from nothing.
+# An artifact that is there already is used again.
+report: $(STAMP)
+	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
+		-o $(REPORT)/clusters $(CALIBRATION) --json $(REPORT)/build.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
+		--json $(REPORT)/eval.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
+		--budgets 0.3,0.4,0.5,0.6,0.7 --baselines $(CHEAP_BASELINES) --json $(REPORT)/quality.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
+		--budgets 0.5 --verify --baselines deja-vu,awc-paper --json $(REPORT)/predictors.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
+		--budgets 0.5 --baselines teal,griffin --prompt-tokens 256 \
+		--json $(REPORT)/decode_only.json
+	test -z "$(DOMAINS)" || $(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters $(DOMAINS) \
+		--max-tokens 8192 --budgets 0.5 --baselines teal --json $(REPORT)/domains.json
+	$(BIN)/sparse-runtime ablate demo $(CALIBRATION) --test $(TEST) --max-tokens 8192 \
+		--json $(REPORT)/ablation.json
+	test -z "$(TASKS)" || $(BIN)/sparse-runtime tasks demo --clusters $(REPORT)/clusters $(TASKS) \
+		--limit 200 --json $(REPORT)/tasks.json
+	$(BIN)/sparse-runtime bench demo --clusters $(REPORT)/clusters --json $(REPORT)/bench.json
+	$(BIN)/sparse-runtime report $(REPORT)
+	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
+		README.md
+
+# The same page in minutes, of a small artifact and little text, both out of Python itself.
+report-quick: REPORT := runs/report-quick
+report-quick: $(STAMP)
+	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
+		-o $(REPORT)/clusters --data pydoc --max-tokens 8192 --clusters 64 --distill 5
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
+		--json $(REPORT)/eval.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
+		--budgets 0.4,0.5,0.6 --baselines $(CHEAP_BASELINES) --calibration pydoc \
+		--calibration-tokens 4096 --json $(REPORT)/quality.json
+	$(BIN)/sparse-runtime report $(REPORT)
 
 # On Linux. torch's libraries stay outside; auditwheel fails where the library needs symbols newer
 # than the tag promises, that is, where the compiler is too new.

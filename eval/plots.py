@@ -10,7 +10,7 @@ import torch
 
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.run_folder import RunFolder, method_label, text_name
+from sparse_runtime.eval.run_folder import RunFolder, method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -68,10 +68,12 @@ def make_plots(run: RunFolder) -> Iterator[Plot]:
             "pip install 'sparse-runtime[report]'"
         ) from error
     with mpl.rc_context(_STYLE):
-        for number, (name, result) in enumerate(run.curves(), 1):
-            yield _quality(f"quality_{number}", name, result)
-        if len(run.figures.get("quality", {}).get("results", [])) > 1:
-            yield _domains(run.figures["quality"]["results"])
+        curves = run.curves()
+        for number, (name, result) in enumerate(curves.items(), 1):
+            if len({row["budget"] for row in result["rows"]}) > 1:
+                yield _quality(f"quality_{number}", name, result)
+        if len(curves) > 1:
+            yield _domains(curves)
         if "eval" in run.figures:
             layers = run.figures["eval"]["layers"]
             yield _coverage(layers)
@@ -147,7 +149,9 @@ def _log_ratio(axes: Axes, ratios: Sequence[float]) -> None:
     axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def _domains(results: list[dict[str, Any]]) -> Plot:
+def _domains(curves: dict[str, dict[str, Any]]) -> Plot:
+    """Every method that ran on all texts, at the budget next to one half."""
+    names, results = list(curves), list(curves.values())
     budget = min(
         (row["budget"] for row in results[0]["rows"]), key=lambda budget: abs(budget - 0.5)
     )
@@ -158,21 +162,23 @@ def _domains(results: list[dict[str, Any]]) -> Plot:
     ]
     figure, axes = _new(7, 3.6)
     width = 0.8 / len(methods)
-    words = []
+    words, shown = [], []
     for number, label in enumerate(methods):
         rows = [_at(result, label, budget) for result in results]
         ratios = [row["ratio"] for row in rows if row is not None]
+        shown += ratios
         places = [index + (number - (len(methods) - 1) / 2) * width for index in range(len(rows))]
         axes.bar(places, ratios, width, label=label, color=_COLORS[number % len(_COLORS)])
         words.append(f"{label} " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    names = [text_name(result["data"]) for result in results]
-    axes.set_xticks(range(len(names)), names)
+    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
     axes.set_ylabel("perplexity ÷ dense")
-    _log_ratio(axes, [result["ratio"] for r in results for result in r["rows"]])
+    _log_ratio(axes, shown)
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     figure.legend(loc="outside right center", fontsize=8)
     alt = (
-        f"Perplexity ratio at a budget of {budget:g} on {', '.join(names)}: " + "; ".join(words) + "."
+        f"Perplexity ratio at a budget of {budget:g} on {', '.join(names)}: "
+        + "; ".join(words)
+        + "."
     )
     return Plot("domains", f"Domains at a budget of {budget:g}", alt, figure)
 
@@ -213,7 +219,9 @@ def _confidence(layers: list[dict[str, Any]]) -> Plot:
     counts = torch.tensor([layer["confidence"] for layer in layers]).t()
     figure, axes = _new(7, 2.8)
     image = axes.imshow(counts, aspect="auto", origin="lower", cmap="magma", extent=None)
-    axes.set_yticks([bin_ - 0.5 for bin_ in range(0, 11, 2)], [f"{b / 10:g}" for b in range(0, 11, 2)])
+    axes.set_yticks(
+        [bin_ - 0.5 for bin_ in range(0, 11, 2)], [f"{b / 10:g}" for b in range(0, 11, 2)]
+    )
     axes.set_ylabel("probability of the choice")
     axes.grid(False)
     _layer_axis(axes, [layer["index"] for layer in layers])
@@ -311,16 +319,18 @@ def _latency(bench: dict[str, Any]) -> Plot:
         for part, color, name in zip(
             parts, ("#BBBBBB", _COLORS[0], _COLORS[3]), ("rest", "FFN", "router"), strict=True
         ):
-            axes.barh(
-                position, part, left=left, color=color, label=name if position == 0 else None
-            )
+            axes.barh(position, part, left=left, color=color, label=name if position == 0 else None)
             left += part
         words.append(f"{label} {total:.1f} ms, of which FFN {layers * ffn:.1f}")
     axes.set_yticks(range(len(names)), [label for label, _, _ in names.values()])
     axes.invert_yaxis()
     axes.set_xlabel("ms per decoded token (FFN and router: timed alone × layers)")
     axes.legend(fontsize=8, loc="lower right")
-    alt = "Decode time per token: " + "; ".join(words) + f". The router takes {layers * router:.2f} ms."
+    alt = (
+        "Decode time per token: "
+        + "; ".join(words)
+        + f". The router takes {layers * router:.2f} ms."
+    )
     return Plot("latency", "Latency breakdown", alt, figure)
 
 

@@ -159,7 +159,7 @@ def _scored(
                     x[sample], module.router_down, module.router_up, module.router_bias
                 )
                 sure = logits.float().softmax(-1).amax(-1)
-                counts += torch.histc(sure, _CONFIDENCE_BINS, 0, 1)
+                counts.add_(torch.histc(sure, _CONFIDENCE_BINS, 0, 1))
                 remaining -= len(ids[sample])
             return ids
 

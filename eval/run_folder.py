@@ -1,12 +1,13 @@
 """The figures of one run, as ``report`` and the tables of the documentation read them.
 
-A run is a folder with the JSON files that the commands write under ``--json``, by these names. Any may be
-missing; what is shown follows from what is there.
+A run is a folder with the JSON files that the commands write under ``--json``, named as in ``FILES``.
+Any may be missing; what is shown follows from what is there.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,11 +15,16 @@ from typing import Any
 from sparse_runtime.cluster_set import CONFIG_FILE, ClusterSet
 from sparse_runtime.errors import DataError
 
+_CURVES = "eval MODEL --clusters DIR --budgets … --baselines"
+#: Files of ``evaluate_curves``; their rows on the same text stand together.
+CURVE_FILES = ("quality", "predictors", "domains", "decode_only")
 #: File -> the command that writes it, and a key that tells its figures from another command's.
 FILES = {
     "eval": ("eval MODEL --clusters DIR", "layers"),
-    "quality": ("eval MODEL --clusters DIR --budgets … --baselines all", "results"),
-    "decode_only": ("eval … --budgets … --baselines … --prompt-tokens 256", "results"),
+    "quality": (f"{_CURVES} …", "results"),
+    "predictors": (f"{_CURVES} deja-vu,awc-paper", "results"),
+    "domains": (f"{_CURVES} … --data … --data …", "results"),
+    "decode_only": (f"{_CURVES} … --prompt-tokens 256", "results"),
     "ablation": ("ablate MODEL", "rows"),
     "paper": ("paper MODEL --compare", "coverage"),
     "tasks": ("tasks MODEL --clusters DIR", "rows"),
@@ -76,17 +82,34 @@ class RunFolder:
         clusters = ClusterSet.from_pretrained(path) if (path / CONFIG_FILE).is_file() else None
         return cls(figures, clusters)
 
-    def curves(self) -> list[tuple[str, dict[str, Any]]]:
-        """Results of one text each, named by protocol and text."""
-        found = []
-        for name in ("quality", "decode_only"):
-            figures = self.figures.get(name)
-            if figures is not None:
-                prompt = figures["prompt_tokens"]
-                protocol = f", after a dense prompt of {prompt} tokens" if prompt else ""
-                for result in figures["results"]:
-                    found.append((f"{text_name(result['data'])}{protocol}", result))
-        return found
+    def curves(self) -> dict[str, dict[str, Any]]:
+        """Results on one text each, by name of text and protocol.
+
+        Raises:
+            DataError: two files are about the same text and do not have the same dense model on it.
+        """
+        merged: dict[str, dict[str, Any]] = {}
+        for file in CURVE_FILES:
+            figures = self.figures.get(file, {"results": []})
+            prompt = figures.get("prompt_tokens")
+            protocol = f", after a dense prompt of {prompt} tokens" if prompt else ""
+            for result in figures["results"]:
+                name = f"{text_name(result['data'])}{protocol}"
+                first = merged.setdefault(name, {**result, "rows": []})
+                if result["scored"] != first["scored"] or not math.isclose(
+                    result["dense"]["perplexity"], first["dense"]["perplexity"], rel_tol=1e-3
+                ):
+                    raise DataError(
+                        f"{file}.json has {name} with a dense perplexity of "
+                        f"{result['dense']['perplexity']:.3f} on {sum(result['scored'])} tokens; "
+                        f"expected {first['dense']['perplexity']:.3f} on {sum(first['scored'])}, as in "
+                        "another file of the run. Judge all methods on the same tokens"
+                    )
+                seen = {(row["budget"], method_label(row)) for row in first["rows"]}
+                first["rows"] += [
+                    row for row in result["rows"] if (row["budget"], method_label(row)) not in seen
+                ]
+        return merged
 
 
 def method_label(row: dict[str, Any]) -> str:
@@ -98,7 +121,7 @@ def method_label(row: dict[str, Any]) -> str:
 
 
 def text_name(source: str) -> str:
-    """A source of text without its folder and options."""
+    """A source of text, or a model, without its folder and options."""
     return Path(source.partition(",")[0]).name
 
 

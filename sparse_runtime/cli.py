@@ -612,6 +612,30 @@ def bench(
 
 
 @app.command()
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder with figures that other commands wrote with --json: eval.json, quality.json "
+            "and decode_only.json (eval --budgets), ablation.json, paper.json, tasks.json, "
+            "bench.json; an artifact in clusters/.",
+        ),
+    ],
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="HTML file. [default: DIR/report.html]")
+    ] = None,
+) -> None:
+    """One self-contained HTML page with tables and plots; every plot as PNG and SVG beside it."""
+    from sparse_runtime.eval.report import write_report
+    from sparse_runtime.eval.run_folder import RunFolder
+
+    page = output or folder / "report.html"
+    write_report(RunFolder.read(folder), page)
+    out.print(f"report in {page}, its figures in {page.parent / 'figures'}")
+
+
+@app.command()
 def inspect(
     clusters: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id.")],
     json_file: JsonOption = None,

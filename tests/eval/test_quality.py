@@ -11,6 +11,7 @@ from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.eval.perplexity import perplexity
 from sparse_runtime.eval.quality import evaluate_quality
+from sparse_runtime.predictors import router_logits
 
 IDS = torch.randint(0, 250, (96,), generator=torch.Generator().manual_seed(0))
 
@@ -60,3 +61,11 @@ def test_layer_scores_are_those_of_the_states_seen(tiny_model):
     sets = unpack_bits(clusters.layers[0].active_sets, 44).float()
     best = (share @ sets.t()).max(-1).values.mean().item()
     assert result["layers"][0]["oracle_coverage"] == pytest.approx(best, rel=1e-5)
+    of_layer = clusters.layers[0]
+    logits = router_logits(
+        states[0], of_layer.router_down, of_layer.router_up, of_layer.router_bias
+    )
+    sure = logits.softmax(-1).max(-1).values
+    expected = [((sure >= b / 10) & (sure < (b + 1) / 10)).float().mean().item() for b in range(10)]
+    assert result["layers"][0]["confidence"] == pytest.approx(expected, abs=0.04)
+    assert max(expected) < 1

@@ -1,0 +1,175 @@
+"""Markdown from the figures of ``make report``: docs/benchmarks/quality.md and README's table.
+
+python -m sparse_runtime.eval.quality_markdown RUN_FOLDER QUALITY.md README.md
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from sparse_runtime.errors import DataError, SparseRuntimeError
+from sparse_runtime.eval.run_folder import CURVE_FILES, RunFolder, method_label
+
+#: What stands between these lines of README is written by this module.
+START, END = "<!-- quality: written by make report -->", "<!-- /quality -->"
+
+_INTRODUCTION = """# Quality
+
+Written by `make report`. Every token runs sparsely unless a prompt is named. *Cost share*: FFN bytes
+read ÷ dense FFN's, everything counted. *÷ dense*: perplexity ratio, with its 95 % bootstrap interval
+over the text's windows; it says how far another text of this kind could differ, not another build.
+*KL*: to the dense model, in nats per token. *Top-1*: share of the tokens with the dense model's
+likeliest next token. Opponents are fitted on the same calibration text, without fine-tuning; the
+*oracle* knows each token's neurons.
+"""
+
+
+def quality_markdown(run: RunFolder) -> str:
+    """The whole document."""
+    parts = [_INTRODUCTION]
+    parts += [_host(run.figures[file]) for file in CURVE_FILES if file in run.figures]
+    for title, result in run.curves().items():
+        parts += [f"## {title}\n", _curves(result)]
+    for file in CURVE_FILES:
+        parts += [
+            f"{row['method']} is left out at {row['budget']:g}: {row['reason']}.\n"
+            for row in run.figures.get(file, {"left_out": []})["left_out"]
+        ]
+    for name, (title, columns) in _OTHERS.items():
+        figures = run.figures.get(name)
+        if figures is not None:
+            rows = figures["coverage" if name == "paper" else "rows"]
+            parts += [f"## {title}\n", _host(figures), _records(rows, columns.split())]
+    return "\n".join(parts)
+
+
+#: File -> title and columns of its table.
+_OTHERS = {
+    "tasks": (
+        "Downstream tasks (lm-eval)",
+        "task metric documents dense dense_error sparse sparse_error",
+    ),
+    "paper": (
+        "Coverage by binary clusters, oracle ids",
+        "method clusters density coverage static chance precision fitted_coverage",
+    ),
+    "ablation": (
+        "Ablations: held-out coverage, ids by a linear router",
+        "method factor value coverage oracle_coverage static_coverage chance precision empty "
+        "effective iterations",
+    ),
+}
+
+
+def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
+    """Every method on the first text at one budget, best first, with a line about the run.
+
+    Raises:
+        DataError: the run has no quality.json, or not this budget.
+    """
+    figures = run.figures.get("quality")
+    title, result = next(iter(run.curves().items()), ("", {"rows": []}))
+    rows = [row for row in result["rows"] if row["budget"] == budget]
+    if figures is None or not rows:
+        raise DataError(f"the run has no quality.json with a budget of {budget:g}")
+    dense = result["dense"]["perplexity"]
+    lines = [["dense", "1.00", "1.000", "", "0", "1"]]
+    for row in sorted(rows, key=lambda row: row["ratio"]):
+        low, high = row["interval"]
+        lines.append(
+            [
+                f"**{method_label(row)}**" if row["method"] == "clusters" else method_label(row),
+                f"{row['cost_share']:.2f}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f}–{high:.3f}",
+                f"{row['divergence']:.3f}",
+                f"{row['agreement']:.3f}",
+            ]
+        )
+    header = ["every token sparse", "FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
+    host = figures["host"]
+    return (
+        f"{_table(header, lines)}\n{figures['model']}, {title}, "
+        f"{result['tokens']} tokens in windows of {figures['window']}, dense perplexity {dense:.2f}, "
+        f"{figures['dtype']}, {host['date']}.\n"
+    )
+
+
+def replaced(text: str, table: str) -> str:
+    """README's text with another table between the marks.
+
+    Raises:
+        DataError: the marks are not there.
+    """
+    before, start, rest = text.partition(START)
+    _, end, after = rest.partition(END)
+    if not start or not end:
+        raise DataError(f"the marks {START} and {END} are not in the file")
+    return f"{before}{START}\n{table}{END}{after}"
+
+
+def _curves(result: dict[str, Any]) -> str:
+    header = ["method", "budget", "cost share", "perplexity", "÷ dense", "95 %", "KL", "top-1"]
+    lines = [["dense", "", "1", f"{result['dense']['perplexity']:.2f}", "1", "", "0", "1"]]
+    for row in result["rows"]:
+        low, high = row["interval"]
+        lines.append(
+            [
+                method_label(row),
+                f"{row['budget']:g}",
+                f"{row['cost_share']:.3f}",
+                f"{row['perplexity']:.2f}",
+                f"{row['ratio']:.3f}",
+                f"{low:.3f}–{high:.3f}",
+                f"{row['divergence']:.3f}",
+                f"{row['agreement']:.3f}",
+            ]
+        )
+    return f"{result['tokens']} tokens.\n\n{_table(header, lines)}"
+
+
+def _records(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
+    return _table(
+        [column.replace("_", " ") for column in columns],
+        (
+            [
+                "–" if row[name] is None else f"{row[name]:.3f}" if isinstance(row[name], float)
+                else str(row[name])
+                for name in columns
+            ]
+            for row in rows
+        ),
+    )  # fmt: skip
+
+
+def _host(figures: dict[str, Any]) -> str:
+    host = figures["host"]
+    return (
+        f"{host['date']}, {host['cpu']}, {host['threads']} threads, torch "
+        f"{host['versions']['torch']}, commit {host['commit']}.\n\n    {host['command']}\n"
+    )
+
+
+def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def main() -> None:
+    """Write the document and the table named on the command line."""
+    folder, document, readme = map(Path, sys.argv[1:])
+    try:
+        run = RunFolder.read(folder)
+        text = replaced(readme.read_text(encoding="utf-8"), readme_table(run))
+    except SparseRuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
+    document.parent.mkdir(parents=True, exist_ok=True)
+    document.write_text(quality_markdown(run), encoding="utf-8")
+    readme.write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

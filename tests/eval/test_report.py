@@ -1,0 +1,252 @@
+"""The report of a run made by the commands on a tiny model, also in a real browser."""
+
+import json
+import shutil
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from conftest import make_tiny_model
+from helpers import cuttable_cluster_set
+
+from sparse_runtime import cli
+from sparse_runtime.eval import ablation, quality_markdown
+from sparse_runtime.eval.ablation import Setting
+from sparse_runtime.eval.run_folder import FILES
+
+pytest.importorskip("matplotlib")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+# Tests run as root in containers, without a network.
+CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*arguments):
+        monkeypatch.setattr("sys.argv", ["sparse-runtime", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, " ".join(captured.err.split())
+
+    return call
+
+
+@pytest.fixture
+def run_folder(made_once, tmp_path):
+    """A folder with every file there is."""
+    return shutil.copytree(made_once, tmp_path / "run")
+
+
+@pytest.fixture(scope="module")
+def made_once(tmp_path_factory, tiny_tokenizer):
+    tmp_path = tmp_path_factory.mktemp("made")
+    folder, tiny_folder = tmp_path / "run", tmp_path / "model"
+    tiny_model = make_tiny_model()
+    tiny_model.save_pretrained(tiny_folder)
+    tiny_tokenizer.save_pretrained(tiny_folder)
+    clusters = cuttable_cluster_set(tiny_model)
+    clusters.build["layers"] = [
+        {"index": i, "held_out": {}, "cluster_sizes": [9, 4, 0, 3, 2, 1]} for i in range(3)
+    ]
+    clusters.save_pretrained(folder / "clusters")
+    picks = torch.randint(0, 4, (900,), generator=torch.Generator().manual_seed(0)).tolist()
+    text, other = tmp_path / "text.txt", tmp_path / "other.txt"
+    text.write_text(" ".join(("alpha", "beta", "gamma", "delta")[pick] for pick in picks))
+    other.write_text(" ".join(("red", "green", "blue", "grey")[pick] for pick in picks))
+    tasks = tmp_path / "lambada.jsonl"
+    tasks.write_text(json.dumps({"text": "alpha beta gamma"}) + "\n")
+    sizes = ["--window", 64, "--dtype", "float32"]
+    fit = ["--data", text, "--max-tokens", 1024, "--test-tokens", 256, "--layers", "1"]
+    judge = ["--clusters", folder / "clusters", "--data", text]
+    calibration = ["--calibration", text, "--calibration-tokens", 640]
+    calls = {
+        "eval": ["eval", tiny_folder, *judge, "--max-tokens", 256, *sizes],
+        "quality": [
+            "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.4,0.5",
+            "--baselines", "teal,cats,static", *calibration,
+        ],
+        "predictors": [
+            "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.5",
+            "--baselines", "deja-vu,teal", *calibration,
+        ],
+        "domains": [
+            "eval", tiny_folder, *judge[:2], "--data", other, "--max-tokens", 256, *sizes,
+            "--budgets", "0.5", "--baselines", "teal", *calibration,
+        ],
+        "decode_only": [
+            "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.5",
+            "--baselines", "griffin", *calibration, "--prompt-tokens", 16,
+        ],
+        "ablation": [
+            "ablate", tiny_folder, *fit, "--clusters", "4,16", "--percentiles", "0.4,0.6", *sizes,
+        ],
+        "paper": ["paper", tiny_folder, *fit, "--clusters", "4", "--compare", *sizes],
+        "tasks": ["tasks", tiny_folder, *judge[:2], "--task", f"lambada={tasks}"],
+        "bench": [
+            "bench", tiny_folder, *judge[:2], "--prompt-tokens", 8, "--new-tokens", 2,
+            "--repeats", 1,
+        ],
+    }  # fmt: skip
+    assert set(calls) == set(FILES)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ablation, "Setting", lambda method: Setting(method, clusters=8))
+        for name, arguments in calls.items():
+            arguments = ["sparse-runtime", *arguments, "--json", folder / f"{name}.json"]
+            patch.setattr("sys.argv", list(map(str, arguments)))
+            with pytest.raises(SystemExit) as exit_:
+                cli.main()
+            assert not exit_.value.code, name
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags and text of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.text = [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text.append(data.strip())
+
+
+def test_report(command, run_folder):
+    code, _, err = command("report", run_folder)
+    assert code == 0, err
+    text = (run_folder / "report.html").read_text()
+    page = Page(text)
+    names = {attributes["id"] for tag, attributes in page.tags if tag == "section"}
+    assert names == {
+        "quality_1", "domains", "coverage", "confidence", "densities",
+        "cluster_sizes", "latency", "ablation", "convergence", "methods", "coverage-table", "tasks",
+        "prediction", "ablation-table",
+    }  # fmt: skip
+    # Nothing from outside: no address but those of XML names inside the figures.
+    assert not any(tag in ("link", "script") and "http" in str(a) for tag, a in page.tags)
+    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    assert len(images) == 9
+    for attributes in images:
+        assert attributes["src"].startswith("data:image/svg+xml;base64,")
+        assert len(attributes["alt"]) > 60
+    figures = json.loads((run_folder / "quality.json").read_text())
+    for row in figures["results"][0]["rows"]:
+        assert f"{row['ratio']:.3f}" in page.text
+    for attributes in images[:1]:
+        row = next(r for r in figures["results"][0]["rows"] if r["budget"] == 0.5)
+        assert (
+            f"clusters with looks {row['ratio']:.2f} at {row['cost_share']:.2f}"
+            in attributes["alt"]
+        )
+    for name in ("quality_1", "latency"):
+        ElementTree.parse(run_folder / "figures" / f"{name}.svg")
+        assert (run_folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    before = (run_folder / "figures" / "quality_1.svg").read_bytes()
+    assert command("report", run_folder, "-o", run_folder / "again.html")[0] == 0
+    assert (run_folder / "figures" / "quality_1.svg").read_bytes() == before
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on this machine (Debian: chromium)")
+def test_report_in_a_browser(command, run_folder):
+    sync_api = pytest.importorskip("playwright.sync_api")
+    assert command("report", run_folder)[0] == 0
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=CHROMIUM_OPTIONS)
+        for width in (390, 1440):
+            page = browser.new_page(viewport={"width": width, "height": 900})
+            complaints = []
+            page.on("console", lambda message, c=complaints: c.append(message.text))
+            page.on("pageerror", lambda error, c=complaints: c.append(str(error)))
+            page.goto((run_folder / "report.html").as_uri())
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            broken = "[...document.images].filter(i => !i.complete || !i.naturalWidth).length"
+            assert page.evaluate(broken) == 0
+            table = page.locator("#methods table").first
+            header = table.locator("th button", has_text="÷ dense")
+            column = "rows => rows.map(row => parseFloat(row.cells[6].dataset.value))"
+            for click, reverse in ((1, False), (2, True)):
+                header.click()
+                values = table.locator("tbody tr").evaluate_all(column)
+                assert values == sorted(values, reverse=reverse), click
+                assert len(set(values)) > 2
+            table.locator("th button", has_text="looked at").click()
+            shown = table.locator("tbody tr").evaluate_all(
+                "rows => rows.map(row => row.cells[4].dataset.value)"
+            )
+            assert shown[-1] == ""  # what is no number goes last
+            assert complaints == []
+        browser.close()
+
+
+def test_only_what_is_there(command, run_folder):
+    for file in run_folder.glob("*.json"):
+        if file.stem != "paper":
+            file.unlink()
+    shutil.rmtree(run_folder / "clusters")
+    assert command("report", run_folder)[0] == 0
+    text = (run_folder / "report.html").read_text()
+    assert "matrix factorization" in text
+    assert "<img" not in text
+
+
+def test_bad_folders(command, tmp_path):
+    code, _, err = command("report", tmp_path)
+    assert code == 1
+    assert "holds no figures; expected one or more of eval.json, quality.json" in err
+    (tmp_path / "quality.json").write_text("{")
+    code, _, err = command("report", tmp_path)
+    assert code == 1
+    assert "quality.json' cannot be read as JSON" in err
+    (tmp_path / "quality.json").write_text("{}")
+    code, _, err = command("report", tmp_path)
+    assert code == 1
+    assert "quality.json' has no 'results'; expected what 'sparse-runtime eval MODEL" in err
+    assert not (tmp_path / "report.html").exists()
+
+
+def test_runs_that_do_not_fit_together(command, run_folder):
+    figures = json.loads((run_folder / "predictors.json").read_text())
+    figures["results"][0]["dense"]["perplexity"] *= 1.1
+    (run_folder / "predictors.json").write_text(json.dumps(figures))
+    code, _, err = command("report", run_folder)
+    assert code == 1
+    assert "predictors.json has text.txt with a dense perplexity of" in err
+    assert not (run_folder / "report.html").exists()
+
+
+def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
+    document, readme = tmp_path / "docs" / "quality.md", tmp_path / "README.md"
+    readme.write_text(f"before\n{quality_markdown.START}\nold\n{quality_markdown.END}\nafter\n")
+    arguments = ["quality_markdown", str(run_folder), str(document), str(readme)]
+    monkeypatch.setattr("sys.argv", arguments)
+    quality_markdown.main()
+    lines = readme.read_text().splitlines()
+    assert lines[0] == "before"
+    assert lines[-1] == "after"
+    assert "old" not in lines
+    figures = json.loads((run_folder / "quality.json").read_text())
+    rows = [row for row in figures["results"][0]["rows"] if row["budget"] == 0.5]
+    # Those of the other file on the same text; TEAL stands there once.
+    more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
+    rows += [row for row in more if row["method"] == "deja-vu"]
+    table = [line for line in lines if line.startswith("| ")][2:]
+    assert len(table) == 1 + len(rows)
+    ratios = [float(line.split("|")[3]) for line in table[1:]]
+    assert ratios == sorted(ratios)
+    assert ratios == pytest.approx(sorted(row["ratio"] for row in rows), abs=5e-4)
+    text = document.read_text()
+    for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
+        assert title in text
+    assert "GRIFFIN" in text
+
+    readme.write_text("no marks")
+    with pytest.raises(SystemExit, match="are not in the file"):
+        quality_markdown.main()
+    (run_folder / "quality.json").unlink()
+    with pytest.raises(SystemExit, match=r"has no quality.json with a budget of 0.5"):
+        quality_markdown.main()
