@@ -142,7 +142,7 @@ def _log_ratio(axes: Axes, ratios: Sequence[float]) -> None:
 
     top = min(_LARGEST_RATIO, max(ratios) * 1.05)
     axes.set_yscale("log")
-    axes.set_ylim(0.97, max(top, 1.2))
+    axes.set_ylim(min(0.97, 0.98 * min(ratios)), max(top, 1.2))
     ticks = [tick for tick in (1, 1.05, 1.1, 1.2, 1.4, 1.6, 2, 3, 4, 6, 8, 10) if tick <= top]
     axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -264,6 +264,7 @@ def _densities(run: RunFolder) -> Plot:
     image = axes[1].imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axes[1].set_xlabel("clusters, smallest set first")
     axes[1].set_ylabel("layer")
+    axes[1].yaxis.get_major_locator().set_params(integer=True)
     axes[1].grid(False)
     figure.colorbar(image, ax=axes[1], label="share computed or looked at")
     alt = (
@@ -287,6 +288,8 @@ def _cluster_sizes(run: RunFolder) -> Plot | None:
         axes.plot(shares, label=f"layer {layers[position]['index']}", color=_COLORS[number])
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("")
     axes.set_xlabel("clusters, largest first")
     axes.set_ylabel("tokens ÷ mean")
     axes.legend(fontsize=8)

@@ -82,6 +82,7 @@ def write_report(run: RunFolder, output: Path) -> None:
                 plot.figure.savefig(temporary, format=kind, **options)
         sections.append((plot.name, plot.title, _picture(plot, file.read_bytes())))
     sections += _tables(run)
+    sections.append(("measured", "How it was measured", _measured(run)))
     write_text(output, _page(_title(run), _summary(run), sections))
 
 
@@ -129,17 +130,16 @@ def _summary(run: RunFolder) -> str:
             f"({decode['speedup']:.2f}×); with fast linears on both sides "
             f"{decode['speedup_fast']:.2f}×."
         )
-    hosts = {}
-    for name, figures in run.figures.items():
-        if "host" in figures:
-            hosts[name] = figures["host"]
-    text = "".join(f"<p>{html.escape(line)}</p>" for line in lines)
-    for name, host in hosts.items():
-        text += (
-            f'<p class="host">{name}: {html.escape(host["date"])}, {html.escape(host["cpu"])}, '
-            f"{host['threads']} threads; <code>{html.escape(host['command'])}</code></p>"
-        )
-    return text
+    return "".join(f"<p>{html.escape(line)}</p>" for line in lines)
+
+
+def _measured(run: RunFolder) -> str:
+    """Where each file of figures comes from."""
+    return "".join(
+        f'<p class="host">{name}: {html.escape(host["date"])}, {html.escape(host["cpu"])}, '
+        f"{host['threads']} threads; <code>{html.escape(host['command'])}</code></p>"
+        for name, host in ((n, f["host"]) for n, f in run.figures.items() if "host" in f)
+    )
 
 
 def _picture(plot: Plot, svg: bytes) -> str:

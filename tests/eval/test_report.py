@@ -125,7 +125,7 @@ def test_report(command, run_folder):
     assert names == {
         "quality_1", "domains", "coverage", "confidence", "densities",
         "cluster_sizes", "latency", "ablation", "convergence", "methods", "coverage-table", "tasks",
-        "prediction", "ablation-table",
+        "prediction", "ablation-table", "measured",
     }  # fmt: skip
     # Nothing from outside: no address but those of XML names inside the figures.
     assert not any(tag in ("link", "script") and "http" in str(a) for tag, a in page.tags)
