@@ -88,10 +88,9 @@ def paper_coverage(
     for count in clusters:
         for density in densities:
             settings = AWCPaperConfig(num_clusters=count, top_percentile=1 - density, init=init)
-            row = {"method": "awc-paper", "clusters": count, "density": density}
-            fits.append((row, _paper_fit(settings)))
+            fits.append((_row("awc-paper", count, density), _paper_fit(settings)))
         for name, fit in BINARY_CLUSTERINGS.items() if compare else ():
-            fits.append(({"method": name, "clusters": count, "density": None}, fit))
+            fits.append((_row(name, count, None), fit))
     config = BuildConfig(method="awc-paper", percentile=percentile, seed=seed)
     progress = progress or SilentProgress()
     scores: list[list[dict[str, float]]] = [[] for _ in fits]
@@ -119,6 +118,10 @@ def paper_coverage(
         {**row, **{name: sum(s[name] for s in of_layers) / len(of_layers) for name in of_layers[0]}}
         for (row, _), of_layers in zip(fits, scores, strict=True)
     ]
+
+
+def _row(method: str, num_clusters: int, density: float | None) -> dict[str, Any]:
+    return {"method": method, "clusters": num_clusters, "density": density}
 
 
 def _paper_fit(settings: AWCPaperConfig) -> Fit:

@@ -71,10 +71,12 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
         DataError: the run has no quality.json, or not this budget.
     """
     figures = run.figures.get("quality")
-    title, result = next(iter(run.curves().items()), ("", {"rows": []}))
-    rows = [row for row in result["rows"] if row["budget"] == budget]
+    curves = run.curves()
+    title = next(iter(curves), "")
+    rows = [row for row in curves[title]["rows"] if row["budget"] == budget] if curves else []
     if figures is None or not rows:
         raise DataError(f"the run has no quality.json with a budget of {budget:g}")
+    result = curves[title]
     dense = result["dense"]["perplexity"]
     lines = [["dense", "1.00", "1.000", "", "0", "1"]]
     for row in sorted(rows, key=lambda row: row["ratio"]):

@@ -191,10 +191,10 @@ def _tables(run: RunFolder) -> list[tuple[str, str, str]]:
     ablation = run.figures.get("ablation")
     if ablation is not None:
         header = ["method", "factor", "value", "coverage", "oracle ids", "static", "chance"]
-        keys = ("method", "factor", "value", "coverage", "oracle_coverage", "static_coverage")
         header += ["precision", "empty clusters", "balance", "iterations", "seconds"]
-        more = ("chance", "precision", "empty", "effective", "iterations", "seconds")
-        rows = [[row[key] for key in (*keys, *more)] for row in ablation["rows"]]
+        columns = [*header[:4], "oracle_coverage", "static_coverage", "chance", "precision"]
+        columns += ["empty", "effective", "iterations", "seconds"]
+        rows = [[row[column] for column in columns] for row in ablation["rows"]]
         table = _table("Held-out text, ids by a linear router", header, rows)
         sections.append(("ablation-table", "Ablations in numbers", table))
     return sections

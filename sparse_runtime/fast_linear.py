@@ -7,6 +7,7 @@ differ by rounding only. Independent of sparsity, and reported apart from it.
 
 from __future__ import annotations
 
+import warnings
 from typing import TypeVar
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.errors import NothingMatchedError
-from sparse_runtime.kernels import resolve_backend
+from sparse_runtime.kernels import cpu_problem
 from sparse_runtime.sparse_ffn import SparseFFN
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -52,7 +53,9 @@ def fast_linear(model: ModelT) -> ModelT:
         NothingMatchedError: the model holds no plain ``nn.Linear`` outside its FFNs.
     """
     weight = next(model.parameters())
-    if resolve_backend("auto", weight.device, weight.dtype, strict=False) != "cpu":
+    problem = cpu_problem(weight.device, weight.dtype)
+    if problem is not None:
+        warnings.warn(f"linear layers stay as they are: {problem}", stacklevel=2)
         return model
     found = _linears(model, nn.Linear)
     if not found:

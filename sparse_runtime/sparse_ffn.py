@@ -25,6 +25,8 @@ from sparse_runtime.version import __version__
 
 #: The reference backend's bound on sparse calls.
 REFERENCE_SPARSE_TOKENS = 16
+# Backends whose router, neurons and compensation are one operation.
+_FUSED = ("cpu", "triton")
 
 
 class Padding:
@@ -58,7 +60,7 @@ class SparseFFN(nn.Module):
         cluster_counts: tokens routed to each cluster so far [K] int64.
         row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64.
         dense_token_count: tokens that took the dense path so far, int64 scalar tensor.
-        backend: kernel backend in use: ``cpu``, ``reference``, or ``dense`` for none.
+        backend: kernel backend in use: ``cpu``, ``triton``, ``reference``, or ``dense`` for none.
         forced_dense: run ``base_layer`` whatever the call (see ``sparse_runtime.dense``).
         padding: which tokens of the current call are padding, shared by a model's layers.
         route: hidden states [n, H] -> cluster ids [n] int64; evaluation swaps it for an oracle.
@@ -127,6 +129,9 @@ class SparseFFN(nn.Module):
             element_size=element_size(dtype),
             verified=verified,
         )
+        self._default_limit = REFERENCE_SPARSE_TOKENS
+        if self.backend == "triton":
+            self._use_triton(layer)
         self.register_state_dict_post_hook(_hide_base_layer)
         self.register_load_state_dict_pre_hook(_show_base_layer)
         self._density = _mean_density(sets, layer.intermediate_size)
@@ -134,6 +139,16 @@ class SparseFFN(nn.Module):
         if self.backend != "dense":
             down = layer.down.weight
             down.data = down.data.t().contiguous().t()
+
+    def _use_triton(self, layer: FFNLayer) -> None:
+        from sparse_runtime.kernels.triton_config import config_for
+        from sparse_runtime.kernels.triton_ffn import num_counters
+
+        weight = layer.gate.weight
+        shape = (layer.hidden_size, layer.intermediate_size)
+        self._default_limit = config_for(weight.device, *shape, weight.dtype).max_tokens
+        counters = torch.zeros(num_counters(shape[0]), dtype=torch.int32, device=weight.device)
+        self.register_buffer("counters", counters, persistent=False)
 
     def restore(self) -> nn.Module:
         """Put the down projection back as it was and return the original module."""
@@ -160,7 +175,7 @@ class SparseFFN(nn.Module):
 
     def _run(self, x: Tensor) -> Tensor:
         path = self._path(x.shape[0])
-        if path == "sparse" and self.backend == "cpu" and self.route == self._predict:
+        if path == "sparse" and self.backend in _FUSED and self.route == self._predict:
             return self._fused(x)
         if path == "torch":
             self.dense_token_count += x.shape[0]
@@ -183,6 +198,7 @@ class SparseFFN(nn.Module):
             low_bit=self.low_bit,
             factors=self.factors,
             row_counts=self.row_counts,
+            backend="triton" if self.backend == "triton" else "reference",
         )
         return self.compensated(output, x, cluster_ids)
 
@@ -206,7 +222,7 @@ class SparseFFN(nn.Module):
             return "sparse"
         limit = self.config.max_sparse_tokens
         if self.backend != "cpu":
-            return "sparse" if num_tokens <= (limit or REFERENCE_SPARSE_TOKENS) else "torch"
+            return "sparse" if num_tokens <= (limit or self._default_limit) else "torch"
         if num_tokens <= (limit or 1):
             return "sparse"
         if torch.compiler.is_compiling():
@@ -277,7 +293,10 @@ class SparseFFN(nn.Module):
         buffers = self._buffers
         gate, up, down = (linear._parameters["weight"] for linear in self._projections)
         assert down is not None
-        output: Tensor = torch.ops.sparse_runtime.cpu_routed_ffn.default(
+        ops = torch.ops.sparse_runtime
+        on_cpu = self.backend == "cpu"
+        operation = ops.cpu_routed_ffn.default if on_cpu else ops.triton_routed_ffn.default
+        output: Tensor = operation(
             x,
             gate,
             up,
@@ -295,6 +314,7 @@ class SparseFFN(nn.Module):
             buffers["row_counts"],
             buffers["correction_down"],
             buffers["correction_up"],
+            *(() if on_cpu else (buffers["counters"],)),
         )
         return output
 

@@ -97,8 +97,8 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
         table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
     out.print(table)
     layers = result["layers"]
-    names = ("density", "coverage", "chance", "static_coverage", "oracle_coverage", "precision")
-    mean = {name: sum(entry[name] for entry in layers) / len(layers) for name in names}
+    scores = ("density", "coverage", "chance", "static_coverage", "oracle_coverage", "precision")
+    mean = {name: sum(entry[name] for entry in layers) / len(layers) for name in scores}
     out.print(
         f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
         f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "

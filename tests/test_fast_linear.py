@@ -10,8 +10,7 @@ from torch import nn
 from sparse_runtime import dense, fast_linear, slow_linear, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import NothingMatchedError
 from sparse_runtime.fast_linear import MAX_TOKENS, FastLinear
-from sparse_runtime.kernels import cpu as cpu_backend
-from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels import backends, load_cpu_library
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -88,15 +87,13 @@ def test_survives_deepcopy(tiny_model):
 
 
 def test_without_the_library(tiny_model, monkeypatch):
-    monkeypatch.setattr(cpu_backend, "load_cpu_library", lambda: False)
-    cpu_backend._warn_once.cache_clear()
+    monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
     with pytest.warns(UserWarning, match="pip install"):
         fast_linear(tiny_model)
     assert not fast_names(tiny_model)
 
 
 def test_weights_that_the_kernels_do_not_take(tiny_model):
-    cpu_backend._warn_once.cache_clear()
     with pytest.warns(UserWarning, match=r"float64.*bfloat16, float16, float32"):
         fast_linear(tiny_model.double())
     assert not fast_names(tiny_model)

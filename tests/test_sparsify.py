@@ -31,8 +31,7 @@ from sparse_runtime.errors import (
     NotSparseError,
     UnsupportedArchitectureError,
 )
-from sparse_runtime.kernels import cpu as cpu_backend
-from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels import backends, load_cpu_library
 from sparse_runtime.kernels.token_paths import PathTable
 from sparse_runtime.sparse_ffn import path_table
 
@@ -221,8 +220,8 @@ def test_backends_agree_and_count_alike(tiny_model):
 
 
 def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
-    monkeypatch.setattr(cpu_backend, "load_cpu_library", lambda: False)
-    cpu_backend._warn_once.cache_clear()
+    monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
+    backends._warn_once.cache_clear()
     clusters = random_cluster_set(tiny_model, 0.4)
     for config in (SparseConfig(backend="cpu"), SparseConfig(strict=True)):
         with pytest.raises(BackendUnavailableError, match="pip install"):
@@ -231,7 +230,7 @@ def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
         sparsify(tiny_model, clusters)
     assert {module.backend for module in sparse_modules(tiny_model)} == {"dense"}
     expected = logits(unsparsify(tiny_model))
-    cpu_backend._warn_once.cache_clear()
+    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="run dense"):
         sparsify(tiny_model, clusters)
     assert torch.equal(logits(tiny_model), expected)

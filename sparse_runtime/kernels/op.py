@@ -9,8 +9,6 @@ from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 
-BACKENDS = ("auto", "cpu", "reference")
-
 
 def sparse_ffn(
     x: Tensor,
@@ -25,6 +23,7 @@ def sparse_ffn(
     low_bit: Tensor | None = None,
     factors: Tensor | None = None,
     row_counts: Tensor | None = None,
+    backend: str = "reference",
 ) -> Tensor:
     """Compute a gated FFN for each token over the neurons of its cluster only.
 
@@ -46,6 +45,7 @@ def sparse_ffn(
         factors: [I] float32.
         row_counts: incremented by the neurons computed and the neurons looked at, summed over
             tokens [2] int64, or None.
+        backend: ``reference``, or ``triton`` for tensors on a GPU, all contiguous.
 
     Returns:
         y [n, H], dtype of ``x``. Zero for a token without any neuron.
@@ -57,7 +57,14 @@ def sparse_ffn(
     """
     _check_arguments(x, w_gate, w_up, w_down_t, sets, cluster_ids, activation)
     _check_verification(x, w_gate, sets, maybe_sets, low_bit, factors, row_counts)
-    return torch.ops.sparse_runtime.sparse_ffn(
+    if backend not in ("reference", "triton"):
+        raise ValueError(f"backend is {backend!r}; expected 'reference' or 'triton'")
+    operation = torch.ops.sparse_runtime.sparse_ffn
+    if backend == "triton":
+        from sparse_runtime.kernels import triton_ffn  # noqa: F401  (it registers the operation)
+
+        operation = torch.ops.sparse_runtime.triton_sparse_ffn
+    return operation(
         x,
         w_gate,
         w_up,

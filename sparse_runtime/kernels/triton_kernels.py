@@ -1,0 +1,360 @@
+"""The sparse FFN's kernels in Triton; ``triton_ffn.py`` launches them.
+
+Everything that depends on the data stays on the device: ids, sets and counts. Grids are as large as the
+largest set could ask for and programs beyond the count return at once, so that one CUDA graph serves
+every token. Where the work of many programs is put together, the last of them to arrive does it, by a
+counter that it sets back to zero: that saves a launch, and as it goes through the parts in their own
+order, the sum is the same every time.
+
+Sums are in float32 between the inputs and the output, whatever the weights' dtype; with several tokens
+the activations in between have the weights' dtype, as matrix units want. ``WIDEN`` is for Triton's
+interpreter, which computes bfloat16 wrongly unless it is widened first.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# Adding and taking it away rounds a float32 below 2**22 to a whole number, halves to even.
+_ROUNDER = tl.constexpr(12582912.0)
+#: Neurons decoded at a time by the program that makes the list.
+_LIST_BLOCK = tl.constexpr(2048)
+
+
+@triton.jit
+def _activate(gate, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "silu":
+        return gate * tl.sigmoid(gate)
+    if ACTIVATION == "relu":
+        # Not maximum, which may drop a NaN.
+        return tl.where(gate < 0, 0.0, gate)
+    if ACTIVATION == "gelu":
+        return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
+    inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
+    return gate * tl.sigmoid(2 * inner)
+
+
+@triton.jit
+def _is_last(counter, parts):
+    """Whether all other programs of this counter have arrived; the last one sets it back."""
+    tl.debug_barrier()  # this program's stores come first, those of all its threads
+    arrived = tl.atomic_add(counter, 1, sem="acq_rel")
+    last = arrived == parts - 1
+    if last:
+        tl.store(counter, 0)
+    return last
+
+
+@triton.jit
+def _in_set(bitmap, i, valid):
+    """Which of the neurons i are in a bitmap."""
+    byte = tl.load(bitmap + i // 8, mask=valid, other=0)
+    return ((byte.to(tl.int32) >> (i % 8)) & 1) != 0
+
+
+@triton.jit
+def _write_list(flags, rows, count, neurons, BITMAP: tl.constexpr):
+    """Write the neurons of a set in rising order to ``rows`` [I], and how many there are."""
+    written = 0
+    for first in range(0, neurons, _LIST_BLOCK):
+        i = first + tl.arange(0, _LIST_BLOCK)
+        valid = i < neurons
+        if BITMAP:
+            member = _in_set(flags, i, valid) & valid
+        else:
+            member = (tl.load(flags + i, mask=valid, other=0, cache_modifier=".cg") != 0) & valid
+        place = tl.cumsum(member.to(tl.int32), 0)
+        tl.store(rows + written + place - 1, i, mask=member)
+        written += tl.sum(member.to(tl.int32), 0)
+    tl.store(count, written)
+    return written
+
+
+@triton.jit
+def list_kernel(sets, ids, rows, count, row_counts, neurons, set_bytes, COUNTED: tl.constexpr):
+    """One token's list of neurons for a given cluster. Grid (1,)."""
+    bitmap = sets + tl.load(ids) * set_bytes
+    written = _write_list(bitmap, rows, count, neurons, True)
+    if COUNTED:
+        tl.atomic_add(row_counts, written.to(tl.int64))
+
+
+@triton.jit
+def route_kernel(
+    x, router_down, correction_down, router_up, router_bias, projected, ids, cluster_counts,
+    sets, rows, count, row_counts, counters, H, neurons, K, set_bytes,
+    RANK: tl.constexpr, CORRECTION: tl.constexpr, LISTED: tl.constexpr, COUNTED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PADDED_RANK: tl.constexpr,
+):  # fmt: skip
+    """Project tokens, pick clusters, list a single token's neurons. Grid (parts, n).
+
+    The rows projected are those of the router's first matrix [RANK, H] (of its only one [K, H] if RANK
+    is 0), then those of the correction [CORRECTION, H].
+    """
+    part, token = tl.program_id(0), tl.program_id(1)
+    first_rows = K if RANK == 0 else RANK
+    total = first_rows + CORRECTION
+    r = part * BLOCK_R + tl.arange(0, BLOCK_R)
+    routing = r < first_rows
+    correcting = (r >= first_rows) & (r < total)
+    sums = tl.zeros([BLOCK_R], tl.float32)
+    for start in range(0, H, BLOCK_H):
+        h = start + tl.arange(0, BLOCK_H)
+        inside = h < H
+        values = tl.load(x + token * H + h, mask=inside, other=0).to(tl.float32)
+        offsets = r[:, None] * H + h[None, :]
+        mask = routing[:, None] & inside[None, :]
+        weights = tl.load(router_down + offsets, mask=mask, other=0).to(tl.float32)
+        if CORRECTION > 0:
+            offsets = (r - first_rows)[:, None] * H + h[None, :]
+            mask = correcting[:, None] & inside[None, :]
+            weights += tl.load(correction_down + offsets, mask=mask, other=0).to(tl.float32)
+        sums += tl.sum(weights * values[None, :], 1)
+    tl.store(projected + token * total + r, sums, mask=r < total)
+    if _is_last(counters + token, tl.num_programs(0)):
+        best, best_id = float("-inf"), 0
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            exists = k < K
+            bias = tl.load(router_bias + k, mask=exists, other=0).to(tl.float32)
+            if RANK == 0:
+                logits = bias + tl.load(
+                    projected + token * total + k, mask=exists, other=0, cache_modifier=".cg"
+                )
+            else:
+                j = tl.arange(0, PADDED_RANK)
+                low = tl.load(
+                    projected + token * total + j, mask=j < RANK, other=0, cache_modifier=".cg"
+                )
+                mask = exists[:, None] & (j < RANK)[None, :]
+                up = tl.load(router_up + k[:, None] * RANK + j[None, :], mask=mask, other=0)
+                logits = bias + tl.sum(up.to(tl.float32) * low[None, :], 1)
+            logits = tl.where(exists, logits, float("-inf"))
+            largest = tl.max(logits, 0)
+            if largest > best:
+                best = largest
+                best_id = start + tl.argmax(logits, 0)
+        tl.store(ids + token, best_id.to(tl.int64))
+        tl.atomic_add(cluster_counts + best_id, tl.full((), 1, tl.int64))
+        if LISTED:
+            written = _write_list(sets + best_id * set_bytes, rows, count, neurons, True)
+            if COUNTED:
+                tl.atomic_add(row_counts, written.to(tl.int64))
+
+
+@triton.jit
+def look_kernel(
+    x, ids, sets, maybe_sets, low_bit, factors, member, rows, count, row_counts, counter,
+    H, neurons, set_bytes, record_bytes,
+    VERIFY: tl.constexpr, LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Tell the neurons that each token computes, by their low-bit copies. Grid (I / BLOCK_I, n)."""
+    block, token = tl.program_id(0), tl.program_id(1)
+    cluster = tl.load(ids + token)
+    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
+    valid = i < neurons
+    computed = _in_set(sets + cluster * set_bytes, i, valid) & valid
+    if VERIFY:
+        looked = _in_set(maybe_sets + cluster * set_bytes, i, valid) & valid & (computed == 0)
+        groups = (H + 63) // 64
+        gate = tl.zeros([BLOCK_I], tl.float32)
+        up = tl.zeros([BLOCK_I], tl.float32)
+        record = low_bit + i.to(tl.int64)[:, None] * record_bytes
+        byte = tl.arange(0, 32)
+        for start in range(0, groups, BLOCK_G):
+            g = start + tl.arange(0, BLOCK_G)
+            # The token in 8 bits: a group's largest magnitude is 127.
+            low_h = g[:, None] * 64 + byte[None, :]
+            low_x = tl.load(x + token * H + low_h, mask=low_h < H, other=0).to(tl.float32)
+            high_h = low_h + 32
+            high_x = tl.load(x + token * H + high_h, mask=high_h < H, other=0).to(tl.float32)
+            largest = tl.maximum(tl.max(tl.abs(low_x), 1), tl.max(tl.abs(high_x), 1))
+            inverse = tl.where(largest <= 1e-30, 0.0, 127 / largest)
+            low_x = (low_x * inverse[:, None] + _ROUNDER) - _ROUNDER
+            high_x = (high_x * inverse[:, None] + _ROUNDER) - _ROUNDER
+            step = largest / 127
+            wanted = looked[:, None] & (g < groups)[None, :]
+            codes = record[:, :, None] + (g[:, None] * 32 + byte[None, :])[None, :, :]
+            scales = (record + 64 * groups + 2 * g[None, :]).to(tl.pointer_type(tl.uint16))
+            gate += _looked_dot(codes, scales, wanted, low_x, high_x, step)
+            up += _looked_dot(codes + 32 * groups, scales + groups, wanted, low_x, high_x, step)
+        factor = tl.load(factors + i, mask=valid, other=0)
+        h = _activate(gate, ACTIVATION) * up
+        # Not "above one": NaN is computed, not skipped.
+        computed = computed | (looked & ((tl.abs(h) * factor <= 1) == 0))
+        if COUNTED:
+            tl.atomic_add(row_counts + 1, tl.sum(looked.to(tl.int64), 0))
+    tl.store(member + token * neurons + i, computed.to(tl.uint8), mask=valid)
+    if COUNTED:
+        tl.atomic_add(row_counts, tl.sum(computed.to(tl.int64), 0))
+    # Not one condition: the counter is for calls that make a list.
+    if LISTED:  # noqa: SIM102
+        if _is_last(counter, tl.num_programs(0)):
+            _write_list(member, rows, count, neurons, False)
+
+
+@triton.jit
+def _looked_dot(codes, scales, wanted, low_x, high_x, step):
+    """Products [BLOCK_I] of 4-bit rows with an 8-bit token over some groups."""
+    code = tl.load(codes, mask=wanted[:, :, None], other=0x88)
+    low = (code & 0x0F).to(tl.float32) - 8
+    high = (code >> 4).to(tl.float32) - 8
+    dots = tl.sum(low * low_x[None, :, :] + high * high_x[None, :, :], 2)
+    bits = tl.load(scales, mask=wanted, other=0).to(tl.uint32) << 16  # bfloat16
+    scale = bits.to(tl.float32, bitcast=True) * step[None, :]
+    # Where nothing is wanted the sum is not used, whatever the token holds.
+    return tl.sum(tl.where(wanted, dots * scale, 0.0), 1)
+
+
+@triton.jit
+def gate_up_one_kernel(
+    x, w_gate, w_up, rows, count, activations, H,
+    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Activations of one token's listed neurons. Grid (I / BLOCK_R,)."""
+    num_rows = tl.load(count)
+    first = tl.program_id(0) * BLOCK_R
+    if first < num_rows:
+        j = first + tl.arange(0, BLOCK_R)
+        listed = j < num_rows
+        offsets = tl.load(rows + j, mask=listed, other=0).to(tl.int64)[:, None] * H
+        gate = tl.zeros([BLOCK_R], tl.float32)
+        up = tl.zeros([BLOCK_R], tl.float32)
+        for start in range(0, H, BLOCK_H):
+            h = start + tl.arange(0, BLOCK_H)
+            mask = listed[:, None] & (h < H)[None, :]
+            values = tl.load(x + h, mask=h < H, other=0).to(tl.float32)[None, :]
+            gate += tl.sum(
+                tl.load(w_gate + offsets + h, mask=mask, other=0).to(tl.float32) * values, 1
+            )
+            up += tl.sum(tl.load(w_up + offsets + h, mask=mask, other=0).to(tl.float32) * values, 1)
+        tl.store(activations + j, _activate(gate, ACTIVATION) * up, mask=listed)
+
+
+@triton.jit
+def _finish(
+    y, token, total, partial, stride, ids, cluster_bias, projected, correction_up, h, inside, H,
+    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr,
+):  # fmt: skip
+    """Add up the splits of some outputs, the bias of the token's cluster and the correction."""
+    sums = tl.zeros([h.shape[0]], tl.float32)
+    for split in range(SPLITS):
+        sums += tl.load(partial + split * stride + h, mask=inside, other=0, cache_modifier=".cg")
+    if BIASED:
+        bias = cluster_bias + tl.load(ids + token) * H
+        sums += tl.load(bias + h, mask=inside, other=0).to(tl.float32)
+    for c in range(CORRECTION):
+        low = tl.load(projected + token * total + total - CORRECTION + c)
+        sums += low * tl.load(correction_up + c * H + h, mask=inside, other=0).to(tl.float32)
+    tl.store(y + token * H + h, sums.to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def down_one_kernel(
+    activations, w_down_t, rows, count, partial, y, ids, cluster_bias, projected, correction_up,
+    counters, H, total,
+    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Output of one token. Grid (H / BLOCK_H, SPLITS): each split takes a part of the list."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    num_rows = tl.load(count)
+    blocks = (num_rows + BLOCK_R - 1) // BLOCK_R
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
+    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+    inside = h < H
+    sums = tl.zeros([BLOCK_H], tl.float32)
+    end = tl.minimum((split + 1) * share, num_rows)
+    for start in range(split * share, end, BLOCK_R):
+        j = start + tl.arange(0, BLOCK_R)
+        listed = j < end
+        offsets = tl.load(rows + j, mask=listed, other=0).to(tl.int64) * H
+        values = tl.load(activations + j, mask=listed, other=0)
+        mask = listed[:, None] & inside[None, :]
+        weights = tl.load(w_down_t + offsets[:, None] + h[None, :], mask=mask, other=0)
+        sums += tl.sum(values[:, None] * weights.to(tl.float32), 0)
+    tl.store(partial + split * H + h, sums, mask=inside)
+    if _is_last(counters + block, SPLITS):
+        _finish(
+            y, 0, total, partial, H, ids, cluster_bias, projected, correction_up, h, inside, H,
+            SPLITS, BIASED, CORRECTION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _dot(a, b, sums, WIDEN: tl.constexpr):
+    if WIDEN:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, sums, input_precision="ieee")
+
+
+@triton.jit
+def gate_up_many_kernel(
+    x, w_gate, w_up, member, activations, n, H, neurons,
+    ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, WIDEN: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Activations of several tokens, zero where a token skips the neuron. Grid (I / BLOCK_R,).
+
+    A row that any token needs is read once, for all of them.
+    """
+    i = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, TOKENS)
+    mask = (t < n)[:, None] & (i < neurons)[None, :]
+    mine = tl.load(member + t[:, None] * neurons + i[None, :], mask=mask, other=0)
+    needed = tl.max(mine.to(tl.int32), 0) > 0
+    offsets = i.to(tl.int64)[None, :] * H
+    gate = tl.zeros([TOKENS, BLOCK_R], tl.float32)
+    up = tl.zeros([TOKENS, BLOCK_R], tl.float32)
+    if tl.max(needed.to(tl.int32), 0) > 0:
+        for start in range(0, H, BLOCK_H):
+            h = start + tl.arange(0, BLOCK_H)
+            values = tl.load(
+                x + t[:, None] * H + h[None, :], mask=(t < n)[:, None] & (h < H)[None, :], other=0
+            )
+            wanted = (h < H)[:, None] & needed[None, :]
+            weights = tl.load(w_gate + offsets + h[:, None], mask=wanted, other=0)
+            gate = _dot(values, weights, gate, WIDEN)
+            weights = tl.load(w_up + offsets + h[:, None], mask=wanted, other=0)
+            up = _dot(values, weights, up, WIDEN)
+    result = tl.where(mine != 0, _activate(gate, ACTIVATION) * up, 0.0)
+    place = activations + t[:, None] * neurons + i[None, :]
+    tl.store(place, result.to(activations.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def down_many_kernel(
+    activations, w_down_t, member, partial, y, ids, cluster_bias, projected, correction_up, counters,
+    n, H, neurons, total,
+    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr, TOKENS: tl.constexpr,
+    WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+):  # fmt: skip
+    """Outputs of several tokens. Grid (H / BLOCK_H, SPLITS): each split takes a part of the neurons."""
+    block, split = tl.program_id(0), tl.program_id(1)
+    blocks = (neurons + BLOCK_R - 1) // BLOCK_R
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
+    h = block * BLOCK_H + tl.arange(0, BLOCK_H)
+    t = tl.arange(0, TOKENS)
+    sums = tl.zeros([TOKENS, BLOCK_H], tl.float32)
+    for start in range(split * share, tl.minimum((split + 1) * share, neurons), BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        mask = (t < n)[:, None] & (i < neurons)[None, :]
+        mine = tl.load(member + t[:, None] * neurons + i[None, :], mask=mask, other=0)
+        needed = tl.max(mine.to(tl.int32), 0) > 0
+        values = tl.load(activations + t[:, None] * neurons + i[None, :], mask=mask, other=0)
+        weights = tl.load(
+            w_down_t + i.to(tl.int64)[:, None] * H + h[None, :],
+            mask=needed[:, None] & (h < H)[None, :],
+            other=0,
+        )
+        sums = _dot(values, weights, sums, WIDEN)
+    place = partial + (split * n + t)[:, None] * H + h[None, :]
+    tl.store(place, sums, mask=(t < n)[:, None] & (h < H)[None, :])
+    if _is_last(counters + block, SPLITS):
+        for token in range(n):
+            _finish(
+                y, token, total, partial + token * H, n * H, ids, cluster_bias, projected,
+                correction_up, h, h < H, H, SPLITS, BIASED, CORRECTION,
+            )  # fmt: skip
