@@ -24,7 +24,7 @@ TASKS ?= --task lambada_openai --task piqa
 REPORT := runs/report
 CHEAP_BASELINES := oracle,teal,wina,cats,static,random
 
-.PHONY: demo test test-all sanitize lint format bench report report-quick wheel clean
+.PHONY: demo test test-all sanitize lint format bench bench-gpu report report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -64,6 +64,15 @@ bench: $(STAMP)
 		--json runs/bench/mistral-7b.json
 	$(BIN)/python -m sparse_runtime.eval.bench_report docs/benchmarks/cpu.md \
 		runs/bench/demo.json runs/bench/mistral-7b.json
+
+# On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
+bench-gpu: $(STAMP)
+	$(BIN)/python -m pytest -q tests/kernels/test_triton.py tests/kernels/test_triton_model.py
+	mkdir -p runs/bench
+	$(BIN)/sparse-runtime tune --shape mistral-7b
+	$(BIN)/sparse-runtime bench --shape mistral-7b --device cuda --density 0.3,0.5,0.7,1.0 \
+		--batches 1,2,4,8,16,32,64 --new-tokens 32 --json runs/bench/gpu.json
+	$(BIN)/python -m sparse_runtime.eval.gpu_report docs/benchmarks/gpu.md runs/bench/gpu.json
 
 # Every quality figure of README and docs/benchmarks/quality.md, and a page of plots, from nothing.
 # An artifact that is there already is used again.

@@ -42,7 +42,7 @@ def bench_mlp(
         token_counts: tokens per call of the second table.
 
     Returns:
-        For one token the ``density`` and the share of neurons ``looked_at``; ``dense_ms``
+        For one token its ``cost_share``, ``density`` and share of neurons ``looked_at``; ``dense_ms``
         (``F.linear``), ``prepacked_ms`` (oneDNN's weights, None where it has no bfloat16),
         ``all_rows_ms`` (our kernels, nothing skipped) and ``sparse_ms``; ``speedup`` over
         prepacked, ``speedup_over_linear``; ``gbps`` and ``bandwidth_share`` of the sparse calls
@@ -99,6 +99,7 @@ def _one_token(
     gbps = bytes_read / seconds["sparse"] / 1e9
     opponent = seconds.get("prepacked", seconds["dense"])
     return {
+        "cost_share": cost.share(computed, looked),
         "density": computed / cost.intermediate_size,
         "looked_at": looked / cost.intermediate_size,
         "dense_ms": 1e3 * seconds["dense"],
@@ -157,7 +158,10 @@ def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generato
     wanted *= (
         4 * noise.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     )
-    return (noise + wanted).to(module.router_up.dtype)
+    x = noise + wanted
+    # Of the size that hidden states have after a norm: how many looks confirm depends on it.
+    x *= (x.shape[1] ** 0.5) / x.norm(dim=-1, keepdim=True)
+    return x.to(module.router_up.dtype)
 
 
 def _verify(layers: Sequence[SparseFFN]) -> None:

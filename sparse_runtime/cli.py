@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.table import Table
 from transformers import TextStreamer
 
-from sparse_runtime.api import cost_report, dense, reset_cost, sparsify
+from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
 from sparse_runtime.atomic import write_json
 from sparse_runtime.cluster_set import ClusterSet, check_output_folder
 from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError
@@ -569,15 +569,19 @@ def bench(
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 5,
     batches: Annotated[
-        str | None, typer.Option(help="Further batch sizes to decode, with commas.")
+        str | None,
+        typer.Option(
+            help="Further batch sizes to decode, with commas; on a GPU, tokens per call of an FFN."
+        ),
     ] = None,
     dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """FFN, prefill and decode latency on the CPU, sparse beside dense in one run."""
-    from sparse_runtime.eval.latency import bench as run_bench
+    """FFN, prefill and decode latency, sparse beside dense in one run."""
     from sparse_runtime.eval.shapes import random_clusters, random_model
 
+    on_cpu = (device or "cpu").startswith("cpu")
     sizes = [] if batches is None else _numbers("--batches", batches, int)
     if shape is not None:
         if model is not None or clusters is not None:
@@ -597,7 +601,23 @@ def bench(
         if model is None or clusters is None:
             raise ConfigError("give MODEL and --clusters DIR, or --shape")
         artifacts = [ClusterSet.from_pretrained(clusters)]
-        loaded, _ = load_model(model, dtype=parse_dtype(dtype))
+        loaded, _ = load_model(model, dtype=parse_dtype(dtype), device=device)
+    if not on_cpu:
+        from sparse_runtime.eval.gpu_latency import bench_gpu
+
+        figures = bench_gpu(
+            loaded.to(device),
+            artifacts,
+            batches=sizes or [1, 8],
+            new_tokens=new_tokens,
+            progress=RichProgress(err),
+        )
+        print_rows(f"one FFN; a copy reaches {figures['copy_gbps']:.0f} GB/s", figures["ffn"])
+        print_rows("decode", figures["decode"])
+        _write(json_file, {"model": shape or model, "clusters": clusters, **figures})
+        return
+    from sparse_runtime.eval.latency import bench as run_bench
+
     result = run_bench(
         loaded,
         artifacts,
@@ -609,6 +629,46 @@ def bench(
     )
     print_bench(shape or str(model), result)
     _write(json_file, {"model": shape or model, "clusters": clusters, **result})
+
+
+@app.command()
+def tune(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")] = None,
+    clusters: Annotated[
+        str | None, typer.Option("--clusters", help="Cluster artifact.", metavar="DIR")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m.")
+    ] = None,
+    layers: Annotated[int, typer.Option(min=1, help="Layers to measure on.")] = 8,
+    dtype: DtypeOption = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, …")] = "cuda",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure block sizes of the GPU kernels for this card and shape; kept in the user's cache."""
+    from sparse_runtime.eval.shapes import random_clusters, random_model
+
+    if (shape is None) == (model is None) or (model is None) != (clusters is None):
+        raise ConfigError("give MODEL and --clusters DIR, or --shape")
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device is {device!r}; expected a GPU, and torch finds "
+            f"{torch.cuda.device_count()} of them. The CPU's kernels need no tuning"
+        )
+    if shape is not None:
+        loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype)).to(device)
+        artifact = random_clusters(loaded, density=0.5, looked=0.65)
+    else:
+        loaded, _ = load_model(str(model), dtype=parse_dtype(dtype), device=device)
+        artifact = ClusterSet.from_pretrained(str(clusters))
+    from sparse_runtime.eval.gpu_tuning import tune as run_tune
+
+    sparsify(loaded, artifact, backend="triton", prefill="sparse")
+    result = run_tune(sparse_modules(loaded)[:layers], progress=RichProgress(err))
+    out.print(f"one FFN: {result['before_us']:.1f} → {result['after_us']:.1f} µs")
+    for name, value in result["config"].items():
+        out.print(f"{name} {value}")
+    _write(json_file, result)
 
 
 @app.command()

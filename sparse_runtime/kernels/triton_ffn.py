@@ -14,6 +14,8 @@ kernels on the CPU, slowly, if ``TRITON_INTERPRET=1`` is set before this module 
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -137,6 +139,27 @@ def triton_sparse_ffn(
 @triton_sparse_ffn.register_fake
 def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
     return x.new_empty(x.shape)
+
+
+def route_only(
+    x: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor],
+    sets: Tensor,
+    router_down: Tensor | None,
+    router_up: Tensor,
+    router_bias: Tensor,
+    cluster_counts: Tensor,
+    counters: Tensor,
+    correction_down: Tensor | None = None,
+) -> None:
+    """The first launch of :func:`triton_routed_ffn` alone, to be timed; arguments as there.
+
+    ``weights`` are gate, up and transposed down.
+    """
+    call = _Call(x, *weights, sets, "silu", None, None, None)
+    call.counters = counters
+    call.correction = None if correction_down is None else (correction_down, correction_down)
+    call.route(router_down, router_up, router_bias, cluster_counts)
 
 
 class _Call:
@@ -287,6 +310,23 @@ def _block(wanted: int, size: int) -> int:
     return min(wanted, int(triton.next_power_of_2(size)))
 
 
-@functools.cache
+@contextmanager
+def forced_config(config: TritonConfig) -> Iterator[None]:
+    """Run all calls inside the context with one configuration, to measure it."""
+    _FORCED.append(config)
+    try:
+        yield
+    finally:
+        _FORCED.pop()
+
+
+_FORCED: list[TritonConfig] = []
+
+
 def _config(device: str, hidden_size: int, neurons: int, dtype: torch.dtype) -> TritonConfig:
+    return _FORCED[-1] if _FORCED else _known_config(device, hidden_size, neurons, dtype)
+
+
+@functools.cache
+def _known_config(device: str, hidden_size: int, neurons: int, dtype: torch.dtype) -> TritonConfig:
     return config_for(torch.device(device), hidden_size, neurons, dtype)

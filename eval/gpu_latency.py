@@ -1,0 +1,315 @@
+"""Latency on a GPU: one FFN and a whole decode step, dense and sparse, each eager and as a CUDA graph.
+
+The fair opponent is the dense model compiled with CUDA graphs; beside eager code sparsity would also be
+credited with launches that are saved. FFNs run over several layers in one go, so that none finds its
+weights in the cache, and variants take turns. On a CPU the same code runs without graphs, for tests.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.api import sparse_modules, sparsify, unsparsify
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.config import SparseConfig
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.host import host_record
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.progress import ProgressReporter, SilentProgress
+from sparse_runtime.sparse_ffn import SparseFFN
+
+# Layers of the FFN measurements: 2.8 GB of Mistral's, far beyond any cache.
+_LAYERS = 8
+_COPY_BYTES = 2**31
+_PROMPT_TOKENS = 128
+
+Call = Callable[[], Any]
+
+
+def bench_gpu(
+    model: Any,
+    clusters: Sequence[ClusterSet],
+    *,
+    batches: Sequence[int] = (1, 8),
+    new_tokens: int = 32,
+    repeats: int = 20,
+    decode: bool = True,
+    progress: ProgressReporter | None = None,
+) -> dict[str, Any]:
+    """Time a model on a GPU, dense and with each of several artifacts.
+
+    Args:
+        model: a dense causal language model on the GPU; dense again when this returns.
+        clusters: artifacts to run.
+        batches: tokens per call of the FFNs; the first and the last of them are decoded too.
+        new_tokens: decode steps per run.
+        repeats: runs of each variant.
+        decode: also time whole decode steps, which takes a compilation for each artifact.
+        progress: reports one unit per measurement.
+
+    Returns:
+        ``copy_gbps`` (bytes read and written); ``ffn``: rows of ``cost_share``, ``batch``, ``bytes``
+        that a token reads, and microseconds of one FFN ``dense_eager``, ``dense_graph``,
+        ``sparse_eager`` and ``sparse_graph``, ``speedup`` of the graphs and, for one token, ``gbps``
+        and its ``bandwidth_share``; ``route``: microseconds of router and look-up; ``decode``: rows
+        with milliseconds per step and the ``speedup`` of compiled over compiled; ``host``.
+
+    Raises:
+        SparseRuntimeError: the sparse FFNs' outputs are not those of the reference, or the kernels
+            cannot run.
+    """
+    progress = progress or SilentProgress()
+    device = next(model.parameters()).device
+    result: dict[str, Any] = {"copy_gbps": copy_bandwidth(device), "ffn": [], "route": []}
+    dense_ffns = [_DenseFFN(layer) for layer in find_ffn_layers(model)[:_LAYERS]]
+    steps = sorted({batches[0], batches[-1]}) if decode else []
+    with progress.task("gpu", len(clusters) * (len(batches) + len(steps)) + len(steps)) as advance:
+        dense_steps: dict[int, dict[str, list[float]]] = {}
+        for batch in steps:
+            dense_steps[batch] = _time_decode(model, batch, new_tokens, "dense")
+            advance(1)
+        for artifact in clusters:
+            sparsify(model, artifact, config=_CONFIG)
+            modules = sparse_modules(model)
+            verify_outputs(modules[:2])
+            for batch in batches:
+                result["ffn"].append(
+                    _bench_ffn(modules[:_LAYERS], dense_ffns, batch, repeats, result["copy_gbps"])
+                )
+                advance(1)
+            result["route"].append(_bench_route(modules[:_LAYERS], repeats))
+            for batch in steps:
+                seconds = dense_steps[batch] | _time_decode(model, batch, new_tokens, "sparse")
+                medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
+                speedup = medians["dense_compiled"] / medians["sparse_compiled"]
+                share = result["ffn"][-1]["cost_share"]
+                row = {"cost_share": share, "batch": batch, **medians, "speedup": speedup}
+                result.setdefault("decode", []).append(row)
+                advance(1)
+            unsparsify(model)
+    return {**result, "host": host_record(device)}
+
+
+# Every call sparse: where dense takes over is a matter of `tune`, and not what is measured here.
+_CONFIG = SparseConfig(backend="triton", prefill="sparse", check_fingerprint=False)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """GB/s (10⁹ bytes, read and written) of a copy far beyond the caches."""
+    size = _COPY_BYTES if device.type == "cuda" else 2**20
+    source = torch.ones(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    seconds = in_turns({"copy": lambda: target.copy_(source)}, device, 10)["copy"]
+    return 2 * size / seconds / 1e9
+
+
+def in_turns(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each call, all in turns, after one round that warms up."""
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 1):
+        for name, call in calls.items():
+            taken[name].append(_seconds(call, device))
+    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+
+
+def _seconds(call: Call, device: torch.device) -> float:
+    if device.type != "cuda":
+        started = time.perf_counter()
+        call()
+        return time.perf_counter() - started
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The call as a CUDA graph; itself on other devices."""
+    if device.type != "cuda":
+        return call
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+class _DenseFFN:
+    """A dense FFN in torch's own layout; the sparse one keeps down transposed."""
+
+    def __init__(self, layer: FFNLayer) -> None:
+        self._gate, self._up = layer.gate.weight.detach(), layer.up.weight.detach()
+        self._down = layer.down.weight.detach().clone(memory_format=torch.contiguous_format)
+        self._activation = ACTIVATION_FUNCTIONS[layer.activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        h = self._activation(F.linear(x, self._gate)) * F.linear(x, self._up)
+        return F.linear(h, self._down)
+
+
+def verify_outputs(modules: Sequence[SparseFFN]) -> None:
+    """Compare FFNs with the reference, for one token and for several.
+
+    Raises:
+        SparseRuntimeError: they are not the same.
+    """
+    for module in modules:
+        for batch in (1, 5):
+            x = tokens_for(module, batch)
+            with torch.inference_mode():
+                before = module.cluster_counts.clone()
+                found = module(x).float()
+                picked = (module.cluster_counts - before).nonzero().flatten()
+                # Routing is compared elsewhere: near ties fall as rounding wants.
+                ids = module.route(x) if batch > 1 else picked[:1]
+                expected = sparse_ffn_reference(
+                    x, *_weights(module), module.active_sets, ids, module.activation,
+                    module.maybe_sets, module.low_bit, module.factors,
+                ).float()  # fmt: skip
+                expected = module.compensated(expected, x, ids)
+            errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            error = errors.median().item()
+            if not error < 0.02:
+                raise SparseRuntimeError(
+                    f"layer {module.layer_index}, {batch} tokens: the sparse FFN is {error:.3f} "
+                    "(relative) away from the reference; expected less than 0.02. Its speed means "
+                    "nothing; please report this"
+                )
+
+
+def _weights(module: SparseFFN) -> tuple[Tensor, Tensor, Tensor]:
+    gate, up, down = (linear.weight.detach() for linear in module._projections)
+    return gate, up, down.t()
+
+
+def tokens_for(module: SparseFFN, count: int) -> Tensor:
+    """Random hidden states [count, H] for an FFN, of the size that a norm leaves."""
+    generator = torch.Generator().manual_seed(module.layer_index)
+    x = torch.randn(count, module.cost.hidden_size, generator=generator)
+    return x.to(module.router_up)
+
+
+def _bench_ffn(
+    modules: Sequence[SparseFFN],
+    dense: Sequence[_DenseFFN],
+    batch: int,
+    repeats: int,
+    copy_gbps: float,
+) -> dict[str, Any]:
+    x = tokens_for(modules[0], batch)
+    device = x.device
+
+    def run_sparse() -> None:
+        for module in modules:
+            module(x)
+
+    def run_dense() -> None:
+        for ffn in dense:
+            ffn(x)
+
+    with torch.inference_mode():
+        calls = {
+            "dense_eager": run_dense,
+            "dense_graph": captured(run_dense, device),
+            "sparse_eager": run_sparse,
+            "sparse_graph": captured(run_sparse, device),
+        }
+        for module in modules:
+            module.reset_counts()
+        seconds = in_turns(calls, device, repeats)
+    micro = {name: 1e6 * value / len(modules) for name, value in seconds.items()}
+    tokens = sum(int(module.cluster_counts.sum()) for module in modules)
+    computed, looked = (
+        sum(int(module.row_counts[i]) for module in modules) / tokens for i in range(2)
+    )
+    cost = modules[0].cost
+    row = {
+        "cost_share": cost.share(computed, looked),
+        "batch": batch,
+        "bytes": cost.sparse_bytes(computed, looked),
+        **micro,
+        "speedup": micro["dense_graph"] / micro["sparse_graph"],
+    }
+    if batch == 1:
+        row["gbps"] = row["bytes"] / micro["sparse_graph"] / 1e3
+        row["bandwidth_share"] = row["gbps"] / copy_gbps
+    return row
+
+
+def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]:
+    """Microseconds of the first launch alone: router, pick and the list of one token's neurons."""
+    from sparse_runtime.kernels.triton_ffn import route_only
+
+    x = tokens_for(modules[0], 1)
+
+    def run() -> None:
+        for module in modules:
+            route_only(
+                x,
+                _weights(module),
+                module.active_sets,
+                module.router_down,
+                module.router_up,
+                module.router_bias,
+                module.cluster_counts,
+                module.counters,
+                module.correction_down,
+            )
+
+    with torch.inference_mode():
+        seconds = in_turns({"route": captured(run, x.device)}, x.device, repeats)["route"]
+    return {"us": 1e6 * seconds / len(modules)}
+
+
+def _time_decode(model: Any, batch: int, new_tokens: int, name: str) -> dict[str, list[float]]:
+    """Seconds of decode steps with a static cache, eager and compiled with CUDA graphs."""
+    device = next(model.parameters()).device
+    options: dict[str, Any] = {"fullgraph": True}
+    options |= {"mode": "reduce-overhead"} if device.type == "cuda" else {"backend": "eager"}
+    torch._dynamo.reset()
+    compiled = torch.compile(model, **options)
+    seconds = {}
+    for how, run in (("eager", model), ("compiled", compiled)):
+        step = _decode_step(model, run, batch, new_tokens)
+        for _ in range(3):  # compiles, then captures
+            step()
+        seconds[f"{name}_{how}"] = [_seconds(step, device) for _ in range(new_tokens)]
+    torch._dynamo.reset()
+    return seconds
+
+
+def _decode_step(model: Any, run: Any, batch: int, new_tokens: int) -> Call:
+    from transformers import StaticCache
+
+    device = next(model.parameters()).device
+    length = _PROMPT_TOKENS + new_tokens + 8
+    cache = StaticCache(config=model.config, max_cache_len=length)
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, _PROMPT_TOKENS), generator=generator)
+    with torch.inference_mode():
+        logits = model(input_ids=prompt.to(device), past_key_values=cache, use_cache=True).logits
+    token = logits[:, -1:].argmax(-1)
+
+    def step() -> None:
+        if device.type == "cuda":
+            torch.compiler.cudagraph_mark_step_begin()
+        with torch.inference_mode():
+            logits = run(input_ids=token, past_key_values=cache, use_cache=True).logits
+            token.copy_(logits[:, -1:].argmax(-1))
+
+    return step

@@ -1,0 +1,103 @@
+"""Compile every Triton kernel for a card that need not be there; run by test_triton_compiles.py.
+
+python compile_triton.py CAPABILITY [DTYPE…], such as 90 bf16. Prints a line for each kernel and
+version: name, dtype, bytes of machine code, loads of 16 bytes.
+"""
+
+import itertools
+import re
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sparse_runtime.kernels import triton_kernels as kernels
+from sparse_runtime.kernels.triton_config import TritonConfig
+
+CONFIG = TritonConfig()
+# What each parameter is, by name; the rest are pointers to weights.
+POINTERS = {
+    "ids": "*i64", "cluster_counts": "*i64", "row_counts": "*i64", "rows": "*i32", "count": "*i32",
+    "counters": "*i32", "counter": "*i32", "projected": "*fp32", "partial": "*fp32",
+    "factors": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "low_bit": "*u8", "member": "*u8",
+}  # fmt: skip
+INTEGERS = ("H", "K", "n", "neurons", "set_bytes", "record_bytes", "total")
+
+
+def variants(**choices):
+    return [
+        dict(zip(choices, values, strict=True)) for values in itertools.product(*choices.values())
+    ]
+
+
+ROUTE = [
+    {
+        **flags, "RANK": rank, "PADDED_RANK": max(1, rank), "BLOCK_R": CONFIG.route_rows,
+        "BLOCK_H": CONFIG.route_hidden, "BLOCK_K": CONFIG.route_clusters,
+    }
+    for rank in (0, 128)
+    for flags in variants(CORRECTION=[0, 16], LISTED=[False, True], COUNTED=[True])
+]  # fmt: skip
+LOOK = [
+    {**flags, "BLOCK_I": CONFIG.look_rows, "BLOCK_G": CONFIG.look_groups}
+    for flags in variants(
+        VERIFY=[False, True], LISTED=[False, True], COUNTED=[True], ACTIVATION=["silu"]
+    )
+]
+FINISH = {"BIASED": True, "CORRECTION": 16}
+MANY = {"TOKENS": 16, "WIDEN": False, "BLOCK_R": CONFIG.many_rows}
+KERNELS = {
+    "list_kernel": [{"COUNTED": True}],
+    "route_kernel": ROUTE,
+    "look_kernel": LOOK,
+    "gate_up_one_kernel": [
+        {"ACTIVATION": name, "BLOCK_R": CONFIG.gate_rows, "BLOCK_H": CONFIG.gate_hidden}
+        for name in ("silu", "gelu", "gelu_tanh", "relu")
+    ],
+    "down_one_kernel": [
+        {
+            **FINISH, "SPLITS": CONFIG.down_splits, "BLOCK_R": CONFIG.down_rows,
+            "BLOCK_H": CONFIG.down_hidden,
+        }
+    ],
+    "gate_up_many_kernel": [{**MANY, "ACTIVATION": "silu", "BLOCK_H": CONFIG.many_hidden}],
+    "down_many_kernel": [
+        {**MANY, **FINISH, "SPLITS": CONFIG.many_splits, "BLOCK_H": CONFIG.many_outputs}
+    ],
+}  # fmt: skip
+
+
+def compile_kernel(name, constants, dtype, target):
+    kernel = getattr(kernels, name)
+    one_token = name.endswith("one_kernel")
+    signature, attributes = {}, {}
+    for position, parameter in enumerate(kernel.arg_names):
+        if parameter in constants:
+            signature[parameter] = "constexpr"
+            continue
+        kind = POINTERS.get(parameter, f"*{dtype}")
+        if parameter == "activations" and one_token:
+            kind = "*fp32"
+        signature[parameter] = "i32" if parameter in INTEGERS else kind
+        # As at Mistral's shape: pointers and sizes are multiples of 16.
+        if parameter not in ("n", "total", "counters", "counter"):
+            attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target)
+
+
+def main():
+    target = GPUTarget("cuda", int(sys.argv[1]), 32)
+    for dtype in sys.argv[2:] or ["bf16"]:
+        for name, versions in KERNELS.items():
+            for constants in versions:
+                compiled = compile_kernel(name, constants, dtype, target)
+                loads = re.findall(
+                    r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg.*, 0x10", compiled.asm["ptx"]
+                )
+                print(name, dtype, len(compiled.asm["cubin"]), len(loads))
+
+
+if __name__ == "__main__":
+    main()
