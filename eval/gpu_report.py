@@ -52,7 +52,7 @@ def report(figures: dict[str, Any] | None) -> str:
 
 def _implied() -> str:
     """Bytes and launches by density, of one FFN of Mistral's shape and one token."""
-    shape = SHAPES["mistral-7b"]
+    shape: dict[str, Any] = SHAPES["mistral-7b"]
     hidden_size, neurons = shape["hidden_size"], shape["intermediate_size"]
     extra = router_parameter_count(hidden_size, _CLUSTERS, _RANK)
     cost = FFNCost(hidden_size, neurons, extra)

@@ -79,6 +79,7 @@ class SparseFFN(nn.Module):
     cluster_counts: Tensor
     row_counts: Tensor
     dense_token_count: Tensor
+    counters: Tensor
     _one: Tensor
 
     def __init__(self, layer: FFNLayer, clusters: LayerClusters, config: SparseConfig) -> None:
