@@ -14,28 +14,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports Triton
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import MistralConfig, MistralForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-
-
-def make_tiny_model(**changes):
-    torch.manual_seed(0)
-    fields = {
-        "vocab_size": 260,
-        "hidden_size": 32,
-        "intermediate_size": 44,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "sliding_window": None,
-        "bos_token_id": 256,
-        "eos_token_id": 257,
-        "pad_token_id": 258,
-    }
-    return MistralForCausalLM(MistralConfig(**(fields | changes))).eval()
+from helpers import make_tiny_model
 
 
 @pytest.fixture(autouse=True, scope="session")

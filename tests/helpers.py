@@ -1,10 +1,30 @@
 """Builders shared by the tests."""
 
 import torch
+from transformers import MistralConfig, MistralForCausalLM
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.bands import LayerCentroids
 from sparse_runtime.eval.shapes import random_clusters
+
+
+def make_tiny_model(**changes):
+    torch.manual_seed(0)
+    fields = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 44,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "sliding_window": None,
+        "bos_token_id": 256,
+        "eos_token_id": 257,
+        "pad_token_id": 258,
+    }
+    return MistralForCausalLM(MistralConfig(**(fields | changes))).eval()
 
 
 def random_cluster_set(model, density, num_clusters=6, rank=4) -> ClusterSet:

@@ -360,7 +360,7 @@ def test_resident_memory_grows_by_the_router_only():
     code = """
         import sys
         sys.path.insert(0, sys.argv[1])
-        from conftest import make_tiny_model
+        from helpers import make_tiny_model
         from helpers import random_cluster_set
         from sparse_runtime import sparsify, unsparsify
         from sparse_runtime.eval.latency import _resident_mib

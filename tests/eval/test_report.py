@@ -7,8 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 import torch
-from conftest import make_tiny_model
-from helpers import cuttable_cluster_set
+from helpers import cuttable_cluster_set, make_tiny_model
 
 from sparse_runtime import cli
 from sparse_runtime.eval import ablation, quality_markdown

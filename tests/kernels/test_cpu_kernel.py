@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from kernels.cases import SHAPES, case, exact
 
 import sparse_runtime.kernels
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.kernels.cpu import load_cpu_library
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 LIBRARY = Path(sparse_runtime.kernels.__file__).with_name("libsparse_ffn_cpu.so")
 if not load_cpu_library():
@@ -31,7 +32,6 @@ TOLERANCE = {
     torch.bfloat16: 2**-8 + ACCUMULATION,
     torch.float16: 2**-11 + ACCUMULATION,
 }
-SHAPES = [(16, 40, 3), (33, 67, 5), (8, 1, 1), (1, 9, 2), (200, 301, 4), (576, 48, 2)]
 
 
 @pytest.fixture(params=ops.cpu_isas().split(","))
@@ -48,23 +48,6 @@ def num_threads(request):
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
-
-
-def case(n, hidden, neurons, clusters, dtype, density=0.5, seed=0):
-    """x, the three weights, a bool mask [K, I] with at least one neuron somewhere, ids."""
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, hidden, generator=g).to(dtype)
-    weights = [
-        (torch.randn(neurons, hidden, generator=g) * hidden**-0.5).to(dtype) for _ in range(3)
-    ]
-    mask = torch.rand(clusters, neurons, generator=g) < density
-    mask[:, 0] = True
-    return x, weights, mask, torch.randint(0, clusters, (n,), generator=g)
-
-
-def exact(x, weights, mask, ids, activation="silu"):
-    x, *weights = (t.double() for t in (x, *weights))
-    return sparse_ffn_reference(x, *weights, pack_bits(mask), ids, activation)
 
 
 def assert_close(actual, expected, dtype):

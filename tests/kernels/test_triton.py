@@ -2,9 +2,7 @@
 
 import pytest
 import torch
-from kernels.test_cpu_kernel import SHAPES, case, exact
-from kernels.test_verification import case as verified_case
-from kernels.test_verification import exact as verified_exact
+from kernels.cases import SHAPES, case, exact, verified_case, verified_exact
 
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference

@@ -5,8 +5,9 @@ import struct
 
 import pytest
 import torch
+from kernels.cases import verified_case as case
+from kernels.cases import verified_exact as exact
 
-from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.kernels import load_cpu_library, sparse_ffn
 from sparse_runtime.kernels.low_bit import (
     dequantize_rows,
@@ -30,40 +31,6 @@ def isa(request):
     ops.cpu_force_isa(request.param)
     yield request.param
     ops.cpu_force_isa("")
-
-
-def case(n, hidden, neurons, clusters, dtype, seed=0):
-    """Arguments of an operation, and bool masks [n, I] of what it computes and looks at.
-
-    Factors lie in the widest gap of each neuron's h̃, so that no rounding decides.
-    """
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, hidden, generator=g).to(dtype)
-    weights = [
-        (torch.randn(neurons, hidden, generator=g) * hidden**-0.5).to(dtype) for _ in range(3)
-    ]
-    ids = torch.randint(0, clusters, (n,), generator=g)
-    draws = torch.rand(clusters, neurons, generator=g)
-    sure, maybe = draws < 0.3, (draws > 0.2) & (draws < 0.8)  # some in both: sure
-    low_bit = quantize_rows(*weights[:2])
-    gate, up = (part.double() for part in dequantize_rows(low_bit, hidden))
-    rounded = rounded_tokens(x).double()
-    h = (torch.nn.functional.silu(rounded @ gate.t()) * (rounded @ up.t())).abs()
-    ordered = torch.cat([h.new_full((1, neurons), 1e-4), h, h.amax(0, keepdim=True) * 10 + 1])
-    ordered = ordered.sort(dim=0).values.clamp_min(1e-6).log()
-    widest = ordered.diff(dim=0).argmax(0, keepdim=True)
-    middle = (ordered.gather(0, widest) + ordered.gather(0, widest + 1)).squeeze(0) / 2
-    factors = (-middle).exp().float()
-    looked = maybe[ids] & ~sure[ids]
-    computed = sure[ids] | (looked & (h * factors > 1))
-    arguments = (x, *weights, pack_bits(sure), ids, "silu", pack_bits(maybe), low_bit, factors)
-    return arguments, computed, looked
-
-
-def exact(arguments, computed):
-    """The output in float64 for known neurons: one cluster for each token."""
-    x, *weights = (tensor.double() for tensor in arguments[:4])
-    return sparse_ffn_reference(x, *weights, pack_bits(computed), torch.arange(len(x)), "silu")
 
 
 def assert_close(actual, expected, dtype):
