@@ -123,3 +123,27 @@ assert not torch.cuda.is_initialized()
 assert not [m for m in sys.modules if m.startswith(("sparse_runtime.clusters", "sparse_runtime.eval"))]
 """
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_runs_without_triton_and_other_extras():
+    """As on macOS and Windows, and as installed without extras."""
+    code = """
+import sys
+sys.path.insert(0, "tests")
+for name in ("triton", "matplotlib", "lm_eval", "playwright", "gguf"):
+    sys.modules[name] = None
+import pytest, torch
+from helpers import make_tiny_model, random_cluster_set
+from sparse_runtime import sparsify, sparse_modules
+from sparse_runtime.errors import BackendUnavailableError
+import sparse_runtime.cli, sparse_runtime.eval.latency, sparse_runtime.eval.report
+model = make_tiny_model()
+clusters = random_cluster_set(model, 0.4)
+sparsify(model, clusters)
+with torch.inference_mode():
+    model(torch.tensor([[3]]))
+assert sum(int(m.cluster_counts.sum()) + int(m.dense_token_count) for m in sparse_modules(model)) == 3
+with pytest.raises(BackendUnavailableError, match="cannot be imported .*; pip install triton"):
+    sparsify(make_tiny_model(), clusters, backend="triton")
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

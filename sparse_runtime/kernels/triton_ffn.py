@@ -99,8 +99,9 @@ def triton_routed_ffn(
         call.counters = counters
         call.bias = cluster_bias
         call.correction = None if correction_down is None else (correction_down, correction_up)
-        call.route(router_down, router_up, router_bias, cluster_counts)
-        outputs.append(call.compute())
+        with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
+            call.route(router_down, router_up, router_bias, cluster_counts)
+            outputs.append(call.compute())
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
@@ -131,8 +132,9 @@ def triton_sparse_ffn(
         call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, low_bit, factors)
         call.counts = row_counts
         call.counters = counters
-        call.assign(ids)
-        outputs.append(call.compute())
+        with torch.cuda.device_of(x):
+            call.assign(ids)
+            outputs.append(call.compute())
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
