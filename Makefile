@@ -24,7 +24,7 @@ TASKS ?= --task lambada_openai --task piqa
 REPORT := runs/report
 CHEAP_BASELINES := oracle,teal,wina,cats,static,random
 
-.PHONY: demo test test-all sanitize lint format bench bench-gpu report report-quick wheel clean
+.PHONY: demo test test-all sanitize lint format bench bench-gpu report report-paper report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -99,15 +99,22 @@ report: $(STAMP)
 	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
 		README.md
 
+# The coverage of the paper's clusters and of those it compares with, for the next `make report`.
+report-paper: $(STAMP)
+	mkdir -p $(REPORT)
+	$(BIN)/sparse-runtime paper demo $(CALIBRATION) --test $(TEST) --layers 0,7,14,21,29 --compare \
+		--clusters 256,512,1024,2048,4096,8192 --json $(REPORT)/paper.json
+
 # The same page in minutes, of a small artifact and little text, both out of Python itself.
 report-quick: REPORT := runs/report-quick
 report-quick: $(STAMP)
 	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
-		-o $(REPORT)/clusters --data pydoc --max-tokens 8192 --clusters 64 --distill 5
+		-o $(REPORT)/clusters --data pydoc --max-tokens 6144 --clusters 64 --distill 5 \
+		--no-loop-weights
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
 		--json $(REPORT)/eval.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
-		--budgets 0.4,0.5,0.6 --baselines $(CHEAP_BASELINES) --calibration pydoc \
+		--budgets 0.4,0.5 --baselines $(CHEAP_BASELINES) --calibration pydoc \
 		--calibration-tokens 4096 --json $(REPORT)/quality.json
 	$(BIN)/sparse-runtime report $(REPORT)
 

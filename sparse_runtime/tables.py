@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -107,41 +108,44 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
     )
 
 
-_CURVE_COLUMNS = (
-    *("budget", "cost share", "computed", "looked at", "perplexity", "÷ dense", "95 %"),
-    *("KL", "top-1"),
-)
+# Heading -> what stands under it. In a narrow terminal the second group is left to --json.
+_CURVE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "budget": lambda row: f"{row['budget']:g}",
+    "cost share": lambda row: f"{row['cost_share']:.3f}",
+    "÷ dense": lambda row: f"{row['ratio']:.3f}",
+    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
+    "KL": lambda row: f"{row['divergence']:.3f}",
+    "top-1": lambda row: f"{row['agreement']:.3f}",
+}
+_WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "perplexity": lambda row: f"{row['perplexity']:.2f}",
+    "computed": lambda row: _number(row["computed"]),
+    "looked at": lambda row: _number(row["looked_at"]),
+}
+_NARROW = 100
 
 
 def print_curves(curves: dict[str, Any]) -> None:
     """Print the figures of ``evaluate_curves``."""
+    columns = _CURVE_COLUMNS if out.width < _NARROW else _CURVE_COLUMNS | _WIDE_COLUMNS
     for result in curves["results"]:
-        table = Table(title=_text_title(result["data"], result["tokens"], curves))
+        dense = f"dense perplexity {result['dense']['perplexity']:.2f}"
+        title = _text_title(result["data"], result["tokens"], curves)
+        table = Table(title=f"{title}, {dense}")
         table.add_column("method", no_wrap=True)
-        for column in _CURVE_COLUMNS:
+        for column in columns:
             # In a narrow terminal the headings of two words break, and nothing else.
-            table.add_column(column, justify="right", no_wrap=" " not in column)
-        perplexity = result["dense"]["perplexity"]
-        table.add_row("dense", "", "1.000", "1.000", "", f"{perplexity:.2f}", "1.000", "", "0", "1")
+            table.add_column(column, justify="right", no_wrap=" " not in column or "%" in column)
         for row in result["rows"]:
             looks = " + looks" if row["verify"] else ""
-            numbers = (
-                "–" if row[name] is None else f"{row[name]:.3f}"
-                for name in ("cost_share", "computed", "looked_at")
-            )
-            table.add_row(
-                row["method"] + looks,
-                f"{row['budget']:g}",
-                *numbers,
-                f"{row['perplexity']:.2f}",
-                f"{row['ratio']:.3f}",
-                "–".join(f"{bound:.3f}" for bound in row["interval"]),
-                f"{row['divergence']:.3f}",
-                f"{row['agreement']:.3f}",
-            )
+            table.add_row(row["method"] + looks, *(cell(row) for cell in columns.values()))
         out.print(table)
     for row in curves["left_out"]:
         out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
 
 
 def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:

@@ -165,7 +165,7 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
     return call
 
 
-def test_command(run, clusters, tmp_path):
+def test_command(run, clusters, tmp_path, monkeypatch):
     clusters.build["data"] = {
         "sources": [{"name": str(run.text), "split": "train", "weight": 1.0, "tokens": 640}]
     }
@@ -184,6 +184,15 @@ def test_command(run, clusters, tmp_path):
     rows = figures["results"][0]["rows"]
     assert [row["method"] for row in rows] == ["clusters"] * 2 + ["teal"] * 2 + ["cats"] * 2
     assert figures["host"]["threads"] == torch.get_num_threads()
+
+    # In a narrow terminal no column is squeezed away; some are left to --json.
+    monkeypatch.setattr(cli.out, "width", 80)
+    code, out, err, _ = run("--budgets", "0.5", "--no-verify")
+    assert code == 0, err
+    (line,) = (line for line in out.splitlines() if line.startswith("│ clusters"))
+    assert all(cell.strip() for cell in line.strip("│").split("│"))
+    assert "…" not in out
+    monkeypatch.setattr(cli.out, "width", 200)
 
     code, out, err, figures = run("--baselines", "cats", "--budget", 0.3, "--calibration", run.text)
     assert code == 0, err
