@@ -127,7 +127,7 @@ def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
             capsize=2,
         )
         middle = min(rows, key=lambda row: abs(row["budget"] - 0.5))
-        words.append(f"{label} {middle['ratio']:.2f} at {middle['cost_share']:.2f}")
+        words.append(f"{label} {_rounded(middle['ratio'])} at {middle['cost_share']:.2f}")
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     _log_ratio(axes, [row["ratio"] for row in result["rows"]])
     axes.set_xlabel("FFN cost share (bytes read ÷ dense)")
@@ -137,13 +137,18 @@ def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
     return Plot(name, f"Quality against cost share: {title}", alt, figure)
 
 
+def _rounded(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}"
+
+
 def _log_ratio(axes: Axes, ratios: Sequence[float]) -> None:
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
     top = min(_LARGEST_RATIO, max(ratios) * 1.05)
     axes.set_yscale("log")
     axes.set_ylim(min(0.97, 0.98 * min(ratios)), max(top, 1.2))
-    ticks = [tick for tick in (1, 1.05, 1.1, 1.2, 1.4, 1.6, 2, 3, 4, 6, 8, 10) if tick <= top]
+    fine, coarse = (1, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5), (1, 1.2, 1.5, 2, 3, 4, 6, 10)
+    ticks = [tick for tick in (fine if top < 2.6 else coarse) if tick <= top]
     axes.set_yticks(ticks)
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.yaxis.set_minor_formatter(NullFormatter())
@@ -260,7 +265,7 @@ def _densities(run: RunFolder) -> Plot:
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel("share of the neurons, mean over clusters")
     axes[0].set_ylim(0, 1)
-    axes[0].legend(fontsize=8, loc="upper right")
+    figure.legend(loc="outside lower left", ncols=2, fontsize=8)
     image = axes[1].imshow(rows, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axes[1].set_xlabel("clusters, smallest set first")
     axes[1].set_ylabel("layer")

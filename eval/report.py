@@ -15,7 +15,7 @@ from sparse_runtime.eval.run_folder import RunFolder, method_label, text_name
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1b1f; --soft: #5a5a66; --line: #d9d9e0; --band: #f5f6fa; }
 * { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 62rem; padding: 1rem; color: var(--ink); background: #fff;
+body { margin: 0 auto; max-width: 66rem; padding: 1rem; color: var(--ink); background: #fff;
   font: 16px/1.5 system-ui, -apple-system, "Segoe UI", sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; }
 h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem; border-bottom: 1px solid var(--line); }
@@ -27,7 +27,7 @@ nav ul { display: flex; flex-wrap: wrap; gap: .2rem 1rem; list-style: none; marg
 .table { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; }
 caption { text-align: left; font-weight: 600; padding: .3rem 0; }
-th, td { padding: .25rem .6rem; text-align: right; white-space: nowrap; }
+th, td { padding: .25rem .45rem; text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; }
 thead th { border-bottom: 2px solid var(--line); }
 tbody tr:nth-child(even) { background: var(--band); }
@@ -244,5 +244,6 @@ def _cell(value: Any) -> str:
     if value is None:
         return '<td data-value="">–</td>'
     if isinstance(value, float):
-        return f'<td data-value="{value!r}">{value:.3f}</td>'
+        shown = f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+        return f'<td data-value="{value!r}">{shown}</td>'
     return f"<td>{html.escape(str(value))}</td>"
