@@ -15,6 +15,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
+# A window's sum of squared gradients counts up to so many times the median window's.
+_MOST_OF_MEDIAN = 5.0
+
 
 def fisher_weights(
     model: Any, windows: Tensor, *, progress: ProgressReporter | None = None
@@ -23,7 +26,8 @@ def fisher_weights(
 
     With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the rise of a token's loss, in the same
     unit for all layers (the second-order term with the empirical Fisher as curvature; LeCun et al.,
-    Optimal Brain Damage, 1989). Parameters get no gradient, and decoder layers are checkpointed: memory
+    Optimal Brain Damage, 1989). A window in which gradients explode is left out of the mean: one token
+    in 8,192 multiplied the early layers' weights by six (docs/LOG.md). Parameters get no gradient, and decoder layers are checkpointed: memory
     is one window's activations of one layer, and its hidden states between layers.
 
     Args:
@@ -39,16 +43,14 @@ def fisher_weights(
             because weights are offloaded; torch's own message.
     """
     layers = find_ffn_layers(model)
-    sums = [
-        torch.zeros(layer.intermediate_size, device=layer.gate.weight.device) for layer in layers
-    ]
+    means: list[list[Tensor]] = [[] for _ in layers]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
 
     def watch(position: int) -> Any:
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
             def add(gradient: Tensor) -> None:
-                sums[position] += gradient.float().square().flatten(0, -2).sum(0)
+                means[position].append(gradient.float().square().flatten(0, -2).mean(0))
 
             arguments[0].register_hook(add)
 
@@ -74,7 +76,16 @@ def fisher_weights(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return [(total / windows.numel()).sqrt().cpu() for total in sums]
+    return [robust_mean(torch.stack(of_windows)).sqrt().cpu() for of_windows in means]
+
+
+def robust_mean(values: Tensor) -> Tensor:
+    """Mean over windows [W, I] without those whose sum is far beyond the median window's: [I].
+
+    On text, windows differ by a factor of two or three; one with an exploding gradient by thirty.
+    """
+    totals = values.sum(-1)
+    return values[totals <= _MOST_OF_MEDIAN * totals.median()].mean(0)
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.clusters import BuildConfig, build_clusters
-from sparse_runtime.clusters.fisher import fisher_weights
+from sparse_runtime.clusters.fisher import fisher_weights, robust_mean
 from sparse_runtime.clusters.importance import importance_scorer
 
 
@@ -35,6 +35,16 @@ def test_fisher_weights_match_autograd(tiny_model):
     for weight, total in zip(weights, sums, strict=True):
         assert total.min() > 0
         torch.testing.assert_close(weight, (total / 20).sqrt())
+
+
+def test_a_window_with_exploding_gradients_is_left_out():
+    usual = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 8.0]])
+    assert robust_mean(usual).tolist() == pytest.approx([7 / 3, 13 / 3])
+    exploded = torch.cat([usual, torch.tensor([[100.0, 5.0]])])
+    assert torch.equal(robust_mean(exploded), robust_mean(usual))
+    # Twice as much in one neuron is no reason, nor is one window alone.
+    assert robust_mean(exploded[3:]).tolist() == [100.0, 5.0]
+    assert robust_mean(torch.zeros(3, 2)).tolist() == [0.0, 0.0]
 
 
 def test_fisher_leaves_no_trace(tiny_model):
