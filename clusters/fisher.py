@@ -26,9 +26,11 @@ def fisher_weights(
 
     With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the rise of a token's loss, in the same
     unit for all layers (the second-order term with the empirical Fisher as curvature; LeCun et al.,
-    Optimal Brain Damage, 1989). A window in which gradients explode is left out of the mean: one token
-    in 8,192 multiplied the early layers' weights by six (docs/LOG.md). Parameters get no gradient, and decoder layers are checkpointed: memory
-    is one window's activations of one layer, and its hidden states between layers.
+    Optimal Brain Damage, 1989). A window in which gradients explode is left out of the mean: one
+    token in 8,192 multiplied the early layers' weights by six (docs/LOG.md).
+
+    Parameters get no gradient, and decoder layers are checkpointed: memory is one window's activations
+    of one layer, and its hidden states between layers.
 
     Args:
         model: a dense causal language model.
