@@ -188,7 +188,13 @@ def activations(layer: FFNLayer, gate_input: Tensor, up_input: Tensor | None = N
 
 
 def run_neurons(
-    layer: FFNLayer, x: Tensor, kept: Tensor, *, extra_elements: int = 0, clustered: bool = False
+    layer: FFNLayer,
+    x: Tensor,
+    kept: Tensor,
+    *,
+    h: Tensor | None = None,
+    extra_elements: int = 0,
+    clustered: bool = False,
 ) -> MaskedOutput:
     """Run an FFN of which each token computes some neurons.
 
@@ -196,6 +202,7 @@ def run_neurons(
         layer: the FFN.
         x: hidden states [n, H].
         kept: bool [n, I], or [I] for all tokens alike.
+        h: activations [n, I] of x, if they are known.
         extra_elements: weights read besides the neurons'.
         clustered: the set is read as a bitmap.
     """
@@ -204,7 +211,8 @@ def run_neurons(
     share = cost_shares(
         layer, computed, computed, computed, extra_elements=extra_elements, clustered=clustered
     )
-    return MaskedOutput(layer.down(activations(layer, x) * kept), share, computed)
+    h = activations(layer, x) if h is None else h
+    return MaskedOutput(layer.down(h * kept), share, computed)
 
 
 def cost_shares(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
-from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer, normalized
+from sparse_runtime.clusters.importance import importance_scorer, normalized
 from sparse_runtime.eval.masked_ffn import (
     MaskedOutput,
     Masks,
@@ -26,16 +26,17 @@ class OracleMasks:
     """Each token's most important neurons, as if they were known.
 
     Attributes:
-        share: of the neurons.
-        scorer: importance |h_i|·‖down_i‖₂.
+        share: of the neurons, the largest by |h_i|·‖down_i‖₂.
+        norms: ‖down_i‖₂ [I] float32.
     """
 
     share: float
-    scorer: ImportanceScorer
+    norms: Tensor
 
     def __call__(self, layer: FFNLayer, x: Tensor) -> MaskedOutput:
         """Run the layer's FFN on hidden states [n, H]."""
-        return run_neurons(layer, x, most(self.scorer(x), self.share))
+        h = activations(layer, x)
+        return run_neurons(layer, x, most(h.abs() * self.norms, self.share), h=h)
 
 
 class Oracle:
@@ -50,8 +51,8 @@ class Oracle:
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Nothing is fitted."""
-        scorer = importance_scorer(layer)
-        return [{self.name: OracleMasks(budget, scorer)} for budget in budgets]
+        norms = importance_scorer(layer).neuron_weights
+        return [{self.name: OracleMasks(budget, norms)} for budget in budgets]
 
 
 @dataclass(frozen=True)

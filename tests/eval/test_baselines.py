@@ -117,7 +117,7 @@ def test_wina_by_hand(layer):
 
 
 def test_oracle_by_hand(layer):
-    masks = OracleMasks(0.5, importance_scorer(layer))
+    masks = OracleMasks(0.5, importance_scorer(layer).neuron_weights)
     output, cost, computed = masks(layer, torch.tensor([[3.0, 0.5], [0.5, 2.0]]))
     # h = [3·3.5, 1·2.5] and [0.5·2.5, 4·(−1.5)]; ‖down_i‖ = [√10, √20].
     assert output.tolist() == [[10.5, 31.5], [-12.0, -24.0]]
