@@ -85,8 +85,8 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
             [
                 f"**{method_label(row)}**" if row["method"] == "clusters" else method_label(row),
                 f"{row['cost_share']:.2f}",
-                f"{row['ratio']:.3f}",
-                f"{low:.3f}–{high:.3f}",
+                _ratio(row["ratio"]),
+                f"{_ratio(low)}–{_ratio(high)}",
                 f"{row['divergence']:.3f}",
                 f"{row['agreement']:.3f}",
             ]
@@ -124,8 +124,8 @@ def _curves(result: dict[str, Any]) -> str:
                 f"{row['budget']:g}",
                 f"{row['cost_share']:.3f}",
                 f"{row['perplexity']:.2f}",
-                f"{row['ratio']:.3f}",
-                f"{low:.3f}–{high:.3f}",
+                _ratio(row["ratio"]),
+                f"{_ratio(low)}–{_ratio(high)}",
                 f"{row['divergence']:.3f}",
                 f"{row['agreement']:.3f}",
             ]
@@ -145,6 +145,10 @@ def _records(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
             for row in rows
         ),
     )  # fmt: skip
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.3f}" if value < 100 else f"{value:.0f}"
 
 
 def _host(figures: dict[str, Any]) -> str:
