@@ -10,7 +10,7 @@ import torch
 
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.run_folder import RunFolder, method_label
+from sparse_runtime.eval.run_folder import METHOD_LABELS, RunFolder, method_label
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -120,7 +120,7 @@ def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
             ratios,
             yerr=errors,
             label=label,
-            color=_COLORS[number % len(_COLORS)],
+            color=_color(label),
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=6 if ours else 4,
             linewidth=2.2 if ours else 1.1,
@@ -135,6 +135,14 @@ def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
     figure.legend(loc="outside right center", fontsize=8)
     alt = f"Perplexity ratio against cost share on {title}. " + "; ".join(words) + "."
     return Plot(name, f"Quality against cost share: {title}", alt, figure)
+
+
+def _color(label: str) -> str:
+    """The same color for a method in every figure."""
+    labels = ["clusters with looks", "clusters without looks", *METHOD_LABELS.values()]
+    # "clusters" alone is no row's label.
+    labels.remove(METHOD_LABELS["clusters"])
+    return _COLORS[labels.index(label) % len(_COLORS)] if label in labels else "#444444"
 
 
 def _rounded(ratio: float) -> str:
@@ -173,9 +181,16 @@ def _domains(curves: dict[str, dict[str, Any]]) -> Plot:
         ratios = [row["ratio"] for row in rows if row is not None]
         shown += ratios
         places = [index + (number - (len(methods) - 1) / 2) * width for index in range(len(rows))]
-        axes.bar(places, ratios, width, label=label, color=_COLORS[number % len(_COLORS)])
+        axes.bar(places, ratios, width, label=label, color=_color(label))
         words.append(f"{label} " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    axes.set_xticks(range(len(names)), [name.replace(", ", ",\n") for name in names], fontsize=8)
+    axes.set_xticks(
+        range(len(names)),
+        [name.replace(", ", ",\n") for name in names],
+        fontsize=8,
+        rotation=20,
+        ha="right",
+        rotation_mode="anchor",
+    )
     axes.set_ylabel("perplexity ÷ dense")
     _log_ratio(axes, shown)
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
