@@ -71,7 +71,7 @@ bench-gpu: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/sparse-runtime tune --shape mistral-7b
 	$(BIN)/sparse-runtime bench --shape mistral-7b --device cuda --density 0.3,0.5,0.7,1.0 \
-		--batches 1,2,4,8,16,32,64 --new-tokens 32 --json runs/bench/gpu.json
+		--batches 1,2,4,8,16,32,64 --new-tokens 32 --repeats 20 --json runs/bench/gpu.json
 	$(BIN)/python -m sparse_runtime.eval.gpu_report docs/benchmarks/gpu.md runs/bench/gpu.json
 
 # Every quality figure of README and docs/benchmarks/quality.md, and a page of plots, from nothing.

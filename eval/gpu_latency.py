@@ -29,7 +29,6 @@ from sparse_runtime.sparse_ffn import SparseFFN
 # Layers of the FFN measurements: 2.8 GB of Mistral's, far beyond any cache.
 _LAYERS = 8
 _COPY_BYTES = 2**31
-_PROMPT_TOKENS = 128
 
 Call = Callable[[], Any]
 
@@ -39,6 +38,7 @@ def bench_gpu(
     clusters: Sequence[ClusterSet],
     *,
     batches: Sequence[int] = (1, 8),
+    prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 20,
     decode: bool = True,
@@ -50,6 +50,7 @@ def bench_gpu(
         model: a dense causal language model on the GPU; dense again when this returns.
         clusters: artifacts to run.
         batches: tokens per call of the FFNs; the first and the last of them are decoded too.
+        prompt_tokens: length of the random prompt before the decode steps.
         new_tokens: decode steps per run.
         repeats: runs of each variant.
         decode: also time whole decode steps, which takes a compilation for each artifact.
@@ -74,7 +75,7 @@ def bench_gpu(
     with progress.task("gpu", len(clusters) * (len(batches) + len(steps)) + len(steps)) as advance:
         dense_steps: dict[int, dict[str, list[float]]] = {}
         for batch in steps:
-            dense_steps[batch] = _time_decode(model, batch, new_tokens, "dense")
+            dense_steps[batch] = _time_decode(model, batch, prompt_tokens, new_tokens, "dense")
             advance(1)
         for artifact in clusters:
             sparsify(model, artifact, config=_CONFIG)
@@ -87,7 +88,9 @@ def bench_gpu(
                 advance(1)
             result["route"].append(_bench_route(modules[:_LAYERS], repeats))
             for batch in steps:
-                seconds = dense_steps[batch] | _time_decode(model, batch, new_tokens, "sparse")
+                seconds = dense_steps[batch] | _time_decode(
+                    model, batch, prompt_tokens, new_tokens, "sparse"
+                )
                 medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
                 speedup = medians["dense_compiled"] / medians["sparse_compiled"]
                 share = result["ffn"][-1]["cost_share"]
@@ -276,7 +279,9 @@ def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]
     return {"us": 1e6 * seconds / len(modules)}
 
 
-def _time_decode(model: Any, batch: int, new_tokens: int, name: str) -> dict[str, list[float]]:
+def _time_decode(
+    model: Any, batch: int, prompt_tokens: int, new_tokens: int, name: str
+) -> dict[str, list[float]]:
     """Seconds of decode steps with a static cache, eager and compiled with CUDA graphs."""
     device = next(model.parameters()).device
     options: dict[str, Any] = {"fullgraph": True}
@@ -285,7 +290,7 @@ def _time_decode(model: Any, batch: int, new_tokens: int, name: str) -> dict[str
     compiled = torch.compile(model, **options)
     seconds = {}
     for how, run in (("eager", model), ("compiled", compiled)):
-        step = _decode_step(model, run, batch, new_tokens)
+        step = _decode_step(model, run, batch, prompt_tokens, new_tokens)
         for _ in range(3):  # compiles, then captures
             step()
         seconds[f"{name}_{how}"] = [_seconds(step, device) for _ in range(new_tokens)]
@@ -293,14 +298,14 @@ def _time_decode(model: Any, batch: int, new_tokens: int, name: str) -> dict[str
     return seconds
 
 
-def _decode_step(model: Any, run: Any, batch: int, new_tokens: int) -> Call:
+def _decode_step(model: Any, run: Any, batch: int, prompt_tokens: int, new_tokens: int) -> Call:
     from transformers import StaticCache
 
     device = next(model.parameters()).device
-    length = _PROMPT_TOKENS + new_tokens + 8
+    length = prompt_tokens + new_tokens + 8
     cache = StaticCache(config=model.config, max_cache_len=length)
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, _PROMPT_TOKENS), generator=generator)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, prompt_tokens), generator=generator)
     with torch.inference_mode():
         logits = model(input_ids=prompt.to(device), past_key_values=cache, use_cache=True).logits
     token = logits[:, -1:].argmax(-1)

@@ -609,7 +609,9 @@ def bench(
             loaded.to(device),
             artifacts,
             batches=sizes or [1, 8],
+            prompt_tokens=prompt_tokens,
             new_tokens=new_tokens,
+            repeats=repeats,
             progress=RichProgress(err),
         )
         print_rows(f"one FFN; a copy reaches {figures['copy_gbps']:.0f} GB/s", figures["ffn"])

@@ -28,7 +28,6 @@ def model(tiny_model):
 @pytest.fixture(autouse=True)
 def cache(monkeypatch, tmp_path):
     monkeypatch.setattr(triton_config, "cache_folder", lambda: tmp_path)
-    monkeypatch.setattr(gpu_latency, "_PROMPT_TOKENS", 4)
     return tmp_path
 
 
@@ -36,7 +35,9 @@ def test_benchmark_and_its_report(model, tmp_path, monkeypatch):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     monkeypatch.setattr(gpu_latency, "_LAYERS", 1)
     clusters = [random_cluster_set(model, 0.3)]
-    result = gpu_latency.bench_gpu(model, clusters, batches=[1, 2], new_tokens=1, repeats=1)
+    result = gpu_latency.bench_gpu(
+        model, clusters, batches=[1, 2], prompt_tokens=4, new_tokens=1, repeats=1
+    )
     assert [row["batch"] for row in result["ffn"]] == [1, 2]
     for row in result["ffn"]:
         assert 0.3 < row["cost_share"] < 0.5
