@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from sparse_runtime.eval.markdown import markdown_table
 
 _VARIANTS = {
     "dense": "dense, as transformers runs it",
@@ -64,7 +66,7 @@ def _mlp(run: dict[str, Any]) -> str:
         ("all rows, our kernel", mlp["all_rows_ms"], mlp["all_rows_gbps"]),
         ("sparse", mlp["sparse_ms"], mlp["gbps"]),
     ]
-    table = _table(
+    table = markdown_table(
         ("one FFN, one token", "ms", "sparse is faster by", "GB/s", "share"),
         (
             (
@@ -86,7 +88,7 @@ def _mlp(run: dict[str, Any]) -> str:
 
 def _decode(run: dict[str, Any], prompt_tokens: int) -> str:
     decode, prefill = run["decode"], run["prefill"]
-    table = _table(
+    table = markdown_table(
         ("decode", "ms per token", "p90", "tokens/s", "GB/s"),
         (
             (
@@ -109,7 +111,7 @@ def _decode(run: dict[str, Any], prompt_tokens: int) -> str:
 
 
 def _prediction(prediction: dict[str, Any]) -> str:
-    table = _table(
+    table = markdown_table(
         ("prediction, one token", "µs", "of the dense FFN", "KiB read"),
         (
             (
@@ -127,7 +129,7 @@ def _prediction(prediction: dict[str, Any]) -> str:
 
 
 def _tokens(rows: Sequence[dict[str, Any]]) -> str:
-    return _table(
+    return markdown_table(
         ("tokens in a call", "F.linear ms", "prepacked", "all rows", "sparse", "chosen", "path"),
         (
             (
@@ -145,7 +147,7 @@ def _tokens(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def _batches(rows: Sequence[dict[str, Any]]) -> str:
-    return _table(
+    return markdown_table(
         ("batch", "dense ms per step", "sparse", "faster by"),
         (
             (
@@ -157,11 +159,6 @@ def _batches(rows: Sequence[dict[str, Any]]) -> str:
             for row in rows
         ),
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:

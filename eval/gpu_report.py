@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.eval.markdown import markdown_table
 from sparse_runtime.eval.shapes import SHAPES
 
 #: Read bandwidth that implied times are for: about what an H200 reaches of its 4.8 TB/s.
@@ -67,7 +67,7 @@ def _implied() -> str:
     header = ["one FFN of Mistral-7B, one token", "MB read", "launches"]
     header += [f"µs at {BANDWIDTH / 1e12:g} TB/s", "at most faster by"]
     return (
-        f"## Counted\n\n{_table(header, rows)}\nA call of several tokens takes "
+        f"## Counted\n\n{markdown_table(header, rows)}\nA call of several tokens takes "
         f"{LAUNCHES['several tokens']} launches and reads each row that any token needs once, never "
         "more than the dense FFN. What launches cost inside a CUDA graph is not in these times.\n"
     )
@@ -101,7 +101,7 @@ def _ffn(figures: dict[str, Any] | None) -> str:
     route = "not measured"
     if figures is not None:
         route = " and ".join(f"{row['us']:.1f} µs" for row in figures["route"])
-    return f"## One FFN\n\n{_table(header, rows)}\nRouter and look-up alone: {route}.\n"
+    return f"## One FFN\n\n{markdown_table(header, rows)}\nRouter and look-up alone: {route}.\n"
 
 
 def _decode(figures: dict[str, Any] | None) -> str:
@@ -122,16 +122,11 @@ def _decode(figures: dict[str, Any] | None) -> str:
             ]
             for row in figures["decode"]
         ]
-    return f"## Decode, whole model\n\n{_table(header, rows)}"
+    return f"## Decode, whole model\n\n{markdown_table(header, rows)}"
 
 
 def _micro(size: float) -> str:
     return f"{1e6 * size / BANDWIDTH:.0f}"
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:

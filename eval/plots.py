@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -238,7 +238,7 @@ def _coverage(layers: list[dict[str, Any]]) -> Plot:
 def _confidence(layers: list[dict[str, Any]]) -> Plot:
     counts = torch.tensor([layer["confidence"] for layer in layers]).t()
     figure, axes = _new(7, 2.8)
-    image = axes.imshow(counts, aspect="auto", origin="lower", cmap="magma", extent=None)
+    image = axes.imshow(counts, aspect="auto", origin="lower", cmap="magma")
     axes.set_yticks(
         [bin_ - 0.5 for bin_ in range(0, 11, 2)], [f"{b / 10:g}" for b in range(0, 11, 2)]
     )
@@ -393,18 +393,15 @@ def _convergence(rows: list[dict[str, Any]]) -> Plot:
     figure, axes = _new(8, 2.8, 3)
     base = [row for row in rows if row["factor"] == "clusters"]
     words = []
-    drawings: list[tuple[str, str, Callable[[dict[str, Any]], list[float]]]] = [
-        ("awc", "mean coverage", lambda row: row["history"]),
-        ("awc-paper", "mean distance", lambda row: row["history"]),
-    ]
-    for axis, (method, label, values) in zip(axes, drawings, strict=False):
+    measures = {"awc": "mean coverage", "awc-paper": "mean distance"}
+    for axis, (method, label) in zip(axes, measures.items(), strict=False):
         for number, row in enumerate(r for r in base if r["method"] == method):
-            axis.plot(values(row), label=f"K = {row['clusters']}", color=_COLORS[number])
+            axis.plot(row["history"], label=f"K = {row['clusters']}", color=_COLORS[number])
             words.append(f"{method} K = {row['clusters']} takes {row['iterations']:.0f} iterations")
         axis.set_xlabel("iteration")
         axis.set_ylabel(f"{method}: {label}")
         axis.legend(fontsize=7)
-    for number, method in enumerate(("awc", "awc-paper")):
+    for number, method in enumerate(measures):
         found = [row for row in base if row["method"] == method]
         axes[2].plot(
             [str(row["clusters"]) for row in found],

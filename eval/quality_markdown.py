@@ -6,11 +6,12 @@ python -m sparse_runtime.eval.quality_markdown RUN_FOLDER QUALITY.md README.md
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
+from sparse_runtime.eval.markdown import markdown_table
 from sparse_runtime.eval.run_folder import CURVE_FILES, RunFolder, method_label
 
 #: What stands between these lines of README is written by this module.
@@ -94,7 +95,7 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     header = ["every token sparse", "FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
     host = figures["host"]
     return (
-        f"{_table(header, lines)}\n{figures['model']}, {title}, "
+        f"{markdown_table(header, lines)}\n{figures['model']}, {title}, "
         f"{result['tokens']} tokens in windows of {figures['window']}, dense perplexity {dense:.2f}, "
         f"{figures['dtype']}, {host['date']}.\n"
     )
@@ -130,11 +131,11 @@ def _curves(result: dict[str, Any]) -> str:
                 f"{row['agreement']:.3f}",
             ]
         )
-    return f"{result['tokens']} tokens.\n\n{_table(header, lines)}"
+    return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
 def _records(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    return _table(
+    return markdown_table(
         [column.replace("_", " ") for column in columns],
         (
             [
@@ -157,11 +158,6 @@ def _host(figures: dict[str, Any]) -> str:
         f"{host['date']}, {host['cpu']}, {host['threads']} threads, torch "
         f"{host['versions']['torch']}, commit {host['commit']}.\n\n    {host['command']}\n"
     )
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def main() -> None:
