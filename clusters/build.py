@@ -59,6 +59,7 @@ from sparse_runtime.clusters.layer_build import (
     uncut_layer,
 )
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.fingerprint import model_fingerprint
@@ -184,7 +185,7 @@ def _build(
             file = work / f"layer_{layer.index}.safetensors"
             if not file.exists():
                 with context.layer(position) as data:
-                    generator = _generator(config, layer.index)
+                    generator = layer_generator(config.seed, layer.index)
                     weights = context.fisher_of(position)
                     save_fitted(
                         file, fit_layer(data, layer, config, rank, weights, generator, pooled)
@@ -347,10 +348,6 @@ def _fisher(
     return [saved[str(position)] for position in range(len(saved))]
 
 
-def _generator(config: BuildConfig, stream: int) -> torch.Generator:
-    return torch.Generator().manual_seed(config.seed * 100_003 + stream)
-
-
 def _claim(work: Path, key: dict[str, Any]) -> None:
     """Keep a working folder of the same build, empty that of any other."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
@@ -390,7 +387,7 @@ def _choose_router(context: _Context) -> int | None:
             with context.layer(position) as whole:
                 data = whole.at_most(_PROBE_TOKENS)
             # One clustering for all candidates; the sets' size follows the router's.
-            generator = _generator(config, layer.index)
+            generator = layer_generator(config.seed, layer.index)
             size = set_size_for(layer, config, candidates[0])
             clustering = fit_clusters(data, config, size, generator)
             for rank in candidates:
@@ -447,5 +444,5 @@ def _pooled_clusters(context: _Context, rank: int | None) -> Clustering | None:
             advance(1)
     density = set_size_for(layers[0], config, rank) / layers[0].intermediate_size
     # One stream beyond those of the layers.
-    generator = _generator(config, len(layers))
+    generator = layer_generator(config.seed, len(layers))
     return fit_paper_clusters(PackedPatterns.concat(parts), config, density, generator)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.architectures import FFNLayer, find_ffn_layers, select_layers
 from sparse_runtime.clusters.awc import Clustering, best_sets, cluster_means, fit_awc, top_sets
 from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
 from sparse_runtime.clusters.binary_patterns import percentile_threshold
@@ -27,7 +27,8 @@ from sparse_runtime.clusters.config import METHODS
 from sparse_runtime.clusters.importance import chunk_slices, importance_scorer
 from sparse_runtime.clusters.layer_build import packed_patterns
 from sparse_runtime.clusters.metrics import SetScorer
-from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.clusters.seeding import layer_generator
+from sparse_runtime.errors import DataError
 from sparse_runtime.predictors.training import initial_router, route
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -130,9 +131,7 @@ def ablate(
     found = find_ffn_layers(model)
     count = len(found)
     wanted = sorted({0, count // 3, 2 * count // 3}) if layers is None else list(layers)
-    unknown = sorted(set(wanted) - {layer.index for layer in found})
-    if unknown or not wanted:
-        raise ConfigError(f"layers are {wanted}; expected some of 0 to {count - 1}")
+    selected = select_layers(found, wanted)
     settings = list((grid or Grid()).settings())
     num_fit = fit_windows.numel()
     for _, setting in settings:
@@ -142,22 +141,26 @@ def ablate(
                 f"{int(setting.tokens * num_fit)} calibration tokens are there; give more text or "
                 "fewer clusters"
             )
-    scores: list[list[dict[str, Any]]] = [[] for _ in settings]
+    # The base setting is a value of every factor; it is scored once.
+    scores: dict[Setting, list[dict[str, Any]]] = {setting: [] for _, setting in settings}
     progress = progress or SilentProgress()
     with TemporaryDirectory() as folder, torch.inference_mode():
         windows = torch.cat([fit_windows, test_windows])
         states = capture_hidden_states(model, windows, Path(folder), progress=progress)
-        with progress.task("ablation", len(wanted) * len(settings)) as advance:
-            for position, layer in enumerate(found):
-                if layer.index not in wanted:
-                    continue
+        with progress.task("ablation", len(selected) * len(scores)) as advance:
+            for position, layer in selected:
                 data = _Layer.of(layer, states.layer(position), num_fit)
-                for of_layers, (_, setting) in zip(scores, settings, strict=True):
+                for setting, of_layers in scores.items():
                     of_layers.append(data.score(setting))
                     advance(1)
     return [
-        {"factor": factor, "value": getattr(setting, factor), **vars(setting), **_mean(of_layers)}
-        for (factor, setting), of_layers in zip(settings, scores, strict=True)
+        {
+            "factor": factor,
+            "value": getattr(setting, factor),
+            **vars(setting),
+            **_mean(scores[setting]),
+        }
+        for factor, setting in settings
     ]
 
 
@@ -181,7 +184,7 @@ class _Layer:
     def score(self, setting: Setting) -> dict[str, Any]:
         tokens = int(setting.tokens * self.num_fit)
         importance, held_out = self.importance[:tokens], self.importance[self.num_fit :]
-        generator = torch.Generator().manual_seed(setting.seed * 100_003 + self.index)
+        generator = layer_generator(setting.seed, self.index)
         started = time.perf_counter()
         clustering = _fit(importance, setting, generator)
         seconds = time.perf_counter() - started

@@ -20,6 +20,7 @@ from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import host_record
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
@@ -93,7 +94,7 @@ def bench_gpu(
                 )
                 medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
                 speedup = medians["dense_compiled"] / medians["sparse_compiled"]
-                share = result["ffn"][-1]["cost_share"]
+                share = count_cost(sparse_modules(model)).cost_share
                 row = {"cost_share": share, "batch": batch, **medians, "speedup": speedup}
                 result.setdefault("decode", []).append(row)
                 advance(1)
@@ -293,6 +294,9 @@ def _time_decode(
         step = _decode_step(model, run, batch, prompt_tokens, new_tokens)
         for _ in range(3):  # compiles, then captures
             step()
+        for module in model.modules():
+            if isinstance(module, SparseFFN):
+                module.reset_counts()
         seconds[f"{name}_{how}"] = [_seconds(step, device) for _ in range(new_tokens)]
     torch._dynamo.reset()
     return seconds

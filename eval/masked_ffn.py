@@ -246,7 +246,7 @@ def most(values: Tensor, share: float) -> Tensor:
         share: in [0, 1].
     """
     count = max(1, round(share * values.shape[-1]))
-    chosen = values.topk(count, dim=-1).indices
+    chosen = values.topk(count, dim=-1, sorted=False).indices
     return torch.zeros_like(values, dtype=torch.bool).scatter_(-1, chosen, True)
 
 

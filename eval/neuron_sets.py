@@ -9,6 +9,7 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.clusters.importance import importance_scorer, normalized
+from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.eval.masked_ffn import (
     MaskedOutput,
     Masks,
@@ -108,7 +109,7 @@ class Random:
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Nothing is fitted; the set of a larger budget holds that of a smaller one."""
-        generator = torch.Generator().manual_seed(self._seed * 100_003 + layer.index)
+        generator = layer_generator(self._seed, layer.index)
         order = torch.rand(layer.intermediate_size, generator=generator)
         order = order.to(layer.gate.weight.device)
         return [{self.name: SetMasks(most(order, budget))} for budget in budgets]

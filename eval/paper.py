@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.architectures import find_ffn_layers, select_layers
 from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
 from sparse_runtime.clusters.binary_patterns import (
     PackedPatterns,
@@ -25,7 +25,7 @@ from sparse_runtime.clusters.binary_patterns import (
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.layer_build import load_layer, packed_patterns
-from sparse_runtime.errors import ConfigError
+from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.eval.binary_clustering import BINARY_CLUSTERINGS, Fit
 from sparse_runtime.eval.paper_masks import (
     collect_paper_patterns,
@@ -80,10 +80,7 @@ def paper_coverage(
         DataError: there are more clusters than tokens.
     """
     found = find_ffn_layers(model)
-    wanted = [layer.index for layer in found] if layers is None else list(layers)
-    unknown = sorted(set(wanted) - {layer.index for layer in found})
-    if unknown or not wanted:
-        raise ConfigError(f"layers are {wanted}; expected some of 0 to {len(found) - 1}")
+    selected = select_layers(found, [layer.index for layer in found] if layers is None else layers)
     fits: list[tuple[dict[str, Any], Fit]] = []
     for count in clusters:
         for density in densities:
@@ -98,17 +95,15 @@ def paper_coverage(
         work = Path(folder)
         windows = torch.cat([fit_windows, test_windows])
         states = capture_hidden_states(model, windows, work, progress=progress)
-        with progress.task("binary clusters", len(wanted) * len(fits)) as advance:
-            for position, layer in enumerate(found):
-                if layer.index not in wanted:
-                    continue
+        with progress.task("binary clusters", len(selected) * len(fits)) as advance:
+            for position, layer in selected:
                 data, matrix = load_layer(
                     states, position, layer, config, num_fit=fit_windows.numel(), work=work
                 )
                 seen, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
                 matrix.close()
                 for of_layers, (row, fit) in zip(scores, fits, strict=True):
-                    generator = torch.Generator().manual_seed(seed * 100_003 + layer.index)
+                    generator = layer_generator(seed, layer.index)
                     started = time.perf_counter()
                     centroids = fit(seen, row["clusters"], generator)
                     seconds = time.perf_counter() - started

@@ -16,6 +16,7 @@ from sparse_runtime.clusters.binary_patterns import PackedPatterns, assign, perc
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.importance import ImportanceScorer, chunk_slices, importance_scorer
 from sparse_runtime.clusters.layer_build import LayerData, fit_layer, layer_cost
+from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.eval.masked_ffn import MaskedOutput, Variants, run_neurons
 from sparse_runtime.predictors import Router
@@ -88,7 +89,7 @@ class AwcPaper:
         data = LayerData(states.float(), patterns, num_fit)
         fits: list[Variants] = []
         for budget in budgets:
-            generator = torch.Generator().manual_seed(self.seed * 100_003 + layer.index)
+            generator = layer_generator(self.seed, layer.index)
             with torch.enable_grad():
                 fitted = fit_layer(data, layer, self._config(budget), self.rank, None, generator)
             predicted, oracle = (

@@ -81,17 +81,9 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     dense = result["dense"]["perplexity"]
     lines = [["dense", "1.00", "1.000", "", "0", "1"]]
     for row in sorted(rows, key=lambda row: row["ratio"]):
-        low, high = row["interval"]
-        lines.append(
-            [
-                f"**{method_label(row)}**" if row["method"] == "clusters" else method_label(row),
-                f"{row['cost_share']:.2f}",
-                _ratio(row["ratio"]),
-                f"{_ratio(low)}–{_ratio(high)}",
-                f"{row['divergence']:.3f}",
-                f"{row['agreement']:.3f}",
-            ]
-        )
+        label = method_label(row)
+        label = f"**{label}**" if row["method"] == "clusters" else label
+        lines.append([label, f"{row['cost_share']:.2f}", *_quality(row)])
     header = ["every token sparse", "FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
     host = figures["host"]
     return (
@@ -118,19 +110,8 @@ def _curves(result: dict[str, Any]) -> str:
     header = ["method", "budget", "cost share", "perplexity", "÷ dense", "95 %", "KL", "top-1"]
     lines = [["dense", "", "1", f"{result['dense']['perplexity']:.2f}", "1", "", "0", "1"]]
     for row in result["rows"]:
-        low, high = row["interval"]
-        lines.append(
-            [
-                method_label(row),
-                f"{row['budget']:g}",
-                f"{row['cost_share']:.3f}",
-                f"{row['perplexity']:.2f}",
-                _ratio(row["ratio"]),
-                f"{_ratio(low)}–{_ratio(high)}",
-                f"{row['divergence']:.3f}",
-                f"{row['agreement']:.3f}",
-            ]
-        )
+        costs = [f"{row['budget']:g}", f"{row['cost_share']:.3f}", f"{row['perplexity']:.2f}"]
+        lines.append([method_label(row), *costs, *_quality(row)])
     return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
@@ -146,6 +127,16 @@ def _records(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
             for row in rows
         ),
     )  # fmt: skip
+
+
+def _quality(row: dict[str, Any]) -> list[str]:
+    low, high = row["interval"]
+    return [
+        _ratio(row["ratio"]),
+        f"{_ratio(low)}–{_ratio(high)}",
+        f"{row['divergence']:.3f}",
+        f"{row['agreement']:.3f}",
+    ]
 
 
 def _ratio(value: float) -> str:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from sparse_runtime.errors import NothingMatchedError, UnsupportedArchitectureError
+from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 
 #: ``hidden_act`` of a transformers config -> activation name of the kernels.
 ACTIVATIONS = {
@@ -119,6 +119,20 @@ def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
     for layer in layers:
         _check_layer(layer)
     return sorted(layers, key=lambda layer: layer.index)
+
+
+def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tuple[int, FFNLayer]]:
+    """Layers of these indices, each with its position in ``layers``.
+
+    Raises:
+        ConfigError: no index is given, or one is not there.
+    """
+    selected = [(p, layer) for p, layer in enumerate(layers) if layer.index in indices]
+    if not selected or len(selected) < len(set(indices)):
+        raise ConfigError(
+            f"layers are {list(indices)}; expected some of {layers[0].index} to {layers[-1].index}"
+        )
+    return selected
 
 
 def _activation_name(model: nn.Module, architecture: FFNArchitecture) -> str:
