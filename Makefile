@@ -93,7 +93,7 @@ report: $(STAMP)
 	$(BIN)/sparse-runtime ablate demo $(CALIBRATION) --test $(TEST) --max-tokens 8192 \
 		--json $(REPORT)/ablation.json
 	test -z "$(TASKS)" || $(BIN)/sparse-runtime tasks demo --clusters $(REPORT)/clusters $(TASKS) \
-		--limit 200 --json $(REPORT)/tasks.json
+		--limit 100 --json $(REPORT)/tasks.json
 	$(BIN)/sparse-runtime bench demo --clusters $(REPORT)/clusters --json $(REPORT)/bench.json
 	$(BIN)/sparse-runtime report $(REPORT)
 	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
@@ -102,7 +102,7 @@ report: $(STAMP)
 # The coverage of the paper's clusters and of those it compares with, for the next `make report`.
 report-paper: $(STAMP)
 	mkdir -p $(REPORT)
-	$(BIN)/sparse-runtime paper demo $(CALIBRATION) --test $(TEST) --layers 0,7,14,21,29 --compare \
+	$(BIN)/sparse-runtime paper demo $(CALIBRATION) --test $(TEST) --layers 0,14,29 --compare \
 		--clusters 256,512,1024,2048,4096,8192 --json $(REPORT)/paper.json
 
 # The same page in minutes, of a small artifact and little text, both out of Python itself.
