@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from sparse_runtime.sparse_ffn import SparseFFN
 # Layers of the FFN measurements: 2.8 GB of Mistral's, far beyond any cache.
 _LAYERS = 8
 _COPY_BYTES = 2**31
+#: Sequences decoded at once, unless told otherwise.
+DECODE_BATCHES = (1, 8)
 
 Call = Callable[[], Any]
 
@@ -42,7 +45,7 @@ def bench_gpu(
     prompt_tokens: int = 128,
     new_tokens: int = 32,
     repeats: int = 20,
-    decode: bool = True,
+    decode_batches: Sequence[int] = DECODE_BATCHES,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Time a model on a GPU, dense and with each of several artifacts.
@@ -50,11 +53,12 @@ def bench_gpu(
     Args:
         model: a dense causal language model on the GPU; dense again when this returns.
         clusters: artifacts to run.
-        batches: tokens per call of the FFNs; the first and the last of them are decoded too.
+        batches: tokens per call of the FFNs.
         prompt_tokens: length of the random prompt before the decode steps.
         new_tokens: decode steps per run.
         repeats: runs of each variant.
-        decode: also time whole decode steps, which takes a compilation for each artifact.
+        decode_batches: sequences of whole decode steps, each of which takes a compilation for every
+            artifact; what users get, that is, dense above the measured switch-over.
         progress: reports one unit per measurement.
 
     Returns:
@@ -72,14 +76,14 @@ def bench_gpu(
     device = next(model.parameters()).device
     result: dict[str, Any] = {"copy_gbps": copy_bandwidth(device), "ffn": [], "route": []}
     dense_ffns = [_DenseFFN(layer) for layer in find_ffn_layers(model)[:_LAYERS]]
-    steps = sorted({batches[0], batches[-1]}) if decode else []
-    with progress.task("gpu", len(clusters) * (len(batches) + len(steps)) + len(steps)) as advance:
+    measurements = len(clusters) * (len(batches) + len(decode_batches)) + len(decode_batches)
+    with progress.task("gpu", measurements) as advance:
         dense_steps: dict[int, dict[str, list[float]]] = {}
-        for batch in steps:
+        for batch in decode_batches:
             dense_steps[batch] = _time_decode(model, batch, prompt_tokens, new_tokens, "dense")
             advance(1)
         for artifact in clusters:
-            sparsify(model, artifact, config=_CONFIG)
+            sparsify(model, artifact, config=_ALL_SPARSE)
             modules = sparse_modules(model)
             verify_outputs(modules[:2])
             for batch in batches:
@@ -88,13 +92,15 @@ def bench_gpu(
                 )
                 advance(1)
             result["route"].append(_bench_route(modules[:_LAYERS], repeats))
-            for batch in steps:
+            unsparsify(model)
+            sparsify(model, artifact, config=_DECODE)
+            for batch in decode_batches:
                 seconds = dense_steps[batch] | _time_decode(
                     model, batch, prompt_tokens, new_tokens, "sparse"
                 )
                 medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
                 speedup = medians["dense_compiled"] / medians["sparse_compiled"]
-                share = count_cost(sparse_modules(model)).cost_share
+                share = count_cost(sparse_modules(model)).overall_cost_share
                 row = {"cost_share": share, "batch": batch, **medians, "speedup": speedup}
                 result.setdefault("decode", []).append(row)
                 advance(1)
@@ -102,8 +108,9 @@ def bench_gpu(
     return {**result, "host": host_record(device)}
 
 
-# Every call sparse: where dense takes over is a matter of `tune`, and not what is measured here.
-_CONFIG = SparseConfig(backend="triton", prefill="sparse", check_fingerprint=False)
+_DECODE = SparseConfig(backend="triton", check_fingerprint=False)
+# FFNs are all timed sparse, so that one sees from where on dense is faster.
+_ALL_SPARSE = replace(_DECODE, prefill="sparse")
 
 
 def copy_bandwidth(device: torch.device) -> float:

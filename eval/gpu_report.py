@@ -7,16 +7,20 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.eval.gpu_latency import DECODE_BATCHES
 from sparse_runtime.eval.markdown import markdown_table
 from sparse_runtime.eval.shapes import SHAPES
 
 #: Read bandwidth that implied times are for: about what an H200 reaches of its 4.8 TB/s.
 BANDWIDTH = 4.3e12
+#: What ``make bench-gpu`` measures.
 DENSITIES = (0.3, 0.5, 0.7, 1.0)
+BATCHES = (1, 2, 4, 8, 16, 32, 64)
 # The artifact that times are implied for; the benchmark's random one has the same.
 _CLUSTERS, _RANK = 256, 128
 # Launches of a decode step: routing, gate and up, down; torch's dense FFN has four and its compiled one
@@ -82,7 +86,7 @@ def _ffn(figures: dict[str, Any] | None) -> str:
     header = ["cost share", "batch", "dense eager µs", "dense graph", "sparse eager"]
     header += ["sparse graph", "faster by", "GB/s", "of a copy"]
     if figures is None:
-        rows = [[f"{share:g}", "1"] + ["not measured"] * 7 for share in DENSITIES]
+        rows = _not_measured(BATCHES, 7)
     else:
         rows = [
             [
@@ -108,7 +112,7 @@ def _decode(figures: dict[str, Any] | None) -> str:
     header = ["cost share", "batch", "dense eager ms", "dense compiled", "sparse eager"]
     header += ["sparse compiled", "faster by"]
     if figures is None:
-        rows = [[f"{share:g}", "1"] + ["not measured"] * 5 for share in DENSITIES]
+        rows = _not_measured(DECODE_BATCHES, 5)
     elif "decode" not in figures:
         return ""
     else:
@@ -123,6 +127,14 @@ def _decode(figures: dict[str, Any] | None) -> str:
             for row in figures["decode"]
         ]
     return f"## Decode, whole model\n\n{markdown_table(header, rows)}"
+
+
+def _not_measured(batches: Sequence[int], columns: int) -> list[list[str]]:
+    return [
+        [f"{share:g}", str(batch), *["not measured"] * columns]
+        for share in DENSITIES
+        for batch in batches
+    ]
 
 
 def _micro(size: float) -> str:

@@ -162,8 +162,10 @@ def score_text(
 
 def _divergence(reference: Tensor, logits: Tensor) -> float:
     """KL(softmax(reference) ‖ softmax(logits)) summed over tokens, of logits [n, V] float32."""
-    log_p, log_q = reference.log_softmax(-1), logits.log_softmax(-1)
-    return F.kl_div(log_q, log_p, reduction="sum", log_target=True).item()
+    # F.kl_div takes half as long again.
+    log_p = reference.log_softmax(-1)
+    difference = log_p - logits.log_softmax(-1)
+    return log_p.exp_().mul_(difference).sum().item()
 
 
 def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:

@@ -571,7 +571,8 @@ def bench(
     batches: Annotated[
         str | None,
         typer.Option(
-            help="Further batch sizes to decode, with commas; on a GPU, tokens per call of an FFN."
+            help="Further batch sizes to decode, with commas; on a GPU, tokens per call of an FFN, "
+            "and 1 and 8 are decoded."
         ),
     ] = None,
     dtype: DtypeOption = "bfloat16",
