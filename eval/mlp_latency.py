@@ -171,7 +171,10 @@ def _verify(layers: Sequence[SparseFFN]) -> None:
         x = torch.randn(1, module.cost.hidden_size, generator=generator).to(module.router_up.dtype)
         gate, up, down = (linear.weight for linear in module._projections)
         with torch.inference_mode():
-            ids = module.route(x)
+            before = module.cluster_counts.clone()
+            found = module._fused(x).float()
+            # Not module.route(x): of noise, two clusters' logits may be as good as equal.
+            ids = (module.cluster_counts - before).nonzero().flatten()
             expected = sparse_ffn_reference(
                 x,
                 gate,
@@ -185,7 +188,7 @@ def _verify(layers: Sequence[SparseFFN]) -> None:
                 module.factors,
             ).float()
             expected = module.compensated(expected, x, ids)
-            error = (module._fused(x).float() - expected).norm() / expected.norm()
+            error = (found - expected).norm() / expected.norm()
         if not error < 0.02:
             raise SparseRuntimeError(
                 f"layer {module.layer_index}: the sparse FFN is {error:.3f} (relative) away from the "
