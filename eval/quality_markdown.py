@@ -66,7 +66,7 @@ _OTHERS = {
 
 
 def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
-    """Every method on the first text at one budget, best first, with a line about the run.
+    """Every method on the first text at one budget, best first; clusters on the other texts.
 
     Raises:
         DataError: the run has no quality.json, or not this budget.
@@ -84,13 +84,26 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
         label = method_label(row)
         label = f"**{label}**" if row["method"] == "clusters" else label
         lines.append([label, f"{row['cost_share']:.2f}", *_quality(row)])
-    header = ["every token sparse", "FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
+    columns = ["FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
     host = figures["host"]
     return (
-        f"{markdown_table(header, lines)}\n{figures['model']}, {title}, "
+        f"{markdown_table(['every token sparse', *columns], lines)}\n{figures['model']}, {title}, "
         f"{result['tokens']} tokens in windows of {figures['window']}, dense perplexity {dense:.2f}, "
-        f"{figures['dtype']}, {host['date']}.\n"
+        f"{figures['dtype']}, {host['date']}.\n{_other_texts(curves, title, columns, budget)}"
     )
+
+
+def _other_texts(
+    curves: dict[str, Any], first: str, columns: Sequence[str], budget: float
+) -> str:
+    """Clusters with looks on all texts and protocols but the first; nothing if there are none."""
+    lines = [
+        [title, f"{row['cost_share']:.2f}", *_quality(row)]
+        for title, result in curves.items()
+        for row in result["rows"]
+        if title != first and row["budget"] == budget and row["verify"]
+    ]
+    return f"\n{markdown_table(['clusters with looks on', *columns], lines)}" if lines else ""
 
 
 def replaced(text: str, table: str) -> str:

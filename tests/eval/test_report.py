@@ -233,11 +233,15 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     # Those of the other file on the same text; TEAL stands there once.
     more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
     rows += [row for row in more if row["method"] == "deja-vu"]
-    table = [line for line in lines if line.startswith("| ")][2:]
+    cells = [line for line in lines if line.startswith("| ")]
+    others = next(i for i, line in enumerate(cells) if line.startswith("| clusters with looks on |"))
+    table = cells[2:others]
     assert len(table) == 1 + len(rows)
     ratios = [float(line.split("|")[3]) for line in table[1:]]
     assert ratios == sorted(ratios)
     assert ratios == pytest.approx(sorted(row["ratio"] for row in rows), abs=5e-4)
+    names = [line.split("|")[1].strip() for line in cells[others + 2 :]]
+    assert names == ["other.txt", "text.txt, after a dense prompt of 16 tokens"]
     text = document.read_text()
     for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
         assert title in text
