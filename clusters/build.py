@@ -119,7 +119,7 @@ def build_clusters(
         seed=config.seed,
         model=model,
     )
-    num_fit = _num_fit_tokens(text, config)
+    num_fit = num_fit_tokens(text, config)
     build = {"model": model_name, "config": config.record(), "data": text.record}
     if output is None:
         with TemporaryDirectory() as work:
@@ -134,7 +134,7 @@ def build_clusters(
     return clusters
 
 
-def _num_fit_tokens(text: CalibrationText, config: BuildConfig) -> int:
+def num_fit_tokens(text: CalibrationText, config: BuildConfig) -> int:
     """Tokens of the windows that are fitted on; the windows after them are held out."""
     num_windows, window = text.windows.shape
     held_out = max(1, round(num_windows * config.held_out_share))
@@ -261,15 +261,21 @@ def _cut_in_loop(
             progress=progress,
         )
         seconds["distill"] = time.perf_counter() - started
-    share = _share_in_loop(model, recut(model, clusters, **options), held_out[:count])
+    share = cost_share_in_loop(model, recut(model, clusters, **options), held_out[:count])
     clusters = replace(
         clusters, excess=min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
     )
     return recut(model, clusters, **options), figures
 
 
-def _share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
-    """Cost share of tokens [W, window] that nothing was fitted on, every token sparse, in bfloat16."""
+def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
+    """Cost share of text with every token sparse, as of bfloat16 weights.
+
+    Args:
+        model: a dense causal language model; dense again when this returns.
+        clusters: cut for a budget.
+        windows: token ids [W, window] int64 that nothing was fitted on.
+    """
     sparsify(model, clusters, backend="reference", prefill="sparse")
     try:
         decoder = model.get_decoder()

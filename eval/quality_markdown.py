@@ -93,9 +93,7 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     )
 
 
-def _other_texts(
-    curves: dict[str, Any], first: str, columns: Sequence[str], budget: float
-) -> str:
+def _other_texts(curves: dict[str, Any], first: str, columns: Sequence[str], budget: float) -> str:
     """Clusters with looks on all texts and protocols but the first; nothing if there are none."""
     lines = [
         [title, f"{row['cost_share']:.2f}", *_quality(row)]

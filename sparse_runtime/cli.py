@@ -494,6 +494,58 @@ def ablate(
 
 
 @app.command()
+def ingredients(
+    model: ModelArgument,
+    data: DataOption = None,
+    test: Annotated[
+        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds of builds, with commas.")] = "0,1,2",
+    budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
+    clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
+    router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
+    distill: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 60,
+    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 1024,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 65_536,
+    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 8192,
+    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """What each ingredient of a build brings in the running model: alone, together, left out."""
+    from sparse_runtime.clusters import BuildConfig
+    from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.ingredients import measure_ingredients
+
+    config = BuildConfig(
+        num_clusters=clusters,
+        budget=budget,
+        router=router,
+        distill=distill,
+        max_tokens=max_tokens,
+        window=window,
+    )
+    sources = [parse_source(source) for source in data or ["wikitext2"]]
+    loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
+    held_out = parse_source(test) if test else sources[0]
+    tokens = token_stream(held_out, tokenizer, max_tokens=test_tokens, split="test", model=loaded)
+    measured = measure_ingredients(
+        loaded,
+        tokenizer,
+        sources,
+        tokens,
+        config=config,
+        seeds=_numbers("--seeds", seeds, int),
+        step_tokens=step_tokens,
+        progress=RichProgress(err),
+    )
+    print_rows("every token sparse, means over seeds", measured["rows"])
+    _write(json_file, {"model": model, **measured, "host": host_record(loaded.device)})
+
+
+@app.command()
 def tasks(
     model: ModelArgument,
     clusters: ClustersOption,

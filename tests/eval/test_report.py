@@ -234,7 +234,9 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
     rows += [row for row in more if row["method"] == "deja-vu"]
     cells = [line for line in lines if line.startswith("| ")]
-    others = next(i for i, line in enumerate(cells) if line.startswith("| clusters with looks on |"))
+    others = next(
+        i for i, line in enumerate(cells) if line.startswith("| clusters with looks on |")
+    )
     table = cells[2:others]
     assert len(table) == 1 + len(rows)
     ratios = [float(line.split("|")[3]) for line in table[1:]]
