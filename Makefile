@@ -101,11 +101,14 @@ report: $(STAMP)
 	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
 		README.md
 
-# The coverage of the paper's clusters and of those it compares with, for the next `make report`.
+# docs/benchmarks/coverage.md: the paper's clusters and those it compares with. An hour; the next
+# `make report` shows it too.
 report-paper: $(STAMP)
 	mkdir -p $(REPORT)
 	$(BIN)/sparse-runtime paper demo $(CALIBRATION) --test $(TEST) --layers 0,14,29 --compare \
 		--clusters 256,512,1024,2048,4096,8192 --json $(REPORT)/paper.json
+	$(BIN)/python -m sparse_runtime.eval.coverage_markdown $(REPORT)/paper.json \
+		docs/benchmarks/coverage.md
 
 # The same page in minutes, of a small artifact and little text, both out of Python itself.
 report-quick: REPORT := runs/report-quick

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -24,12 +23,9 @@ from sparse_runtime.atomic import write_tensors
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.student import StudentFFN, divergence, students
-from sparse_runtime.cost import element_size
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _SAVE_EVERY = 20
-# Above it decoder layers run again in the backward pass.
-_KEPT_BYTES = 4 * 2**30
 
 
 @dataclass(frozen=True)
@@ -79,10 +75,8 @@ def distill(
     with students(model, clusters.layers, config.rank, config.seed) as modules:
         training = _Training(modules, config)
         training.load(state_file)
-        large = _kept_bytes(model, batch * windows.shape[1]) > _KEPT_BYTES
-        memory = checkpointed(model) if large else nullcontext()
         with (
-            memory,
+            checkpointed(model, batch * windows.shape[1]),
             (progress or SilentProgress()).task("distill", config.steps) as advance,
         ):
             advance(training.done)
@@ -185,13 +179,6 @@ def reserved(clusters: ClusterSet, rank: int) -> ClusterSet:
         for index, layer in clusters.layers.items()
     }
     return replace(clusters, layers=layers)
-
-
-def _kept_bytes(model: Any, tokens: int) -> int:
-    """About what a backward pass over so many tokens keeps of the forward pass."""
-    config = model.config
-    values: int = 6 * config.intermediate_size + 12 * config.hidden_size
-    return tokens * values * config.num_hidden_layers * element_size(model.dtype)
 
 
 def _cpu(parameter: Tensor) -> Tensor:

@@ -13,10 +13,13 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.cost import element_size
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # A window's sum of squared gradients counts up to so many times the median window's.
 _MOST_OF_MEDIAN = 5.0
+# Above it decoder layers run again in the backward pass.
+_KEPT_BYTES = 4 * 2**30
 
 
 def fisher_weights(
@@ -29,8 +32,9 @@ def fisher_weights(
     Optimal Brain Damage, 1989). A window in which gradients explode is left out of the mean: one
     token in 8,192 multiplied the early layers' weights by six (docs/LOG.md).
 
-    Parameters get no gradient, and decoder layers are checkpointed: memory is one window's activations
-    of one layer, and its hidden states between layers.
+    Parameters get no gradient, and decoder layers are checkpointed where a window's activations are
+    large (see :func:`checkpointed`): memory is then those of one layer, and the hidden states between
+    layers.
 
     Args:
         model: a dense causal language model.
@@ -64,7 +68,7 @@ def fisher_weights(
         for parameter in trained:
             parameter.requires_grad_(False)
         with (
-            checkpointed(model),
+            checkpointed(model, windows.shape[1]),
             (progress or SilentProgress()).task("fisher", len(windows)) as advance,
         ):
             for row in windows.split(1):
@@ -91,12 +95,19 @@ def robust_mean(values: Tensor) -> Tensor:
 
 
 @contextmanager
-def checkpointed(model: Any) -> Iterator[None]:
-    """Run decoder layers again in the backward pass instead of keeping their activations.
+def checkpointed(model: Any, tokens: int) -> Iterator[None]:
+    """Run decoder layers again in the backward pass where keeping their activations takes over 4 GiB.
 
     transformers checkpoints in training mode only, and its own switch leaves a hook on the embeddings.
     So the flags are set on the decoder layers alone; what is inside stays in eval mode.
+
+    Args:
+        model: whose backward passes run inside the context.
+        tokens: of one backward pass.
     """
+    if _kept_bytes(model, tokens) <= _KEPT_BYTES:
+        yield
+        return
     layers = [
         module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)
     ]
@@ -111,6 +122,13 @@ def checkpointed(model: Any) -> Iterator[None]:
         for layer, values in zip(layers, before, strict=True):
             for name, value in zip(names, values, strict=True):
                 setattr(layer, name, value)
+
+
+def _kept_bytes(model: Any, tokens: int) -> int:
+    """About what a backward pass over so many tokens keeps of the forward pass."""
+    config = model.config
+    values: int = 6 * config.intermediate_size + 12 * config.hidden_size
+    return tokens * values * config.num_hidden_layers * element_size(model.dtype)
 
 
 def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:

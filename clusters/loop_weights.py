@@ -53,7 +53,7 @@ def _measured(
     """r_ℓ of each layer that leaves something out."""
     with (
         students(model, clusters.layers, 0, 0) as modules,
-        checkpointed(model),
+        checkpointed(model, windows.shape[1]),
         progress.task("weigh layers", len(windows)) as advance,
     ):
         for module in modules.values():

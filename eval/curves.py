@@ -70,7 +70,7 @@ class Protocol:
             stride=self.stride,
             prompt_tokens=self.prompt_tokens,
             reference=reference,
-            keep_states=reference is None,
+            keep=reference is None,
             progress=self.progress,
             description=description,
         )

@@ -108,7 +108,7 @@ def measure_ingredients(
             tokens,
             window=config.window,
             reference=reference,
-            keep_states=reference is None,
+            keep=reference is None,
             progress=progress,
             description=description,
         )

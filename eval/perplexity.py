@@ -13,6 +13,9 @@ from torch import Tensor
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
+# Of a reference's logits; above it its states are kept, and go through the output head in every run.
+_KEPT_BYTES = 2**30
+
 
 @dataclass(frozen=True)
 class TextScore:
@@ -21,8 +24,8 @@ class TextScore:
     Attributes:
         nll: negative log-likelihood of each window, summed over its scored tokens, in nats.
         scored: scored tokens of each window.
-        states: with ``keep_states``, last hidden states of each window's scored tokens
-            [scored, H], which the output head turns into logits.
+        kept: with ``keep``, of each window's scored tokens, the logits [scored, V], or the last hidden
+            states [scored, H] where the logits of all windows would take more than 1 GiB.
         divergence: with a reference, KL(reference ‖ model) of each window, summed over its scored
             tokens, in nats.
         agreed: with a reference, scored tokens of each window whose likeliest next token is the
@@ -31,7 +34,7 @@ class TextScore:
 
     nll: list[float]
     scored: list[int]
-    states: list[Tensor] = field(default_factory=list)
+    kept: list[Tensor] = field(default_factory=list)
     divergence: list[float] = field(default_factory=list)
     agreed: list[int] = field(default_factory=list)
 
@@ -111,7 +114,7 @@ def score_text(
     prompt_tokens: int = 0,
     batch_windows: int = 2,
     reference: TextScore | None = None,
-    keep_states: bool = False,
+    keep: bool = False,
     progress: ProgressReporter | None = None,
     description: str = "perplexity",
 ) -> TextScore:
@@ -126,9 +129,9 @@ def score_text(
         prompt_tokens: tokens at the start of each window that are not scored. How they run is up to
             the model: see ``sparse_runtime.eval.forwards``.
         batch_windows: windows per forward pass.
-        reference: another score of the same windows, with ``states``, by a model with the same
-            output head, to measure the distance from.
-        keep_states: keep what a ``reference`` needs, H values per scored token.
+        reference: another score of the same windows, with ``keep``, by a model with the same output
+            head, to measure the distance from.
+        keep: keep what a ``reference`` needs.
         progress: reports one unit per window.
         description: text of the progress bar.
 
@@ -139,32 +142,34 @@ def score_text(
     device = next(model.parameters()).device
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     score = TextScore([], [scored for _, scored in windows])
+    logits_bytes = sum(score.scored) * head.weight.shape[0] * head.weight.element_size()
+    keep_logits = logits_bytes <= _KEPT_BYTES
     with (progress or SilentProgress()).task(description, len(windows)) as advance:
         for batch in _equal_length_batches(windows, batch_windows):
             ids = torch.stack([w for w, _ in batch]).to(device)
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             for row, (_, scored) in enumerate(batch):
                 own = states[row, -scored - 1 : -1]
-                logits = head(own).float()
-                loss = F.cross_entropy(
-                    logits, ids[row, -scored:].to(logits.device), reduction="sum"
-                )
+                logits = head(own)
+                if keep:
+                    score.kept.append((logits if keep_logits else own).cpu())
+                log_q = logits.float().log_softmax(-1)
                 if reference is not None:
-                    theirs = head(reference.states[len(score.nll)].to(own)).float()
-                    score.divergence.append(_divergence(theirs, logits))
-                    score.agreed.append(int((theirs.argmax(-1) == logits.argmax(-1)).sum()))
-                if keep_states:
-                    score.states.append(own.cpu())
+                    theirs = reference.kept[len(score.nll)].to(logits.device)
+                    theirs = theirs if keep_logits else head(theirs)
+                    log_p = theirs.float().log_softmax(-1)
+                    score.agreed.append(int((log_p.argmax(-1) == log_q.argmax(-1)).sum()))
+                    score.divergence.append(_divergence(log_p, log_q))
+                loss = F.nll_loss(log_q, ids[row, -scored:].to(log_q.device), reduction="sum")
                 score.nll.append(loss.item())
             advance(len(batch))
     return score
 
 
-def _divergence(reference: Tensor, logits: Tensor) -> float:
-    """KL(softmax(reference) ‖ softmax(logits)) summed over tokens, of logits [n, V] float32."""
+def _divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """KL(p ‖ q) summed over tokens, of log-probabilities [n, V] float32; ``log_p`` is overwritten."""
     # F.kl_div takes half as long again.
-    log_p = reference.log_softmax(-1)
-    difference = log_p - logits.log_softmax(-1)
+    difference = log_p - log_q
     return log_p.exp_().mul_(difference).sum().item()
 
 

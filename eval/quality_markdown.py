@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
-from sparse_runtime.eval.markdown import markdown_table
+from sparse_runtime.eval.markdown import markdown_table, records_table, run_line
 from sparse_runtime.eval.run_folder import CURVE_FILES, RunFolder, method_label
 
 #: What stands between these lines of README is written by this module.
@@ -31,7 +31,7 @@ likeliest next token. Opponents are fitted on the same calibration text, without
 def quality_markdown(run: RunFolder) -> str:
     """The whole document."""
     parts = [_INTRODUCTION]
-    parts += [_host(run.figures[file]) for file in CURVE_FILES if file in run.figures]
+    parts += [run_line(run.figures[file]["host"]) for file in CURVE_FILES if file in run.figures]
     for title, result in run.curves().items():
         parts += [f"## {title}\n", _curves(result)]
     for file in CURVE_FILES:
@@ -42,8 +42,8 @@ def quality_markdown(run: RunFolder) -> str:
     for name, (title, columns) in _OTHERS.items():
         figures = run.figures.get(name)
         if figures is not None:
-            rows = figures["coverage" if name == "paper" else "rows"]
-            parts += [f"## {title}\n", _host(figures), _records(rows, columns.split())]
+            table = records_table(figures["rows"], columns.split())
+            parts += [f"## {title}\n", run_line(figures["host"]), table]
     return "\n".join(parts)
 
 
@@ -52,10 +52,6 @@ _OTHERS = {
     "tasks": (
         "Downstream tasks (lm-eval)",
         "task metric documents dense dense_error sparse sparse_error",
-    ),
-    "paper": (
-        "Coverage by binary clusters, oracle ids",
-        "method clusters density coverage static chance precision fitted_coverage",
     ),
     "ablation": (
         "Ablations: held-out coverage, ids by a linear router",
@@ -126,20 +122,6 @@ def _curves(result: dict[str, Any]) -> str:
     return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
-def _records(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    return markdown_table(
-        [column.replace("_", " ") for column in columns],
-        (
-            [
-                "–" if row[name] is None else f"{row[name]:.3f}" if isinstance(row[name], float)
-                else str(row[name])
-                for name in columns
-            ]
-            for row in rows
-        ),
-    )  # fmt: skip
-
-
 def _quality(row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
     return [
@@ -152,14 +134,6 @@ def _quality(row: dict[str, Any]) -> list[str]:
 
 def _ratio(value: float) -> str:
     return f"{value:.3f}" if value < 100 else f"{value:.0f}"
-
-
-def _host(figures: dict[str, Any]) -> str:
-    host = figures["host"]
-    return (
-        f"{host['date']}, {host['cpu']}, {host['threads']} threads, torch "
-        f"{host['versions']['torch']}, commit {host['commit']}.\n\n    {host['command']}\n"
-    )
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import torch
 from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
-from sparse_runtime.clusters import BuildConfig, build_clusters
+from sparse_runtime.clusters import BuildConfig, build_clusters, fisher
 from sparse_runtime.clusters.fisher import fisher_weights, robust_mean
 from sparse_runtime.clusters.importance import importance_scorer
 
@@ -54,15 +54,22 @@ def test_fisher_leaves_no_trace(tiny_model):
     assert hooks == []
 
 
-def test_fisher_checkpoints_and_puts_the_flags_back(tiny_model):
+@pytest.mark.parametrize(("kept_bytes", "forwards"), [(0, 6), (2**32, 3)])
+def test_fisher_checkpoints_large_models_and_puts_the_flags_back(
+    tiny_model, kept_bytes, forwards, monkeypatch
+):
+    windows = torch.randint(0, 250, (3, 10), generator=torch.Generator().manual_seed(0))
+    expected = fisher_weights(tiny_model, windows)
+    monkeypatch.setattr(fisher, "_KEPT_BYTES", kept_bytes)
     calls = []
     handle = tiny_model.model.layers[1].mlp.gate_proj.register_forward_hook(
         lambda *unused: calls.append(1)
     )
     flags = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in tiny_model.modules()]
-    fisher_weights(tiny_model, torch.randint(0, 250, (3, 10)))
+    weights = fisher_weights(tiny_model, windows)
     handle.remove()
-    assert len(calls) == 6
+    assert len(calls) == forwards
+    torch.testing.assert_close(weights, expected)
     after = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in tiny_model.modules()]
     assert after == flags
 

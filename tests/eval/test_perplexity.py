@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.eval import perplexity as perplexity_module
 from sparse_runtime.eval.perplexity import perplexity, score_text, text_windows
 
 
@@ -50,14 +51,17 @@ def test_windows_that_cannot_work():
             text_windows(torch.arange(9), window, stride)
 
 
-@pytest.mark.parametrize("prompt_tokens", [0, 5])
-def test_distance_from_a_reference(tiny_model, prompt_tokens):
+@pytest.mark.parametrize(("prompt_tokens", "kept_bytes"), [(0, 2**30), (5, 2**30), (0, 1000)])
+def test_distance_from_a_reference(tiny_model, prompt_tokens, kept_bytes, monkeypatch):
+    monkeypatch.setattr(perplexity_module, "_KEPT_BYTES", kept_bytes)
     other = copy.deepcopy(tiny_model)
     with torch.no_grad():
         other.model.layers[1].mlp.down_proj.weight.mul_(0.3)
     ids = tokens(88)
     options = {"window": 16, "stride": 8, "prompt_tokens": prompt_tokens}
-    dense = score_text(tiny_model, ids, keep_states=True, **options)
+    dense = score_text(tiny_model, ids, keep=True, **options)
+    vocabulary, hidden_size = tiny_model.lm_head.weight.shape
+    assert dense.kept[0].shape[1] == (vocabulary if kept_bytes > 1000 else hidden_size)
     score = score_text(other, ids, reference=dense, **options)
     assert score.nll == pytest.approx(score_text(other, ids, **options).nll)
     windows = text_windows(ids, 16, 8, prompt_tokens)

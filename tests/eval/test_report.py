@@ -10,7 +10,7 @@ import torch
 from helpers import cuttable_cluster_set, make_tiny_model
 
 from sparse_runtime import cli
-from sparse_runtime.eval import ablation, quality_markdown
+from sparse_runtime.eval import ablation, coverage_markdown, quality_markdown
 from sparse_runtime.eval.ablation import Setting
 from sparse_runtime.eval.run_folder import FILES
 
@@ -249,6 +249,19 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
         assert title in text
     assert "GRIFFIN" in text
 
+    coverage = tmp_path / "coverage.md"
+    arguments = ["coverage_markdown", str(run_folder / "paper.json"), str(coverage)]
+    monkeypatch.setattr("sys.argv", arguments)
+    coverage_markdown.main()
+    rows = json.loads((run_folder / "paper.json").read_text())["coverage"]
+    table = [line for line in coverage.read_text().splitlines() if line.startswith("| ")][2:]
+    assert len(table) == len(rows)
+    assert f"| {rows[0]['coverage']:.3f} |" in table[0]
+    assert "| – |" in table[-1]  # no density is asked of the others
+
+    monkeypatch.setattr(
+        "sys.argv", ["quality_markdown", str(run_folder), str(document), str(readme)]
+    )
     readme.write_text("no marks")
     with pytest.raises(SystemExit, match="are not in the file"):
         quality_markdown.main()
