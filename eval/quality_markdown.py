@@ -34,11 +34,7 @@ def quality_markdown(run: RunFolder) -> str:
     parts += [run_line(run.figures[file]["host"]) for file in CURVE_FILES if file in run.figures]
     for title, result in run.curves().items():
         parts += [f"## {title}\n", _curves(result)]
-    for file in CURVE_FILES:
-        parts += [
-            f"{row['method']} is left out at {row['budget']:g}: {row['reason']}.\n"
-            for row in run.figures.get(file, {"left_out": []})["left_out"]
-        ]
+    parts += [f"{sentence}\n" for sentence in run.left_out()]
     for name, (title, columns) in _OTHERS.items():
         figures = run.figures.get(name)
         if figures is not None:

@@ -156,6 +156,7 @@ def _tables(run: RunFolder) -> list[tuple[str, str, str]]:
     curves = run.curves()
     if curves:
         body = "".join(_curve_table(name, result) for name, result in curves.items())
+        body += "".join(f"<p>{html.escape(sentence)}</p>" for sentence in run.left_out())
         sections.append(("methods", "All methods", body))
     paper = run.figures.get("paper")
     if paper is not None:

@@ -111,6 +111,14 @@ class RunFolder:
                 ]
         return merged
 
+    def left_out(self) -> list[str]:
+        """Sentences about the methods that could not run at a budget."""
+        return [
+            f"{METHOD_LABELS[row['method']]} is left out at {row['budget']:g}: {row['reason']}."
+            for file in CURVE_FILES
+            for row in self.figures.get(file, {"left_out": []})["left_out"]
+        ]
+
 
 def method_label(row: dict[str, Any]) -> str:
     """What readers call the method of a row of ``evaluate_curves``."""

@@ -68,7 +68,7 @@ def made_once(tmp_path_factory, tiny_tokenizer):
         ],
         "predictors": [
             "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.5",
-            "--baselines", "deja-vu,teal", *calibration,
+            "--baselines", "deja-vu,random,teal", *calibration,
         ],
         "domains": [
             "eval", tiny_folder, *judge[:2], "--data", other, "--max-tokens", 256, *sizes,
@@ -136,6 +136,7 @@ def test_report(command, run_folder):
     figures = json.loads((run_folder / "quality.json").read_text())
     for row in figures["results"][0]["rows"]:
         assert f"{row['ratio']:.3f}" in page.text
+    assert any(line.startswith("Deja Vu is left out at 0.5: it reads") for line in page.text)
     for attributes in images[:1]:
         row = next(r for r in figures["results"][0]["rows"] if r["budget"] == 0.5)
         assert (
@@ -232,7 +233,7 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     rows = [row for row in figures["results"][0]["rows"] if row["budget"] == 0.5]
     # Those of the other file on the same text; TEAL stands there once.
     more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
-    rows += [row for row in more if row["method"] == "deja-vu"]
+    rows += [row for row in more if row["method"] == "random"]
     cells = [line for line in lines if line.startswith("| ")]
     others = next(
         i for i, line in enumerate(cells) if line.startswith("| clusters with looks on |")
@@ -248,6 +249,7 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
         assert title in text
     assert "GRIFFIN" in text
+    assert "Deja Vu is left out at 0.5: it reads" in text
 
     coverage = tmp_path / "coverage.md"
     arguments = ["coverage_markdown", str(run_folder / "paper.json"), str(coverage)]
