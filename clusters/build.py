@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -236,13 +237,14 @@ def _cut_in_loop(
     count = max(1, _LOOP_TOKENS // windows.shape[1])
     figures: dict[str, Any] = {}
     options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
+    states = {"dense_states": partial(_dense_states, context.states, windows.shape[1])}
     differentiable = context.fisher is not None or not config.needs_fisher
     if config.loop_weights and differentiable:
         started = time.perf_counter()
         file = work / "loop_weights.json"
         if not file.exists():
             cut = recut(model, clusters, **options)
-            weights = loop_weights(model, cut, windows[:count], progress=progress)
+            weights = loop_weights(model, cut, windows[:count], progress=progress, **states)
             write_json(file, {str(index): weight for index, weight in weights.items()})
         saved = json.loads(file.read_text(encoding="utf-8"))
         figures["loop_weights"] = saved
@@ -259,6 +261,7 @@ def _cut_in_loop(
             settings,
             state_file=work / "distill.safetensors",
             progress=progress,
+            **states,
         )
         seconds["distill"] = time.perf_counter() - started
     share = cost_share_in_loop(model, recut(model, clusters, **options), held_out[:count])
@@ -266,6 +269,11 @@ def _cut_in_loop(
         clusters, excess=min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
     )
     return recut(model, clusters, **options), figures
+
+
+def _dense_states(states: HiddenStates, window: int, numbers: Tensor) -> Tensor:
+    """Last hidden states [n, window, H] of captured windows."""
+    return torch.stack([states.final(n * window, (n + 1) * window) for n in numbers.tolist()])
 
 
 def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:

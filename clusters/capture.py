@@ -1,6 +1,6 @@
-"""One pass over the calibration text that keeps every FFN's input, on disk.
+"""One pass over the calibration text that keeps, on disk, every FFN's input and the last states.
 
-Hidden states are stored in bfloat16 (10.4 GB for 300,000 tokens, 30 layers and hidden size 576),
+FFN inputs are stored in bfloat16 (10.4 GB for 300,000 tokens, 30 layers and hidden size 576),
 whatever the model computes in: clusters and routers are trained on means over many tokens, and the
 model they serve usually runs in bfloat16 itself.
 """
@@ -20,12 +20,14 @@ from torch import Tensor
 
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
+from sparse_runtime.cost import element_size
 from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"
 _DTYPE = torch.bfloat16
+_FINAL = "final"
 
 
 class HiddenStates:
@@ -57,15 +59,17 @@ class HiddenStates:
         """
         rows = range(self.num_tokens)[start:stop]
         states = torch.empty(len(rows), self.hidden_size, dtype=dtype)
-        first = 0
-        for number, tokens in enumerate(self._shard_tokens):
-            low, high = max(rows.start, first), min(rows.stop, first + tokens)
-            if low < high:
-                with safe_open(_shard_file(self._folder, number), framework="pt") as shard:
-                    part = shard.get_slice(str(position))[low - first : high - first]
-                states[low - rows.start : high - rows.start] = part
-            first += tokens
+        for first, part in self._parts(str(position), rows):
+            states[first : first + len(part)] = part
         return states
+
+    def final(self, start: int = 0, stop: int | None = None) -> Tensor:
+        """The decoder's last hidden states, which the output head turns into logits [n, H].
+
+        Of tokens ``start`` to ``stop``, in the dtype that the model computed in.
+        """
+        rows = range(self.num_tokens)[start:stop]
+        return torch.cat([part for _, part in self._parts(_FINAL, rows)])
 
     def chunks(
         self, position: int, chunk_tokens: int, dtype: torch.dtype = torch.float32
@@ -73,6 +77,16 @@ class HiddenStates:
         """Hidden states of one layer in pieces [≤ chunk_tokens, H], in the windows' order."""
         for start in range(0, self.num_tokens, chunk_tokens):
             yield self.layer(position, start, start + chunk_tokens, dtype)
+
+    def _parts(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
+        """What each shard has of some tokens, and where it goes."""
+        first = 0
+        for number, tokens in enumerate(self._shard_tokens):
+            low, high = max(rows.start, first), min(rows.stop, first + tokens)
+            if low < high:
+                with safe_open(_shard_file(self._folder, number), framework="pt") as shard:
+                    yield low - rows.start, shard.get_slice(name)[low - first : high - first]
+            first += tokens
 
 
 def capture_hidden_states(
@@ -84,7 +98,7 @@ def capture_hidden_states(
     memory_mib: int = 512,
     progress: ProgressReporter | None = None,
 ) -> HiddenStates:
-    """Run a model over windows of text and keep the input of every FFN.
+    """Run a model over windows of text and keep the input of every FFN, and the last hidden states.
 
     A shard is written whenever its buffers would exceed ``memory_mib``. A second call with the same
     model and windows goes on after the last whole shard; any other shards are discarded.
@@ -104,7 +118,8 @@ def capture_hidden_states(
     layers = find_ffn_layers(model)
     num_windows, window = windows.shape
     hidden_size = layers[0].hidden_size
-    bytes_per_window = len(layers) * window * hidden_size * 2
+    values_per_window = window * hidden_size
+    bytes_per_window = values_per_window * (2 * len(layers) + element_size(model.dtype))
     # The hooks hold one shard, and writing it makes one more copy.
     shard_windows = max(1, memory_mib * 2**20 // (2 * bytes_per_window))
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,12 +127,13 @@ def capture_hidden_states(
     index |= {"num_layers": len(layers), "hidden_size": hidden_size}
     done = sum(index["shard_tokens"]) // window
     _check_space(folder, (num_windows - done) * bytes_per_window)
-    captured: list[list[Tensor]] = [[] for _ in layers]
+    captured: dict[str, list[Tensor]] = {str(position): [] for position in range(len(layers))}
+    captured[_FINAL] = []
 
     def keep(position: int) -> Any:
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
             states = arguments[0].detach().reshape(-1, hidden_size)
-            captured[position].append(states.to("cpu", _DTYPE))
+            captured[str(position)].append(states.to("cpu", _DTYPE))
 
         return hook
 
@@ -133,7 +149,9 @@ def capture_hidden_states(
                 while done < num_windows:
                     shard = windows[done : done + shard_windows]
                     for batch in shard.split(batch_windows):
-                        decoder(input_ids=batch.to(model.device), use_cache=False)
+                        output = decoder(input_ids=batch.to(model.device), use_cache=False)
+                        final = output.last_hidden_state.reshape(-1, hidden_size)
+                        captured[_FINAL].append(final.cpu())
                         advance(len(batch))
                     _write_shard(folder, index, captured)
                     done += len(shard)
@@ -146,6 +164,7 @@ def capture_hidden_states(
 def _key(model: Any, windows: Tensor) -> str:
     """Identify what is captured: the model's weights and the windows, with their shape."""
     digest = hashlib.sha256(json.dumps(model_fingerprint(model), sort_keys=True).encode())
+    digest.update(f"{_FINAL} {model.dtype}".encode())  # what shards hold
     digest.update(repr(tuple(windows.shape)).encode())
     digest.update(windows.numpy().tobytes())
     return digest.hexdigest()
@@ -161,12 +180,12 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_shard(folder: Path, index: dict[str, Any], captured: list[list[Tensor]]) -> None:
-    tensors = {str(position): torch.cat(parts) for position, parts in enumerate(captured)}
+def _write_shard(folder: Path, index: dict[str, Any], captured: dict[str, list[Tensor]]) -> None:
+    tensors = {name: torch.cat(parts) for name, parts in captured.items()}
     write_tensors(_shard_file(folder, len(index["shard_tokens"])), tensors, {})
-    index["shard_tokens"].append(len(tensors["0"]))
+    index["shard_tokens"].append(len(tensors[_FINAL]))
     write_json(folder / _INDEX_FILE, index)
-    for parts in captured:
+    for parts in captured.values():
         parts.clear()
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_runtime.atomic import write_tensors
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.student import StudentFFN, divergence, students
+from sparse_runtime.clusters.student import DenseStates, StudentFFN, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _SAVE_EVERY = 20
@@ -53,6 +53,7 @@ def distill(
     windows: Tensor,
     config: Distillation,
     *,
+    dense_states: DenseStates | None = None,
     state_file: Path | None = None,
     progress: ProgressReporter | None = None,
 ) -> tuple[ClusterSet, list[float]]:
@@ -63,6 +64,7 @@ def distill(
         clusters: cut for the budget to distill at, beside the correction (:func:`reserved`).
         windows: token ids [W, window] int64, taken in a shuffled order, again if they run out.
         config: settings.
+        dense_states: of ``windows``, by their numbers; if None, the dense model runs in every step.
         state_file: where the state is kept every twenty steps, to go on from.
         progress: reports one unit per step.
 
@@ -83,7 +85,8 @@ def distill(
             while training.done < config.steps:
                 first = training.done * batch
                 rows = order[torch.arange(first, first + batch) % len(order)]
-                training.step(model, windows[rows].to(model.device))
+                states = None if dense_states is None else dense_states(rows)
+                training.step(model, windows[rows].to(model.device), states)
                 if training.done % _SAVE_EVERY == 0:
                     training.save(state_file)
                 advance(1)
@@ -122,12 +125,12 @@ class _Training:
         """Steps taken."""
         return len(self.history)
 
-    def step(self, model: Any, windows: Tensor) -> None:
+    def step(self, model: Any, windows: Tensor, dense_states: Tensor | None) -> None:
         """Take one step."""
         warm_up = min(1.0, (self.done + 1) / 10)
         cosine = 0.525 + 0.475 * math.cos(math.pi * self.done / self._steps)
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * warm_up * cosine
-        loss = divergence(model, self._modules, windows)
+        loss = divergence(model, self._modules, windows, dense_states)
         self._optimizer.zero_grad(set_to_none=True)
         # A layer whose sets hold all neurons has nothing to tune.
         if loss.requires_grad:

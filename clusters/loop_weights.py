@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_runtime.bands import LayerCentroids
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.student import divergence, students
+from sparse_runtime.clusters.student import DenseStates, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # No layer counts for less than this of what its Fisher weights say.
@@ -30,7 +30,12 @@ _LEAST = 0.1
 
 
 def loop_weights(
-    model: Any, clusters: ClusterSet, windows: Tensor, *, progress: ProgressReporter | None = None
+    model: Any,
+    clusters: ClusterSet,
+    windows: Tensor,
+    *,
+    dense_states: DenseStates | None = None,
+    progress: ProgressReporter | None = None,
 ) -> dict[int, float]:
     """Measure r_ℓ.
 
@@ -38,17 +43,22 @@ def loop_weights(
         model: the dense model, dense again when this returns.
         clusters: cut for a budget, with centroids.
         windows: token ids [W, window] int64; some 4,096 tokens do.
+        dense_states: of ``windows``, by their numbers; if None, the dense model runs.
         progress: reports one unit per window.
 
     Returns:
         Layer index -> r_ℓ of the line, at least 0.1. Without a layer that leaves something out, 1.
     """
-    measured = _measured(model, clusters, windows, progress or SilentProgress())
+    measured = _measured(model, clusters, windows, dense_states, progress or SilentProgress())
     return _line(sorted(clusters.layers), measured)
 
 
 def _measured(
-    model: Any, clusters: ClusterSet, windows: Tensor, progress: ProgressReporter
+    model: Any,
+    clusters: ClusterSet,
+    windows: Tensor,
+    dense_states: DenseStates | None,
+    progress: ProgressReporter,
 ) -> dict[int, float]:
     """r_ℓ of each layer that leaves something out."""
     with (
@@ -60,8 +70,11 @@ def _measured(
             device = module.bias_shift.device
             module.restored = torch.zeros((), requires_grad=True, device=device)
         left_out = dict.fromkeys(modules, 0.0)
-        for window in windows.split(1):
-            loss = divergence(model, modules, window.to(model.device))
+        for number, window in zip(
+            torch.arange(len(windows)).split(1), windows.split(1), strict=True
+        ):
+            states = None if dense_states is None else dense_states(number)
+            loss = divergence(model, modules, window.to(model.device), states)
             if loss.requires_grad:
                 loss.backward()
             for index, module in modules.items():

@@ -6,7 +6,7 @@ that looks see the exact activation instead of its low-bit copy.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,6 +19,9 @@ from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.predictors import router_logits
+
+#: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
+DenseStates = Callable[[Tensor], Tensor]
 
 
 class StudentFFN(nn.Module):
@@ -152,16 +155,27 @@ def students(
             parameter.requires_grad_(True)
 
 
-def divergence(model: Any, modules: dict[int, StudentFFN], windows: Tensor) -> Tensor:
+def divergence(
+    model: Any,
+    modules: dict[int, StudentFFN],
+    windows: Tensor,
+    dense_states: Tensor | None = None,
+) -> Tensor:
     """Mean KL(dense ‖ sparse) over the tokens of windows [W, window], in nats; has a gradient.
 
     Args:
         model: patched with ``modules``.
         modules: its students, enabled; they are off while the dense model predicts.
         windows: token ids on the model's device.
+        dense_states: the dense model's last hidden states [W, window, H]; if None, it runs.
     """
-    with torch.no_grad(), _off(modules):
-        target = _log_probabilities(model, windows)
+    with torch.no_grad():
+        if dense_states is not None:
+            head = model.get_output_embeddings()
+            target = head(dense_states.to(head.weight)).float().log_softmax(-1)
+        else:
+            with _off(modules):
+                target = _log_probabilities(model, windows)
     found = _log_probabilities(model, windows)
     return F.kl_div(found, target, reduction="sum", log_target=True) / windows.numel()
 

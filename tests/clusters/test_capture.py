@@ -38,6 +38,18 @@ def test_captures_the_input_of_every_ffn(tiny_model, windows, tmp_path):
         assert torch.equal(states.layer(layer), expected.bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_what_logits_are_made_of(tiny_model, windows, tmp_path, dtype):
+    model = tiny_model.to(dtype)
+    # A window of 16 tokens a shard: the tokens asked for begin and end inside of one.
+    states = capture_hidden_states(model, windows, tmp_path, memory_mib=0)
+    part = states.final(20, 100)
+    assert part.dtype == dtype
+    with torch.inference_mode():
+        expected = torch.cat([model(row.unsqueeze(0)).logits[0] for row in windows])
+        assert torch.equal(model.lm_head(part), expected[20:100])
+
+
 def test_memory_bound_makes_shards_and_they_resume(tiny_model, windows, tmp_path, monkeypatch):
     # Three layers of 16 tokens · 32 · 2 bytes per window; a bound of 0 MiB is one window a shard.
     written = []
@@ -135,7 +147,7 @@ def test_parts_of_a_layer_across_shards(tiny_model, windows, tmp_path):
 def test_too_small_a_disk_fails_at_once(tiny_model, windows, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")(1000)
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
-    needed = 9 * 16 * 3 * 32 * 2
+    needed = 9 * 16 * 32 * (3 * 2 + 4)  # three inputs in bfloat16, the last states in float32
     with pytest.raises(OutputFolderError, match=f"1000 bytes free.*need {needed} more"):
         capture_hidden_states(tiny_model, windows, tmp_path)
     assert not any(tmp_path.iterdir())

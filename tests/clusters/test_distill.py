@@ -105,6 +105,31 @@ def test_distillation_brings_the_sparse_model_closer(tiny_model, clusters, windo
     assert extra == 2 * 3 * 32
 
 
+def test_states_of_the_dense_model_spare_its_runs(tiny_model, clusters, windows):
+    cut = recut(tiny_model, reserved(clusters, 2), budget=0.6, verify=False)
+    with torch.inference_mode():
+        states = tiny_model.model(windows).last_hidden_state
+    runs = []
+    handle = tiny_model.register_forward_hook(lambda *unused: runs.append(1))
+    settings = Distillation(5, 2, step_tokens=60)
+    expected, history = distill(tiny_model, cut, windows, settings)
+    weights = loop_weights(tiny_model, cut, windows[:2])
+    assert len(runs) == 2 * (5 + 2)
+    found, same = distill(
+        tiny_model, cut, windows, settings, dense_states=lambda numbers: states[numbers]
+    )
+    assert loop_weights(
+        tiny_model, cut, windows[:2], dense_states=lambda numbers: states[numbers]
+    ) == pytest.approx(weights, rel=1e-3)
+    handle.remove()
+    assert len(runs) == 3 * (5 + 2)
+    assert same == pytest.approx(history, rel=1e-4)
+    for index, layer in expected.layers.items():
+        torch.testing.assert_close(
+            found.layers[index].bias_shift, layer.bias_shift, atol=1e-5, rtol=1e-3
+        )
+
+
 def test_an_interrupted_distillation_goes_on(tiny_model, clusters, windows, tmp_path):
     cut = recut(tiny_model, reserved(clusters, 2), budget=0.6, verify=False)
     settings = Distillation(30, 2, step_tokens=60)
@@ -173,7 +198,7 @@ def test_the_correction_is_added(tiny_model, clusters):
 def test_loop_weights_are_what_restoring_a_layer_is_worth(tiny_model, clusters, windows):
     """Against differences of the runtime's own outputs, with a hundredth of a layer given back."""
     cut = recut(tiny_model, clusters, budget=0.85, verify=False)
-    found = _measured(tiny_model, cut, windows, SilentProgress())
+    found = _measured(tiny_model, cut, windows, None, SilentProgress())
 
     layers = {layer.index: layer for layer in find_ffn_layers(tiny_model)}
     with torch.inference_mode():
