@@ -114,12 +114,12 @@ report-paper: $(STAMP)
 report-quick: REPORT := runs/report-quick
 report-quick: $(STAMP)
 	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
-		-o $(REPORT)/clusters --data pydoc --max-tokens 6144 --clusters 64 --distill 5 \
+		-o $(REPORT)/clusters --data pydoc --max-tokens 4096 --clusters 64 --distill 3 \
 		--no-loop-weights
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
 		--json $(REPORT)/eval.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
-		--budgets 0.4,0.5 --baselines $(BASELINES) --calibration pydoc \
+		--budgets 0.4,0.5 --baselines oracle,teal --calibration pydoc \
 		--calibration-tokens 4096 --json $(REPORT)/quality.json
 	$(BIN)/sparse-runtime report $(REPORT)
 
