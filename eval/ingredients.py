@@ -114,7 +114,7 @@ def measure_ingredients(
         )
 
     dense = score("dense")
-    runs = []
+    runs: list[dict[str, Any]] = []
     for seed in seeds:
         kitchen = _Kitchen.of_seed(
             model, tokenizer, data, replace(config, seed=seed), step_tokens, progress
