@@ -101,7 +101,7 @@ report: $(STAMP)
 	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
 		README.md
 
-# docs/benchmarks/coverage.md: the paper's clusters and those it compares with. An hour; the next
+# docs/benchmarks/coverage.md: the paper's clusters and those it compares with. An hour or more; the next
 # `make report` shows it too.
 report-paper: $(STAMP)
 	mkdir -p $(REPORT)
