@@ -70,9 +70,10 @@ from sparse_runtime.recut import price_for, recut
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
-# Tokens that routers are compared on, and that layers are weighed on.
+#: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
+LOOP_TOKENS = 4096
+# Tokens that routers are compared on.
 _PROBE_TOKENS = 16_384
-_LOOP_TOKENS = 4096
 # Bound on what is found in the loop to be read beyond the budget.
 _MOST_EXCESS = 0.05
 
@@ -234,17 +235,19 @@ def _cut_in_loop(
     model, config = context.model, context.config
     work, progress = context.work, context.progress
     windows, held_out = windows.tensor_split([context.num_fit // windows.shape[1]])
-    count = max(1, _LOOP_TOKENS // windows.shape[1])
+    count = max(1, LOOP_TOKENS // windows.shape[1])
     figures: dict[str, Any] = {}
     options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
-    states = {"dense_states": partial(_dense_states, context.states, windows.shape[1])}
+    dense_states = partial(_dense_states, context.states, windows.shape[1])
     differentiable = context.fisher is not None or not config.needs_fisher
     if config.loop_weights and differentiable:
         started = time.perf_counter()
         file = work / "loop_weights.json"
         if not file.exists():
             cut = recut(model, clusters, **options)
-            weights = loop_weights(model, cut, windows[:count], progress=progress, **states)
+            weights = loop_weights(
+                model, cut, windows[:count], dense_states=dense_states, progress=progress
+            )
             write_json(file, {str(index): weight for index, weight in weights.items()})
         saved = json.loads(file.read_text(encoding="utf-8"))
         figures["loop_weights"] = saved
@@ -259,9 +262,9 @@ def _cut_in_loop(
             cut,
             windows,
             settings,
+            dense_states=dense_states,
             state_file=work / "distill.safetensors",
             progress=progress,
-            **states,
         )
         seconds["distill"] = time.perf_counter() - started
     share = cost_share_in_loop(model, recut(model, clusters, **options), held_out[:count])

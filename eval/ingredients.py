@@ -14,19 +14,21 @@ from torch import Tensor
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.cluster_set import ClusterSet
-from sparse_runtime.clusters.build import build_clusters, cost_share_in_loop, num_fit_tokens
+from sparse_runtime.clusters.build import (
+    LOOP_TOKENS,
+    build_clusters,
+    cost_share_in_loop,
+    num_fit_tokens,
+)
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.data import DataSource, calibration_windows
 from sparse_runtime.clusters.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.cost import count_cost
-from sparse_runtime.eval.perplexity import TextScore, score_text
+from sparse_runtime.eval.curves import Protocol
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.progress import ProgressReporter
 from sparse_runtime.recut import recut
-
-# Tokens that layers are weighed on, and that tell the cost share, as in a build.
-_LOOP_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -101,29 +103,18 @@ def measure_ingredients(
         ConfigError: settings that cannot work together, or a budget that cannot be met.
         DataError: a source that cannot be read, or too little text.
     """
-
-    def score(description: str, reference: TextScore | None = None) -> TextScore:
-        return score_text(
-            model,
-            tokens,
-            window=config.window,
-            reference=reference,
-            keep=reference is None,
-            progress=progress,
-            description=description,
-        )
-
-    dense = score("dense")
+    protocol = Protocol(config.window, progress=progress)
+    dense = protocol.score(model, tokens, "dense")
     runs: list[dict[str, Any]] = []
     for seed in seeds:
-        kitchen = _Kitchen.of_seed(
+        base = _Base.of_seed(
             model, tokenizer, data, replace(config, seed=seed), step_tokens, progress
         )
         rows = []
         for name, parts in ROWS.items():
-            sparsify(model, kitchen.combine(parts), config=EVALUATION)
+            sparsify(model, base.with_ingredients(parts), config=EVALUATION)
             try:
-                sparse = score(name, dense)
+                sparse = protocol.score(model, tokens, name, reference=dense)
                 cost_share = count_cost(sparse_modules(model), element_size=2).cost_share
             finally:
                 unsparsify(model)
@@ -135,8 +126,8 @@ def measure_ingredients(
 
 
 @dataclass
-class _Kitchen:
-    """One seed's clusters and text, to make artifacts of."""
+class _Base:
+    """One seed's clusters, neither weighed nor distilled, and the text to do both on."""
 
     model: Any
     clusters: ClusterSet
@@ -155,7 +146,7 @@ class _Kitchen:
         config: BuildConfig,
         step_tokens: int,
         progress: ProgressReporter | None,
-    ) -> _Kitchen:
+    ) -> _Base:
         bare = replace(config, loop_weights=False, distill=0)
         clusters = build_clusters(model, tokenizer, data, bare, progress=progress)
         text = calibration_windows(
@@ -172,7 +163,7 @@ class _Kitchen:
         )
         return cls(model, replace(clusters, excess=0.0), fit, held_out, distillation, progress)
 
-    def combine(self, parts: Ingredients) -> ClusterSet:
+    def with_ingredients(self, parts: Ingredients) -> ClusterSet:
         """An artifact with some ingredients, cut to read its budget on held-out text."""
         budget, clusters = self.clusters.budget, self.clusters
 
@@ -180,7 +171,7 @@ class _Kitchen:
             own = None if parts.one_price else dict.fromkeys(clusters.layers, budget)
             return recut(self.model, clusters, budget=budget, verify=parts.looks, layer_budgets=own)
 
-        count = max(1, _LOOP_TOKENS // self.fit_windows.shape[1])
+        count = max(1, LOOP_TOKENS // self.fit_windows.shape[1])
         if not parts.bias:
             layers = {i: replace(one, cluster_bias=None) for i, one in clusters.layers.items()}
             clusters = replace(clusters, layers=layers)

@@ -157,8 +157,8 @@ def score_text(
                 if reference is not None:
                     theirs = reference.kept[len(score.nll)].to(logits.device)
                     theirs = theirs if keep_logits else head(theirs)
+                    score.agreed.append(int((theirs.argmax(-1) == logits.argmax(-1)).sum()))
                     log_p = theirs.float().log_softmax(-1)
-                    score.agreed.append(int((log_p.argmax(-1) == log_q.argmax(-1)).sum()))
                     score.divergence.append(_divergence(log_p, log_q))
                 loss = F.nll_loss(log_q, ids[row, -scored:].to(log_q.device), reduction="sum")
                 score.nll.append(loss.item())

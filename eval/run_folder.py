@@ -114,7 +114,7 @@ class RunFolder:
     def left_out(self) -> list[str]:
         """Sentences about the methods that could not run at a budget."""
         return [
-            f"{METHOD_LABELS[row['method']]} is left out at {row['budget']:g}: {row['reason']}."
+            f"{_method_name(row)} is left out at {row['budget']:g}: {row['reason']}."
             for file in CURVE_FILES
             for row in self.figures.get(file, {"left_out": []})["left_out"]
         ]
@@ -122,10 +122,14 @@ class RunFolder:
 
 def method_label(row: dict[str, Any]) -> str:
     """What readers call the method of a row of ``evaluate_curves``."""
-    label = METHOD_LABELS.get(row["method"], row["method"])
+    label = _method_name(row)
     if row["verify"] is None:
         return label
     return f"{label} with looks" if row["verify"] else f"{label} without looks"
+
+
+def _method_name(row: dict[str, Any]) -> str:
+    return METHOD_LABELS.get(row["method"], row["method"])
 
 
 def text_name(source: str) -> str:

@@ -74,6 +74,9 @@ DataOption = Annotated[
         metavar="SOURCE",
     ),
 ]
+TestOption = Annotated[
+    str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Cut the sets for this cost share instead of their own.")
 ]
@@ -273,7 +276,6 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Perplexity, coverage and precision on held-out text, every token (after a prompt) sparse."""
-    from sparse_runtime.clusters.data import parse_source, token_stream
     from sparse_runtime.eval.baselines import named_baselines
     from sparse_runtime.eval.curves import Protocol, baseline_calibration, evaluate_curves
     from sparse_runtime.eval.host import host_record
@@ -290,15 +292,7 @@ def evaluate(
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
-    texts = [
-        (
-            source,
-            token_stream(
-                parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=loaded
-            ),
-        )
-        for source in sources
-    ]
+    texts = [(source, _held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
     progress = RichProgress(err)
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
@@ -352,9 +346,7 @@ def evaluate(
 def paper(
     model: ModelArgument,
     data: DataOption = None,
-    test: Annotated[
-        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
-    ] = None,
+    test: TestOption = None,
     clusters: Annotated[str, typer.Option(help="Values of K, with commas.")] = "256",
     densities: Annotated[
         str, typer.Option(help="Densities of the centroids, with commas.")
@@ -439,9 +431,7 @@ def paper(
 def ablate(
     model: ModelArgument,
     data: DataOption = None,
-    test: Annotated[
-        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
-    ] = None,
+    test: TestOption = None,
     layers: Annotated[
         str | None,
         typer.Option(help="Layers, with commas; three spread over the model if not given."),
@@ -497,9 +487,7 @@ def ablate(
 def ingredients(
     model: ModelArgument,
     data: DataOption = None,
-    test: Annotated[
-        str | None, typer.Option(help="Held-out text; the data's test split if not given.")
-    ] = None,
+    test: TestOption = None,
     seeds: Annotated[str, typer.Option(help="Seeds of builds, with commas.")] = "0,1,2",
     budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
     clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
@@ -515,7 +503,7 @@ def ingredients(
 ) -> None:
     """What each ingredient of a build brings in the running model: alone, together, left out."""
     from sparse_runtime.clusters import BuildConfig
-    from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.clusters.data import parse_source
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.ingredients import measure_ingredients
 
@@ -527,17 +515,17 @@ def ingredients(
         max_tokens=max_tokens,
         window=window,
     )
-    sources = [parse_source(source) for source in data or ["wikitext2"]]
+    of_builds = _numbers("--seeds", seeds, int)
+    sources = data or ["wikitext2"]
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
-    held_out = parse_source(test) if test else sources[0]
-    tokens = token_stream(held_out, tokenizer, max_tokens=test_tokens, split="test", model=loaded)
+    tokens = _held_out(test or sources[0], tokenizer, test_tokens, loaded)
     measured = measure_ingredients(
         loaded,
         tokenizer,
-        sources,
+        [parse_source(source) for source in sources],
         tokens,
         config=config,
-        seeds=_numbers("--seeds", seeds, int),
+        seeds=of_builds,
         step_tokens=step_tokens,
         progress=RichProgress(err),
     )
@@ -790,7 +778,7 @@ def _fit_and_test(
     device: str | None,
 ) -> tuple[Any, CalibrationText, torch.Tensor, torch.Tensor]:
     """A model, calibration text, and the tokens of held-out text, also as windows [W, window]."""
-    from sparse_runtime.clusters.data import calibration_windows, parse_source, token_stream
+    from sparse_runtime.clusters.data import calibration_windows, parse_source
 
     sources = data or ["wikitext2"]
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
@@ -802,17 +790,20 @@ def _fit_and_test(
         seed=seed,
         model=loaded,
     )
-    tokens = token_stream(
-        parse_source(test or sources[0]),
-        tokenizer,
-        max_tokens=test_tokens,
-        split="test",
-        model=loaded,
-    )
+    tokens = _held_out(test or sources[0], tokenizer, test_tokens, loaded)
     whole = len(tokens) // window
     if whole == 0:
         raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
     return loaded, text, tokens, tokens[: whole * window].view(whole, window)
+
+
+def _held_out(source: str, tokenizer: Any, max_tokens: int, model: Any) -> torch.Tensor:
+    """First tokens of held-out text [n]."""
+    from sparse_runtime.clusters.data import parse_source, token_stream
+
+    return token_stream(
+        parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=model
+    )
 
 
 def _generate(

@@ -27,10 +27,10 @@ def text(tmp_path):
 
 
 def test_what_an_artifact_is_made_of(tiny_model, tiny_tokenizer, text):
-    kitchen = ingredients._Kitchen.of_seed(
+    base = ingredients._Base.of_seed(
         tiny_model, tiny_tokenizer, [DataSource(str(text))], CONFIG, 64, None
     )
-    made = {name: kitchen.combine(parts) for name, parts in ROWS.items()}
+    made = {name: base.with_ingredients(parts) for name, parts in ROWS.items()}
     for name, parts in ROWS.items():
         sparse = [one for one in made[name].layers.values() if one.num_clusters > 1]
         assert sparse, name
@@ -40,7 +40,7 @@ def test_what_an_artifact_is_made_of(tiny_model, tiny_tokenizer, text):
             assert (layer.bias_shift is not None) == parts.distill
             assert (layer.correction_up is not None) == parts.correction
     # The weights of layers move the cut, and what they are measured in is kept.
-    assert set(kitchen._weights) == {(False, False), (True, True), (False, True), (True, False)}
+    assert set(base._weights) == {(False, False), (True, True), (False, True), (True, False)}
     cut, weighed = (
         torch.cat([layer.active_sets for layer in made[name].layers.values()])
         for name in ("one price", "one price, loop weights")
