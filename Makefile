@@ -116,9 +116,9 @@ report-quick: $(STAMP)
 	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
 		-o $(REPORT)/clusters --data pydoc --max-tokens 4096 --clusters 64 --distill 3 \
 		--no-loop-weights
-	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 1536 \
 		--json $(REPORT)/eval.json
-	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 1536 \
 		--budgets 0.4,0.5 --baselines oracle,teal --calibration pydoc \
 		--calibration-tokens 4096 --json $(REPORT)/quality.json
 	$(BIN)/sparse-runtime report $(REPORT)
