@@ -101,7 +101,7 @@ def _new(width: float, height: float, columns: int = 1, **options: Any) -> tuple
 
 
 def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
-    figure, axes = _new(7, 4.4)
+    figure, axes = _new(7, 5)
     lines: dict[str, list[dict[str, Any]]] = {}
     for row in result["rows"]:
         lines.setdefault(method_label(row), []).append(row)
@@ -115,24 +115,25 @@ def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
             [bound - ratio for ratio, bound in zip(ratios, high, strict=True)],
         ]
         ours = rows[0]["method"] == "clusters"
+        middle = min(rows, key=lambda row: abs(row["budget"] - 0.5))
+        above = f" ({_rounded(middle['ratio'])}, above)" if min(ratios) > _LARGEST_RATIO else ""
         axes.errorbar(
             shares,
             ratios,
             yerr=errors,
-            label=label,
+            label=label + above,
             color=_color(label),
             marker=_MARKERS[number % len(_MARKERS)],
             markersize=6 if ours else 4,
             linewidth=2.2 if ours else 1.1,
             capsize=2,
         )
-        middle = min(rows, key=lambda row: abs(row["budget"] - 0.5))
         words.append(f"{label} {_rounded(middle['ratio'])} at {middle['cost_share']:.2f}")
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     _log_ratio(axes, [row["ratio"] for row in result["rows"]])
     axes.set_xlabel("FFN cost share (bytes read ÷ dense)")
     axes.set_ylabel("perplexity ÷ dense")
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     alt = f"Perplexity ratio against cost share on {title}. " + "; ".join(words) + "."
     return Plot(name, f"Quality against cost share: {title}", alt, figure)
 
@@ -146,7 +147,9 @@ def _color(label: str) -> str:
 
 
 def _rounded(ratio: float) -> str:
-    return f"{ratio:.2f}" if ratio < 100 else f"{ratio:.0e}"
+    if ratio < 10:
+        return f"{ratio:.2f}"
+    return f"{ratio:.0f}" if ratio < 1000 else f"{ratio:.0e}"
 
 
 def _log_ratio(axes: Axes, ratios: Sequence[float]) -> None:
@@ -194,7 +197,7 @@ def _domains(curves: dict[str, dict[str, Any]]) -> Plot:
     axes.set_ylabel("perplexity ÷ dense")
     _log_ratio(axes, shown)
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
-    figure.legend(loc="outside right center", fontsize=8)
+    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
     alt = (
         f"Perplexity ratio at a budget of {budget:g} on {', '.join(names)}: "
         + "; ".join(words)
@@ -347,6 +350,7 @@ def _latency(bench: dict[str, Any]) -> Plot:
         words.append(f"{label} {total:.1f} ms, of which FFN {layers * ffn:.1f}")
     axes.set_yticks(range(len(names)), [label for label, _, _ in names.values()])
     axes.invert_yaxis()
+    axes.set_xlim(0, 1.05 * max(decode[f"{key}_ms"] for key in names))
     axes.set_xlabel("ms per decoded token (FFN and router: timed alone × layers)")
     axes.legend(fontsize=8, loc="lower right")
     alt = (

@@ -2,8 +2,9 @@
 
 Four runs over the same text, every token through the sparse path (or every one after a prompt): dense;
 sparse by the router's ids; sparse by oracle ids (the cluster whose set covers the token's true
-importance best, the ceiling of any router); and static (one set for all tokens, the floor). With
-verification a cluster's set is both of its bands. ``sparse_runtime.eval.curves`` compares budgets.
+importance best, the ceiling of any router's coverage; a model tuned with its router may do worse by
+them); and static (one set for all tokens, the floor). With verification a cluster's set is both of its
+bands. ``sparse_runtime.eval.curves`` compares budgets.
 """
 
 from __future__ import annotations

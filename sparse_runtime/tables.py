@@ -89,7 +89,7 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
     names = {
         "dense": "all (dense)",
         "sparse": "by the router (sparse)",
-        "oracle_ids": "by oracle ids (ceiling of the router)",
+        "oracle_ids": "by oracle ids (best coverage)",
         "static": "one static set (floor)",
     }
     dense_perplexity = result["perplexity"]["dense"]

@@ -12,7 +12,8 @@ from helpers import cuttable_cluster_set, make_tiny_model
 from sparse_runtime import cli
 from sparse_runtime.eval import ablation, coverage_markdown, quality_markdown
 from sparse_runtime.eval.ablation import Setting
-from sparse_runtime.eval.run_folder import FILES
+from sparse_runtime.eval.plots import make_plots
+from sparse_runtime.eval.run_folder import FILES, RunFolder
 
 pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -181,6 +182,18 @@ def test_report_in_a_browser(command, run_folder):
             assert shown[-1] == ""  # what is no number goes last
             assert complaints == []
         browser.close()
+
+
+def test_ratios_beyond_the_axis(run_folder):
+    figures = json.loads((run_folder / "quality.json").read_text())
+    for row in figures["results"][0]["rows"]:
+        if row["method"] == "static":
+            row["ratio"], row["interval"] = 40.0, [30.0, 50.0]
+    (run_folder / "quality.json").write_text(json.dumps(figures))
+    plots = {plot.name: plot for plot in make_plots(RunFolder.read(run_folder))}
+    legend = [text.get_text() for text in plots["quality_1"].figure.legends[0].get_texts()]
+    assert "static set (40, above)" in legend
+    assert "clusters with looks" in legend
 
 
 def test_only_what_is_there(command, run_folder):
