@@ -1,10 +1,10 @@
 """Quality of a sparse model: perplexity, coverage and precision on held-out text.
 
 Four runs over the same text, every token through the sparse path (or every one after a prompt): dense;
-sparse by the router's ids; sparse by oracle ids (the cluster whose set covers the token's true
-importance best, the ceiling of any router's coverage; a model tuned with its router may do worse by
-them); and static (one set for all tokens, the floor). With verification a cluster's set is both of its
-bands. ``sparse_runtime.eval.curves`` compares budgets.
+sparse by the router's ids; sparse by oracle ids (the clusters whose sets cover the tokens' true
+importance best with as many neurons as the router's, see ``sparse_runtime.clusters.metrics``; a model
+tuned with its router may do worse by them); and static (one set for all tokens, the floor). With
+verification a cluster's set is both of its bands. ``sparse_runtime.eval.curves`` compares budgets.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsp
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.cluster_set import ClusterSet
-from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer
-from sparse_runtime.clusters.metrics import SetScorer
+from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer, normalized
+from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.forwards import dense_prompts
@@ -86,7 +86,8 @@ def evaluate_quality(
             with _scored(model, clusters, scorers) as scored:
                 scores["sparse"] = score_text(model, tokens, description="sparse", **options)
             cost = count_cost(sparse_modules(model), element_size=2)
-            with _oracle_ids(model, scorers):
+            prices = {index: scorer.oracle_price() for index, (scorer, _) in scored.items()}
+            with _oracle_ids(model, scorers, prices):
                 scores["oracle_ids"] = score_text(
                     model, tokens, description="oracle ids", **options
                 )
@@ -139,11 +140,8 @@ def _scored(
 
     def make_route(module: SparseFFN) -> Any:
         layer, predict = clusters.layers[module.layer_index], module.route
-        sets = module.active_sets
-        if module.maybe_sets is not None:
-            sets = sets | module.maybe_sets
         scorer = SetScorer(
-            unpack_bits(sets, neurons),
+            unpack_bits(_both_bands(module), neurons),
             unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
         )
         counts = torch.zeros(_CONFIDENCE_BINS, device=module.active_sets.device)
@@ -170,15 +168,22 @@ def _scored(
         yield scored
 
 
+def _both_bands(module: SparseFFN) -> Tensor:
+    """Bitmaps of all that a cluster may compute, uint8 [K, bytes]."""
+    if module.maybe_sets is None:
+        return module.active_sets
+    return module.active_sets | module.maybe_sets
+
+
 @contextmanager
-def _oracle_ids(model: nn.Module, scorers: dict[int, ImportanceScorer]) -> Iterator[None]:
+def _oracle_ids(
+    model: nn.Module, scorers: dict[int, ImportanceScorer], prices: dict[int, float]
+) -> Iterator[None]:
     def make_route(module: SparseFFN) -> Any:
-        scorer = scorers[module.layer_index]
-        both = module.active_sets
-        if module.maybe_sets is not None:
-            both = both | module.maybe_sets
-        sets = unpack_bits(both, module.cost.intermediate_size).float().t()
-        return lambda x: (scorer(x) @ sets).argmax(-1)
+        scorer, price = scorers[module.layer_index], prices[module.layer_index]
+        sets = unpack_bits(_both_bands(module), module.cost.intermediate_size).float()
+        density = sets.mean(-1)
+        return lambda x: oracle_ids(normalized(scorer(x)) @ sets.t(), density, price)
 
     with _routes(model, make_route):
         yield

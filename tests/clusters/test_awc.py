@@ -12,7 +12,7 @@ from sparse_runtime.clusters.awc import (
     fit_awc,
     top_sets,
 )
-from sparse_runtime.clusters.metrics import SetScorer
+from sparse_runtime.clusters.metrics import SetScorer, oracle_ids, oracle_price
 
 
 def generator(seed=0):
@@ -119,8 +119,46 @@ def test_scorer_by_hand():
         "density": 0.5,
         "chance": 0.5,
         "oracle_coverage": (0.7 + 0.5) / 2,
+        "router_top1": 0.5,  # the second token's two sets cover as much
         "static_coverage": (0.6 + 0.7) / 2,
         "static_recall": (0.5 + 1.0) / 2,
     }
     for name, value in expected.items():
         assert scores[name] == pytest.approx(value, abs=1e-6), name
+
+
+def test_the_oracle_pays_for_large_sets():
+    """The full set covers all of every token; the oracle takes it where it gains most."""
+    sets = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0], [0, 0, 1, 1]], dtype=torch.bool)
+    importance = torch.tensor([[5.0, 3.0, 1.0, 1.0], [1.0, 2.0, 1.0, 2.0], [0.0, 0.0, 1.0, 9.0]])
+
+    def scores(ids):
+        scorer = SetScorer(sets, sets[0])
+        scorer.add(importance[:1], torch.tensor(ids[:1]))
+        scorer.add(importance[1:], torch.tensor(ids[1:]))
+        return scorer.scores()
+
+    # Densities 1, 0.5, 0.5; the halves cover 0.8, 0.5 and 1.
+    found = scores([0, 1, 2])
+    assert found["density"] == pytest.approx(2 / 3)
+    assert found["oracle_coverage"] == pytest.approx((0.8 + 1 + 1) / 3)
+    assert found["router_top1"] == pytest.approx(1 / 3)
+    # As many neurons as full sets, and as halves.
+    assert scores([0, 0, 0])["oracle_coverage"] == 1
+    assert scores([2, 1, 1])["oracle_coverage"] == pytest.approx((0.8 + 0.5 + 1) / 3)
+
+
+def test_no_ids_of_as_few_neurons_cover_more():
+    coverage = torch.rand(500, 12, generator=generator()) ** 2
+    density = torch.linspace(0.2, 0.9, 12)
+    for mean_density in (0.2, 0.4, 0.6, 0.9):
+        price = oracle_price(coverage, density, mean_density)
+        ids = oracle_ids(coverage, density, price)
+        assert density[ids].mean() >= mean_density - 1e-5 or price == 0
+        found = coverage.gather(1, ids.unsqueeze(-1)).mean()
+        for seed in range(20):
+            # Choices from random to nearly the best.
+            noise = torch.rand(500, 12, generator=generator(seed)) * (20 - seed) / 10
+            other = (coverage + noise - 0.05 * seed * density).argmax(-1)
+            if density[other].mean() <= mean_density:
+                assert coverage.gather(1, other.unsqueeze(-1)).mean() <= found + 1e-6

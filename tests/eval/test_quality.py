@@ -36,12 +36,16 @@ def test_figures_agree_with_runs_by_hand(tiny_model):
 
 
 def test_oracle_ids_recover_a_perfect_cluster(tiny_model):
-    """With one cluster full and the others empty, the oracle always picks the full one."""
+    """With half of the neurons dead, the oracle always picks the one cluster of the others."""
+    layers = find_ffn_layers(tiny_model)
+    for layer in layers:
+        layer.mlp.down_proj.weight.data[:, 22:] = 0
     clusters = random_cluster_set(tiny_model, 0.4)
-    for layer in clusters.layers.values():
+    for layer in layers:
         mask = torch.zeros(6, 44, dtype=torch.bool)
-        mask[3] = True
-        layer.active_sets = pack_bits(mask)
+        mask[:, 22:] = True
+        mask[3] = ~mask[3]
+        clusters.layers[layer.index].active_sets = pack_bits(mask)
     figures = evaluate_quality(tiny_model, clusters, IDS, window=32)["perplexity"]
     assert figures["oracle_ids"] == pytest.approx(figures["dense"], rel=1e-5)
     assert figures["sparse"] != pytest.approx(figures["dense"], rel=1e-3)
