@@ -62,10 +62,12 @@ bench: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --batches 1,2,4,8,16,32 \
 		--json runs/bench/demo.json
+	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --no-verify \
+		--json runs/bench/demo-no-looks.json
 	$(BIN)/sparse-runtime bench --shape mistral-7b --density 0.5,0.3 --repeats 3 --new-tokens 8 \
 		--json runs/bench/mistral-7b.json
 	$(BIN)/python -m sparse_runtime.eval.bench_report docs/benchmarks/cpu.md \
-		runs/bench/demo.json runs/bench/mistral-7b.json
+		runs/bench/demo.json runs/bench/demo-no-looks.json runs/bench/mistral-7b.json
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
 bench-gpu: $(STAMP)

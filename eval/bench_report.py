@@ -80,9 +80,10 @@ def _mlp(run: dict[str, Any]) -> str:
             if ms is not None
         ),
     )
+    looked_at = f", {mlp['looked_at']:.2f} looked at" if mlp["looked_at"] else ""
     return (
-        f"### Density {mlp['density']:.2f}, cost share {run['cost_share']:.3f}, read bandwidth "
-        f"{mlp['read_gbps']:.1f} GB/s\n\n{table}"
+        f"### Density {mlp['density']:.2f}{looked_at}, cost share {run['cost_share']:.3f}, read "
+        f"bandwidth {mlp['read_gbps']:.1f} GB/s\n\n{table}"
     )
 
 

@@ -127,14 +127,17 @@ def bench(
     read_gbps = [bandwidth()]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
+    # A random model's routers would send its states to a few clusters, and confirm any share of them.
+    random = any(artifact.build.get("method") == "random" for artifact in clusters)
+    states = None if random else ffn_inputs(model, prompt)
     mlps, predictions = [], []
     for number, run in enumerate(runs):
         sparsify(model, run.clusters)
         run.bytes = decode_bytes(model)
         # How many tokens pay is told once: it depends on the density less than on the machine.
         counts = TOKEN_COUNTS if number == 0 else (1,)
-        mlps.append(bench_mlp(sparse_modules(model), token_counts=counts))
-        predictions.append(bench_prediction(sparse_modules(model)))
+        mlps.append(bench_mlp(sparse_modules(model), states, token_counts=counts))
+        predictions.append(bench_prediction(sparse_modules(model), states))
         unsparsify(model)
     cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
@@ -169,6 +172,27 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "host": host_record(),
     }
+
+
+def ffn_inputs(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
+    """Hidden states [n, H] that every FFN of a dense model sees of a text [1, n], by layer index."""
+    states = {}
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            states[index] = arguments[0].flatten(0, -2)
+
+        return hook
+
+    handles = [
+        layer.mlp.register_forward_pre_hook(keep(layer.index)) for layer in find_ffn_layers(model)
+    ]
+    try:
+        time_prefill(model, input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return states
 
 
 class _Run:

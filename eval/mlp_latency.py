@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,12 +32,19 @@ Variant = Callable[[int, Tensor], Any]
 
 
 def bench_mlp(
-    modules: Sequence[SparseFFN], *, repeats: int = 41, token_counts: Sequence[int] = TOKEN_COUNTS
+    modules: Sequence[SparseFFN],
+    states: Mapping[int, Tensor] | None = None,
+    *,
+    repeats: int = 41,
+    token_counts: Sequence[int] = TOKEN_COUNTS,
 ) -> dict[str, Any]:
     """Time the FFNs of a sparse model against dense ones of the same weights.
 
     Args:
         modules: the model's sparse FFNs, backend ``cpu``.
+        states: layer index -> hidden states [n, H] that calls draw their tokens from: the model's own.
+            If None, noise that the routers spread over their clusters; looks then confirm more or
+            fewer neurons than in the model.
         repeats: calls of each variant at one token; a quarter of that at several.
         token_counts: tokens per call of the second table.
 
@@ -69,8 +76,9 @@ def bench_mlp(
             calls["chosen"] = lambda i, x: layers[i]._run(x)
         rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
         for module in layers:
+            module._path(num_tokens)  # measures, where the answer is not known yet
             module.reset_counts()
-        seconds, read_gbps = in_turns(calls, layers, num_tokens, rounds)
+        seconds, read_gbps = in_turns(calls, layers, num_tokens, rounds, states)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
             result |= _one_token(seconds, layers, statistics.median(read_gbps))
@@ -116,11 +124,16 @@ def _one_token(
 
 
 def in_turns(
-    calls: dict[str, Variant], layers: Sequence[SparseFFN], num_tokens: int, repeats: int
+    calls: dict[str, Variant],
+    layers: Sequence[SparseFFN],
+    num_tokens: int,
+    repeats: int,
+    states: Mapping[int, Tensor] | None = None,
 ) -> tuple[dict[str, float], list[float]]:
     """Median seconds of each call, and the read bandwidths measured between the rounds.
 
-    Every call runs on every layer equally often, as their sets differ in size.
+    Every call runs on every layer equally often, as their sets differ in size. ``states`` are as in
+    :func:`bench_mlp`.
     """
     generator = torch.Generator().manual_seed(num_tokens)
     repeats = -(-repeats // len(layers)) * len(layers)
@@ -137,11 +150,21 @@ def in_turns(
                 taken = seconds[name]
                 if len(taken) >= 4 and min(taken) > _SLOW_SECONDS:
                     continue
-                x = _spread_tokens(layers[layer], num_tokens, generator)
+                module = layers[layer]
+                if states is None:
+                    x = _spread_tokens(module, num_tokens, generator)
+                else:
+                    x = _drawn_tokens(states[module.layer_index], num_tokens, generator)
                 started = time.perf_counter()
                 call(layer, x)
                 taken.append(time.perf_counter() - started)
     return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}, read_gbps
+
+
+def _drawn_tokens(states: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
+    """Rows of states, each once as long as there are enough."""
+    order = torch.randperm(len(states), generator=generator)
+    return states[order.repeat(-(-num_tokens // len(order)))[:num_tokens]]
 
 
 def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generator) -> Tensor:

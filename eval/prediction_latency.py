@@ -6,7 +6,7 @@ is how much they read. Their time is to be seen beside the FFN's, part of which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,17 @@ from sparse_runtime.sparse_ffn import SparseFFN
 _HIDDEN_PER_RANK = 9
 
 
-def bench_prediction(modules: Sequence[SparseFFN], *, repeats: int = 41) -> dict[str, Any]:
+def bench_prediction(
+    modules: Sequence[SparseFFN],
+    states: Mapping[int, Tensor] | None = None,
+    *,
+    repeats: int = 41,
+) -> dict[str, Any]:
     """Time predictions for one token of a sparse model's FFNs.
 
     Args:
         modules: the model's sparse FFNs, backend ``cpu``.
+        states: as in ``bench_mlp``.
         repeats: calls of each variant.
 
     Returns:
@@ -73,7 +79,7 @@ def bench_prediction(modules: Sequence[SparseFFN], *, repeats: int = 41) -> dict
         "per-neuron predictor": per_neuron,
         "dense gate": dense_gate,
     }
-    seconds, _ = in_turns(variants, layers, 1, repeats)
+    seconds, _ = in_turns(variants, layers, 1, repeats, states)
     router_down = layers[0].router_down
     elements = {
         "router": router_parameter_count(

@@ -602,9 +602,14 @@ def bench(
     density: Annotated[
         str, typer.Option(help="Densities of --shape's random sets, with commas.")
     ] = "0.5",
+    budget: BudgetOption = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Of --shape: also sets that low-bit copies decide on.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            help="With or without looks at low-bit copies, whatever the artifact has; of --shape: also "
+            "sets that low-bit copies decide on."
+        ),
+    ] = None,
     prompt_tokens: Annotated[int, typer.Option(min=2, help="Prompt length.")] = 128,
     new_tokens: Annotated[int, typer.Option(min=1, help="Decode steps per run.")] = 16,
     repeats: Annotated[int, typer.Option(min=1, help="Runs of each variant.")] = 5,
@@ -629,6 +634,8 @@ def bench(
             raise ConfigError(
                 "--shape makes its own model and clusters; leave MODEL and --clusters"
             )
+        if budget is not None:
+            raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
         densities = _numbers("--density", density, float)
         loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype))
         # About what the demo model's clusters look at, for a budget of 0.4 to 0.5.
@@ -641,8 +648,12 @@ def bench(
     else:
         if model is None or clusters is None:
             raise ConfigError("give MODEL and --clusters DIR, or --shape")
-        artifacts = [ClusterSet.from_pretrained(clusters)]
+        cut = budget is not None or verify is not None
+        artifact = ClusterSet.from_pretrained(clusters, centroids=cut)
         loaded, _ = load_model(model, dtype=parse_dtype(dtype), device=device)
+        if cut:
+            artifact = recut(loaded, artifact, budget=budget, verify=verify)
+        artifacts = [artifact]
     if not on_cpu:
         from sparse_runtime.eval.gpu_latency import bench_gpu
 

@@ -107,6 +107,7 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
         decode["dense_fast_ms"] / decode["sparse_fast_ms"]
     )
     assert mlp["bandwidth_share"] == pytest.approx(mlp["gbps"] / mlp["read_gbps"])
+    assert mlp["looked_at"] > 0
     assert [row["tokens"] for row in mlp["tokens"]] == [1, 2, 4, 8, 16, 32, 64]
     assert all(row["path"] in ("sparse", "rows", "torch") for row in mlp["tokens"][1:])
     prediction = {row["name"]: row for row in figures["prediction"]["rows"]}
@@ -118,6 +119,15 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     assert figures["memory"]["weights_mib"] > 0
     assert len(figures["runs"]) == 1
     assert figures["host"]["threads"] == torch.get_num_threads()
+
+    code, _, err = run(
+        "bench", tiny_folder, "--clusters", built, "--prompt-tokens", 20, "--new-tokens", 3,
+        "--repeats", 1, "--no-verify", "--budget", 0.8, "--json", file,
+    )  # fmt: skip
+    assert code == 0, err
+    cut = json.loads(file.read_text())["mlp"]
+    assert cut["looked_at"] == 0
+    assert cut["density"] > mlp["density"]
 
 
 def test_paper_method(run, tiny_folder, text, tmp_path):
@@ -219,6 +229,7 @@ def test_artifact_that_does_not_load(run, tiny_folder, tmp_path):
 def test_bench_usage(run):
     assert run("bench")[0] == 2
     assert run("bench", "demo", "--shape", "mistral-7b")[0] == 2
+    assert run("bench", "--shape", "mistral-7b", "--budget", 0.4)[0] == 2
     code, _, err = run("bench", "--shape", "gpt5")
     assert code == 2
     assert "mistral-7b" in err

@@ -27,6 +27,7 @@ def figures():
         },
         "mlp": {
             "density": 0.5,
+            "looked_at": 0.25,
             "read_gbps": 30.0,
             "dense_ms": 4.0,
             "prepacked_ms": None,
@@ -86,3 +87,5 @@ def test_report_of_files(tmp_path, monkeypatch):
     assert "| 4 | 20.0 | 10.0 | 2.00× |" in lines
     assert "    sparse-runtime bench demo" in lines
     assert "1.65×" in text
+    header = "### Density 0.50, 0.25 looked at, cost share "
+    assert sum(line.startswith(header) for line in lines) == 1
