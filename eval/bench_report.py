@@ -33,7 +33,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     """Markdown of several results of ``bench``."""
     parts = [_INTRODUCTION]
     for result in results:
-        parts += [f"## {result['model']}\n", _host(result["host"])]
+        parts += [f"## {_title(result)}\n", _host(result["host"])]
         for run in result["runs"]:
             parts += [_mlp(run), _decode(run, result["prompt_tokens"])]
         parts.append(_prediction(result["runs"][0]["prediction"]))
@@ -48,6 +48,13 @@ def report(results: Sequence[dict[str, Any]]) -> str:
             f"{memory['ratio']:.3f}.\n"
         )
     return "\n".join(parts)
+
+
+def _title(result: dict[str, Any]) -> str:
+    budget = "" if result["budget"] is None else f", budget {result['budget']:g}"
+    # Random clusters come with looks and without in one result.
+    looks = {None: "", True: ", with looks", False: ", without looks"}
+    return f"{result['model']}{budget}{looks[result['verify'] if result['clusters'] else None]}"
 
 
 def _host(host: dict[str, Any]) -> str:

@@ -653,6 +653,8 @@ def bench(
         loaded, _ = load_model(model, dtype=parse_dtype(dtype), device=device)
         if cut:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
+            for layer in artifact.layers.values():
+                layer.centroids = None  # a user who generates does not hold them
         artifacts = [artifact]
     if not on_cpu:
         from sparse_runtime.eval.gpu_latency import bench_gpu
@@ -682,7 +684,8 @@ def bench(
         progress=RichProgress(err),
     )
     print_bench(shape or str(model), result)
-    _write(json_file, {"model": shape or model, "clusters": clusters, **result})
+    record = {"model": shape or model, "clusters": clusters, "budget": budget, "verify": verify}
+    _write(json_file, record | result)
 
 
 @app.command()

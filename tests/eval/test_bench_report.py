@@ -50,6 +50,9 @@ def figures():
     }
     return {
         "model": "demo",
+        "clusters": "a folder",
+        "budget": 0.4,
+        "verify": False,
         "prompt_tokens": 128,
         "runs": [run],
         "batches": [{"batch": 4, "dense_ms": 20.0, "sparse_ms": 10.0, "speedup": 2.0}],
@@ -87,5 +90,6 @@ def test_report_of_files(tmp_path, monkeypatch):
     assert "| 4 | 20.0 | 10.0 | 2.00× |" in lines
     assert "    sparse-runtime bench demo" in lines
     assert "1.65×" in text
+    assert "## demo, budget 0.4, without looks" in lines
     header = "### Density 0.50, 0.25 looked at, cost share "
     assert sum(line.startswith(header) for line in lines) == 1
