@@ -25,7 +25,8 @@ Written by `make bench`; medians of variants that took turns in one run. *Prepac
 FFN torch has: weights reordered by oneDNN, as `torch.compile` with freezing does. *Fast linears* run
 the other linear layers (in the dense model the FFN's too) by the sparse FFN's kernels, without skipping
 anything: what sparsity gains is sparse ÷ dense, and sparse + fast ÷ dense + fast. *Share* is
-achieved ÷ measured read bandwidth. The ceiling counts bytes: a decode step cannot gain more.
+achieved ÷ measured read bandwidth. The ceiling counts bytes: a decode step cannot gain more. FFNs alone
+run on the model's own hidden states, those of random weights on noise spread over the clusters.
 """
 
 
