@@ -100,6 +100,8 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
   const double scale = 2 / sqrt(double(hidden));
   const Values<T> gate(neurons, hidden, scale), up(neurons, hidden, scale);
   const Values<T> down(neurons, hidden, scale), router(clusters, hidden, scale);
+  const int64_t rank = 3;
+  const Values<T> correction_down(rank, hidden, scale), correction_up(rank, hidden, scale);
   std::vector<uint8_t> sets(size_t(clusters * bytes));
   for (uint8_t& byte : sets) byte = uint8_t(next_bits() >> 8);
   for (int64_t c = 0; c < clusters; ++c) sets[size_t(c * bytes)] |= 1;
@@ -119,10 +121,16 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
   std::vector<T> y(size_t(n * hidden));
   std::vector<Sum> expected(size_t(n * hidden));
   run_ffn({dtype, size, hidden, neurons, gate.matrix(), up.matrix(), down.matrix(), activation},
-          x.tokens(n), {sets.data(), bytes, clusters}, ids.data(), bias.matrix(), y.data());
+          x.tokens(n), {sets.data(), bytes, clusters}, ids.data(),
+          {bias.matrix(), rank, correction_down.matrix(), correction_up.matrix()}, y.data());
   for (int64_t t = 0; t < n; ++t) {
     const int64_t id = ids[size_t(t)];
     for (int64_t k = 0; k < hidden; ++k) expected[size_t(t * hidden + k)].add(bias.at(id, k));
+    for (int64_t r = 0; r < rank; ++r) {
+      const double h = x.dot(t, correction_down, r);
+      for (int64_t k = 0; k < hidden; ++k)
+        expected[size_t(t * hidden + k)].add(h * correction_up.at(r, k));
+    }
     for (int64_t i = 0; i < neurons; ++i) {
       if (!(sets[size_t(id * bytes + i / 8)] >> (i % 8) & 1)) continue;
       const double h = act(activation, x.dot(t, gate, i)) * x.dot(t, up, i);
