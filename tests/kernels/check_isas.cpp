@@ -5,6 +5,7 @@
 #include <stdlib.h>
 #include <string.h>
 
+#include <algorithm>
 #include <vector>
 
 #include <torch/csrc/stable/c/shim.h>
@@ -165,6 +166,88 @@ bool check_all(const char* isa, const char* name, DType dtype, double tolerance)
   return good;
 }
 
+// What the loops read of low-bit copies, against codes and scales put together as low_bit.py says.
+double check_look(int64_t n, int64_t length, int64_t num_records) {
+  const CommonKernels& kernels = current_isa().common;
+  const int64_t groups = (length + kLookGroup - 1) / kLookGroup, stride = (groups + 15) / 16 * 16;
+  const int64_t size = 68 * groups;
+  std::vector<uint8_t> records(size_t(num_records * size));
+  for (uint8_t& byte : records) byte = uint8_t(next_bits() >> 8);
+  std::vector<bf16> weights(size_t(num_records * 2 * groups));
+  for (bf16& weight : weights) weight = from_float<bf16>(float(next_value()));
+  for (int64_t i = 0; i < num_records; ++i)
+    memcpy(&records[size_t(i * size + 64 * groups)], &weights[size_t(i * 2 * groups)],
+           size_t(4 * groups));
+
+  std::vector<int8_t> codes(size_t(n * groups * kLookGroup));
+  std::vector<float> scales(size_t(n * stride)), offsets(size_t(n * stride));
+  std::vector<double> rounded(size_t(n * groups * kLookGroup));
+  for (int64_t t = 0; t < n; ++t) {
+    std::vector<float> x(size_t(length), 0.0f);
+    for (float& value : x) value = float(next_value());
+    if (t == 1) x[0] = NAN;  // everything of this token is to be computed
+    if (t == 2) std::fill(x.begin(), x.begin() + std::min(length, kLookGroup), 0.0f);
+    kernels.round_token(x.data(), length, &codes[size_t(t * groups * kLookGroup)],
+                        &scales[size_t(t * stride)], &offsets[size_t(t * stride)]);
+    for (int64_t g = 0; g < groups; ++g) {
+      const int64_t end = std::min(length, (g + 1) * kLookGroup);
+      float largest = 0;
+      for (int64_t k = g * kLookGroup; k < end; ++k) largest = fmaxf(largest, fabsf(x[size_t(k)]));
+      for (int64_t k = g * kLookGroup; k < end; ++k) {
+        const double code = rint(double(x[size_t(k)] * (127.0f / largest)));
+        rounded[size_t(t * groups * kLookGroup + k)] = largest > 0 ? code * largest / 127 : 0;
+      }
+    }
+  }
+
+  std::vector<int32_t> index;
+  std::vector<uint64_t> wanted;
+  for (int64_t i = 0; i < num_records; i += 1 + next_bits() % 2) {
+    index.push_back(int32_t(i));
+    wanted.push_back(next_bits() & ((uint64_t(1) << n) - 1));
+  }
+  const int64_t count = int64_t(index.size());
+  std::vector<float> gate(size_t(n * count)), up(size_t(n * count));
+  kernels.look({records.data(), size, groups},
+               {index.data(), 0, count, n > 1 ? wanted.data() : nullptr},
+               {codes.data(), scales.data(), offsets.data(), groups * kLookGroup, stride, n},
+               gate.data(), up.data(), count);
+  double worst = 0;
+  for (int64_t r = 0; r < count; ++r) {
+    const uint8_t* const record = &records[size_t(index[size_t(r)] * size)];
+    for (int64_t t = 0; t < n; ++t) {
+      if (n > 1 && !(wanted[size_t(r)] >> t & 1)) continue;
+      for (int half = 0; half < 2; ++half) {
+        Sum sum;
+        for (int64_t k = 0; k < groups * kLookGroup; ++k) {
+          const int64_t g = k / kLookGroup, place = k % kLookGroup;
+          const uint8_t byte = record[(half * groups + g) * 32 + place % 32];
+          const int code = (place < 32 ? byte & 15 : byte >> 4) - 8;
+          const int64_t own = (index[size_t(r)] * 2 + half) * groups + g;
+          sum.add(code * double(to_float(weights[size_t(own)])) *
+                  rounded[size_t(t * groups * kLookGroup + k)]);
+        }
+        const double found = (half ? up : gate)[size_t(t * count + r)];
+        if ((found != found) != (t == 1)) return INFINITY;
+        if (t != 1 && sum.magnitude > 0)
+          worst = fmax(worst, fabs(found - sum.value) / sum.magnitude);
+      }
+    }
+  }
+  return worst;
+}
+
+bool check_looks(const char* isa, double tolerance) {
+  double worst = 0;
+  for (const int64_t length : {1, 33, 64, 128, 576, 65 * 64 + 1})
+    for (const int64_t n : {1, 3, 7})
+      for (const int64_t num_records : {1, 4, 23})
+        worst = fmax(worst, check_look(n, length, num_records));
+  printf("%s look: error %.2g, allowed %.2g: %s\n", isa, worst, tolerance,
+         worst <= tolerance ? "good" : "BAD");
+  return worst <= tolerance;
+}
+
 // 16-bit outputs are rounded as the portable code does it, special values included.
 template <class T>
 bool check_rounding(const char* isa, const char* name, DType dtype) {
@@ -218,6 +301,7 @@ int main() {
     good &= check_all<bf16>(name, "bf16", kBFloat16, pow(2, -8) + sums);
     good &= check_all<fp16>(name, "fp16", kFloat16, pow(2, -11) + sums);
     good &= check_all<float>(name, "fp32", kFloat32, sums);
+    good &= check_looks(name, sums);
     good &= check_rounding<bf16>(name, "bf16", kBFloat16);
     good &= check_rounding<fp16>(name, "fp16", kFloat16);
     std::vector<uint64_t> words(100003);
