@@ -15,7 +15,7 @@ from torch import Tensor
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.atomic import write_tensors
 from sparse_runtime.bands import LayerCentroids, cut_bands
-from sparse_runtime.bitmaps import pack_bits, unpack_bits
+from sparse_runtime.bitmaps import pack_bits, union, unpack_bits
 from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.clusters.awc import (
     Clustering,
@@ -427,9 +427,7 @@ def held_out_scores(
         clusters: the final sets.
         router: the layer's router.
     """
-    sets = clusters.active_sets
-    if clusters.maybe_sets is not None:
-        sets = sets | clusters.maybe_sets
+    sets = union(clusters.active_sets, clusters.maybe_sets)
     neurons = layer.intermediate_size
     set_scorer = SetScorer(unpack_bits(sets, neurons), unpack_bits(clusters.static_set, neurons))
     scorer, ids = importance_scorer(layer), route(router, hidden_states)

@@ -78,6 +78,7 @@ class SetScorer:
         # The oracle's price depends on all tokens.
         self._by_cluster: list[Tensor] = []
         self._ids: list[Tensor] = []
+        self._price: float | None = None
 
     def add(self, importance: Tensor, cluster_ids: Tensor) -> None:
         """Score tokens.
@@ -102,6 +103,7 @@ class SetScorer:
         self._add("static_recall", active @ self._static / num_active)
         self._by_cluster.append(by_cluster)
         self._ids.append(cluster_ids)
+        self._price = None
 
     def scores(self) -> dict[str, float]:
         """Means over all tokens.
@@ -122,9 +124,10 @@ class SetScorer:
 
     def oracle_price(self) -> float:
         """The price of :func:`oracle_price` at the mean density of the clusters used."""
-        ids = torch.cat(self._ids)
-        mean_density = self._density[ids].mean().item()
-        return oracle_price(torch.cat(self._by_cluster), self._density, mean_density)
+        if self._price is None:
+            mean_density = self._density[torch.cat(self._ids)].mean().item()
+            self._price = oracle_price(torch.cat(self._by_cluster), self._density, mean_density)
+        return self._price
 
     def _add(self, name: str, per_token: Tensor) -> None:
         self._sums[name] = self._sums.get(name, 0.0) + per_token.sum().item()

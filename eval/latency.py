@@ -31,6 +31,7 @@ from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.baselines import captured_states
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
@@ -176,23 +177,11 @@ def bench(
 
 def ffn_inputs(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
     """Hidden states [n, H] that every FFN of a dense model sees of a text [1, n], by layer index."""
-    states = {}
-
-    def keep(index: int) -> Any:
-        def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            states[index] = arguments[0].flatten(0, -2)
-
-        return hook
-
-    handles = [
-        layer.mlp.register_forward_pre_hook(keep(layer.index)) for layer in find_ffn_layers(model)
-    ]
-    try:
-        time_prefill(model, input_ids)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return states
+    with captured_states(model, input_ids) as states:
+        return {
+            layer.index: states.layer(position, dtype=model.dtype)
+            for position, layer in enumerate(find_ffn_layers(model))
+        }
 
 
 class _Run:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.bitmaps import union, unpack_bits
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer, normalized
 from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
@@ -141,7 +141,7 @@ def _scored(
     def make_route(module: SparseFFN) -> Any:
         layer, predict = clusters.layers[module.layer_index], module.route
         scorer = SetScorer(
-            unpack_bits(_both_bands(module), neurons),
+            unpack_bits(union(module.active_sets, module.maybe_sets), neurons),
             unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
         )
         counts = torch.zeros(_CONFIDENCE_BINS, device=module.active_sets.device)
@@ -168,20 +168,15 @@ def _scored(
         yield scored
 
 
-def _both_bands(module: SparseFFN) -> Tensor:
-    """Bitmaps of all that a cluster may compute, uint8 [K, bytes]."""
-    if module.maybe_sets is None:
-        return module.active_sets
-    return module.active_sets | module.maybe_sets
-
-
 @contextmanager
 def _oracle_ids(
     model: nn.Module, scorers: dict[int, ImportanceScorer], prices: dict[int, float]
 ) -> Iterator[None]:
     def make_route(module: SparseFFN) -> Any:
         scorer, price = scorers[module.layer_index], prices[module.layer_index]
-        sets = unpack_bits(_both_bands(module), module.cost.intermediate_size).float()
+        sets = unpack_bits(
+            union(module.active_sets, module.maybe_sets), module.cost.intermediate_size
+        ).float()
         density = sets.mean(-1)
         return lambda x: oracle_ids(normalized(scorer(x)) @ sets.t(), density, price)
 

@@ -34,3 +34,8 @@ def set_sizes(bitmap: Tensor) -> Tensor:
     pairs = bitmap - ((bitmap >> 1) & 0x55)
     fours = (pairs & 0x33) + ((pairs >> 2) & 0x33)
     return ((fours + (fours >> 4)) & 0x0F).sum(-1)
+
+
+def union(bitmap: Tensor, other: Tensor | None) -> Tensor:
+    """Neurons in either of two bitmaps [..., ⌈I/8⌉] uint8; where there is no other, the first."""
+    return bitmap if other is None else bitmap | other
