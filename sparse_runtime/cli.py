@@ -600,8 +600,9 @@ def bench(
     ] = None,
     layers: Annotated[int | None, typer.Option(help="Layers of --shape.")] = None,
     density: Annotated[
-        str, typer.Option(help="Densities of --shape's random sets, with commas.")
-    ] = "0.5",
+        str | None,
+        typer.Option(help="Densities of --shape's random sets, with commas; 0.5 if not given."),
+    ] = None,
     budget: BudgetOption = None,
     verify: Annotated[
         bool | None,
@@ -636,7 +637,7 @@ def bench(
             )
         if budget is not None:
             raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
-        densities = _numbers("--density", density, float)
+        densities = _numbers("--density", density or "0.5", float)
         loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype))
         # About what the demo model's clusters look at, for a budget of 0.4 to 0.5.
         looked_at = [0.0, 0.65] if verify else [0.0]
@@ -648,6 +649,9 @@ def bench(
     else:
         if model is None or clusters is None:
             raise ConfigError("give MODEL and --clusters DIR, or --shape")
+        for option, value in (("--layers", layers), ("--density", density)):
+            if value is not None:
+                raise ConfigError(f"{option} is for --shape, and MODEL is given; leave it out")
         cut = budget is not None or verify is not None
         artifact = ClusterSet.from_pretrained(clusters, centroids=cut)
         loaded, _ = load_model(model, dtype=parse_dtype(dtype), device=device)
