@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.data import (
     CalibrationText,
     DataSource,
@@ -32,7 +33,6 @@ from sparse_runtime.eval.masked_ffn import Baseline, CostMeter, Masks, PromptMas
 from sparse_runtime.eval.perplexity import TextScore, score_text
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.progress import ProgressReporter
-from sparse_runtime.recut import recut
 from sparse_runtime.sparse_ffn import SparseFFN
 
 DEFAULT_CALIBRATION = "wikitext2"

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import SparseRuntimeError

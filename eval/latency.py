@@ -28,7 +28,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.baselines import captured_states

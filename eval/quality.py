@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import union, unpack_bits
-from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer, normalized
 from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig

@@ -12,12 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport, count_cost
 from sparse_runtime.errors import AlreadySparseError, NothingMatchedError, NotSparseError
 from sparse_runtime.fast_linear import fast_linear, slow_linear
-from sparse_runtime.recut import recut
 from sparse_runtime.sparse_ffn import Padding, SparseFFN
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

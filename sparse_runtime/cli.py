@@ -20,12 +20,12 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet, check_output_folder
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.atomic import write_json
-from sparse_runtime.cluster_set import ClusterSet, check_output_folder
 from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError
 from sparse_runtime.models import load_model, parse_dtype
 from sparse_runtime.progress import RichProgress
-from sparse_runtime.recut import recut
 from sparse_runtime.tables import (
     artifact_summary,
     out,

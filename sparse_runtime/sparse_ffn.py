@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.artifact.cluster_set import LayerClusters
 from sparse_runtime.bitmaps import set_sizes
-from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.hardware import cpu_name

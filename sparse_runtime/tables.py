@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import set_sizes
-from sparse_runtime.cluster_set import ClusterSet
 
 out = Console(highlight=False)
 

@@ -15,7 +15,7 @@ from sparse_runtime import (
     sparsify,
     unsparsify,
 )
-from sparse_runtime.bands import LayerCentroids, cut_bands
+from sparse_runtime.artifact.bands import LayerCentroids, cut_bands
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.errors import ConfigError
 
