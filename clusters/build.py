@@ -62,8 +62,8 @@ from sparse_runtime.clusters.layer_build import (
 )
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.seeding import layer_generator
-from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 

@@ -35,7 +35,7 @@ from sparse_runtime.eval.baselines import captured_states
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
-from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _PREFILL_SECONDS = 60.0

@@ -13,7 +13,7 @@ from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
 
 __all__ = [
