@@ -62,11 +62,16 @@ class SparseConfig:
             "a whole number of 1 or more, or None",
         )
         _check(
-            "budget", self.budget, lambda v: v is None or _is_share(v), "a cost share above 0 and at most 1, or None"
+            "budget",
+            self.budget,
+            lambda v: v is None or _is_share(v),
+            "a cost share above 0 and at most 1, or None",
         )
         for index, share in (self.layer_budgets or {}).items():
             _check("a layer of layer_budgets", index, _is_whole, "a whole number")
-            _check(f"layer_budgets[{index}]", share, _is_share, "a cost share above 0 and at most 1")
+            _check(
+                f"layer_budgets[{index}]", share, _is_share, "a cost share above 0 and at most 1"
+            )
 
     def with_options(self, options: dict[str, Any]) -> SparseConfig:
         """Return a copy with some fields changed.

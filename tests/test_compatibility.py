@@ -1,9 +1,9 @@
 """docs/compatibility.md as a test: what others do to a model, before and after ``sparsify``.
 
-A row changes a model. Afterwards the sparse model must mean what the dense model with the same change
-means: at density 1.0 its logits are the dense model's. Or the change is refused, with a reason. Rows that
-leave the model sparse must also give, with looks at real sparsity, what ``sparsify`` on the changed model
-gives: nothing derived from the weights may be old.
+A row changes a model. Afterwards the sparse model must mean what the dense model with the same
+change means: at density 1.0 its logits are the dense model's. Or the change is refused, with a reason.
+Rows that leave the model sparse must also give, with looks at real sparsity, what ``sparsify`` on the
+changed model gives: nothing derived from the weights may be old.
 """
 
 from __future__ import annotations
@@ -116,10 +116,28 @@ def pruned(model, *, remove=False):
     return model
 
 
-def quantized(model):
-    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+class HalvedWeight(torch.Tensor):
+    """A weight that means something else than its storage says, as quantized ones do."""
 
-    quantize_(model, Int8WeightOnlyConfig(), lambda module, name: "mlp" in name and "proj" in name)
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            x, weight = args[:2]
+            return nn.functional.linear(x, weight.as_subclass(torch.Tensor) / 2)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def weight_subclass(model):
+    linear = mlp(model).up_proj
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(HalvedWeight))
+    return model
+
+
+def quantized(model):
+    quantization = pytest.importorskip("torchao.quantization")
+    quantization.quantize_(
+        model, quantization.Int8WeightOnlyConfig(), lambda module, name: "mlp" in name
+    )
     return model
 
 
@@ -229,12 +247,17 @@ ROWS = [
     Row("hook removed", hook_removed, "sparse", "sparse"),
     Row("hook on all modules", global_hook, "dense", "dense"),
     Row("an FFN's forward replaced", lambda m: replaced_forward(m, ""), "dense", "sparse"),
-    Row("a projection's forward replaced", lambda m: replaced_forward(m, "gate_proj"), *["dense"] * 2),
+    Row(
+        "a projection's forward replaced",
+        lambda m: replaced_forward(m, "gate_proj"),
+        *["dense"] * 2,
+    ),
     Row("weight_norm, parametrized", parametrized, "Parametrized.*parametrizations", "dense"),
     Row("weight_norm, old", old_weight_norm, "no parameter named weight", "dense"),
     Row("pruning", pruned, "no parameter named weight", "dense"),
     Row("pruning made permanent", lambda m: pruned(m, remove=True), "sparse", "sparse"),
     Row("torchao", quantized, "Int8Tensor.*unquantized", "dense"),
+    Row("a weight of another class", weight_subclass, "HalvedWeight.*unquantized", "dense"),
     Row("load_state_dict", lambda m: loaded(m, assign=False), "sparse", "sparse"),
     Row("load_state_dict, assign", lambda m: loaded(m, assign=True), "sparse", "sparse"),
     *(

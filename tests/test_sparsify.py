@@ -228,8 +228,16 @@ def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
 
 @pytest.mark.parametrize(
     ("tokens", "path", "compiled"),
-    [(1, "sparse", False), (2, "sparse", False), (2, "sparse", True), (3, "rows", False)]
-    + [(3, "rows", True), (16, "rows", False), (17, "dense", False), (17, "dense", True)],
+    [
+        (1, "sparse", False),
+        (2, "sparse", False),
+        (2, "sparse", True),
+        (3, "rows", False),
+        (3, "rows", True),
+        (16, "rows", False),
+        (17, "dense", False),
+        (17, "dense", True),
+    ],
 )
 def test_what_a_call_does_follows_its_number_of_tokens(tiny_model, tokens, path, compiled):
     if not load_cpu_library():
@@ -297,8 +305,11 @@ def test_scoring_with_a_default_model_says_that_it_ran_dense(tiny_model, recwarn
 def test_unsparsify_leaves_nothing_behind(tiny_model):
     def traces():
         return [
-            (type(m), sorted(m.__dict__), sorted(m._modules), sorted(m._buffers))
-            + tuple(len(m.__dict__[name]) for name in m.__dict__ if name.endswith("hooks"))
+            (
+                type(m),
+                *(sorted(part) for part in (m.__dict__, m._modules, m._buffers)),
+                *(len(m.__dict__[name]) for name in m.__dict__ if name.endswith("hooks")),
+            )
             for m in tiny_model.modules()
         ]
 
@@ -372,9 +383,18 @@ def test_ffn_without_the_expected_linears(tiny_model):
 
 @pytest.mark.parametrize(
     "options",
-    [{"backend": "gpu9"}, {"prefill": "some"}, {"max_sparse_tokens": 0}]
-    + [{"max_sparse_tokens": 2.0}, {"max_sparse_tokens": True}, {"verify": "no"}]
-    + [{"budget": True}, {"budget": float("nan")}, {"strict": 1}, {"layer_budgets": {"0": 1.0}}],
+    [
+        {"backend": "gpu9"},
+        {"prefill": "some"},
+        {"max_sparse_tokens": 0},
+        {"max_sparse_tokens": 2.0},
+        {"max_sparse_tokens": True},
+        {"verify": "no"},
+        {"budget": True},
+        {"budget": float("nan")},
+        {"strict": 1},
+        {"layer_budgets": {"0": 1.0}},
+    ],
     ids=str,
 )
 def test_config_out_of_range(options):

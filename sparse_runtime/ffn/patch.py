@@ -107,7 +107,9 @@ def _rebind(module: nn.Module) -> None:
 
 def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
     if own not in _CLASSES:
-        _CLASSES[own] = type(f"Sparse{own.__name__}", (SparseForward, own), {"__module__": __name__})
+        _CLASSES[own] = type(
+            f"Sparse{own.__name__}", (SparseForward, own), {"__module__": __name__}
+        )
     return _CLASSES[own]
 
 

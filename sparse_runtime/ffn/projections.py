@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparse_runtime.kernels.linear import (
     call_problem,
     has_global_hooks,
+    has_no_hooks,
     is_plain,
     weight_problem,
 )
@@ -37,32 +38,18 @@ def _problem(linear: nn.Module | None) -> str | None:
 
 
 @dataclass(frozen=True, eq=False)
-class _SeenWeight:
-    name: str
-    linear: nn.Module
-    weight: Tensor
-    version: int | None
-    address: int
-
-    @classmethod
-    def of(cls, name: str, linear: nn.Module, weight: Tensor) -> _SeenWeight:
-        # Tensors made in inference mode have no version.
-        version = None if weight.is_inference() else weight._version
-        return cls(name, linear, weight, version, weight.data_ptr())
-
-
-@dataclass(frozen=True, eq=False)
 class Seen:
     """An FFN's modules and weights at one moment.
 
     Attributes:
         owner: the FFN.
-        weights: of the projections.
-        others: its other children (the activation).
+        weights: name, module, weight, version (None for tensors made in inference mode, which have
+            none) and address of each projection.
+        others: names and modules of its other children (the activation).
     """
 
     owner: nn.Module
-    weights: tuple[_SeenWeight, ...]
+    weights: tuple[tuple[str, nn.Module, Tensor, int | None, int], ...]
     others: tuple[tuple[str, nn.Module], ...]
 
     @classmethod
@@ -75,7 +62,8 @@ class Seen:
             assert linear is not None
             weight = linear._parameters["weight"]
             assert weight is not None
-            weights.append(_SeenWeight.of(name, linear, weight))
+            version = None if weight.is_inference() else weight._version
+            weights.append((name, linear, weight, version, weight.data_ptr()))
         others = tuple(
             (name, module)
             for name, module in modules.items()
@@ -83,31 +71,43 @@ class Seen:
         )
         return cls(owner, tuple(weights), others)
 
-    @property
-    def stale(self) -> bool:
+    def is_current(self) -> bool:
+        """Whether all is as it was and a call means no more than the weights say; for every call."""
+        modules = self.owner._modules
+        for name, linear, weight, version, address in self.weights:
+            if (
+                modules.get(name) is not linear
+                or not is_plain(linear)
+                or linear._parameters.get("weight") is not weight
+                or (version is not None and weight._version != version)
+                or weight.data_ptr() != address
+            ):
+                return False
+        for name, module in self.others:
+            if modules.get(name) is not module or not has_no_hooks(module):
+                return False
+        return not has_global_hooks()
+
+    def is_stale(self) -> bool:
         """Whether a weight was written to since, as far as torch knows.
 
         Writing through ``weight.data`` in place is the one thing that it does not know.
         """
-        for seen in self.weights:
-            weight = seen.weight
-            if seen.version is not None and weight._version != seen.version:
-                return True
-            if weight.data_ptr() != seen.address:
-                return True
-        return False
+        return any(
+            (version is not None and weight._version != version) or weight.data_ptr() != address
+            for _, _, weight, version, address in self.weights
+        )
 
     def change(self) -> str | None:
         """What is no longer what it was, or has hooks; None if nothing is."""
         modules = self.owner._modules
-        for seen in self.weights:
-            linear = modules.get(seen.name)
-            if linear is not seen.linear or not is_plain(linear):
-                return f"{seen.name} {_problem(linear) or 'has been replaced'}"
-            if linear._parameters.get("weight") is not seen.weight:
-                return f"{seen.name} has another weight than when it was made sparse"
-        for name, module in self.others:
+        for name, linear, weight, _, _ in self.weights:
             found = modules.get(name)
-            if found is not module or found._forward_hooks or found._forward_pre_hooks:
+            if found is not linear or not is_plain(found):
+                return f"{name} {_problem(found) or 'has been replaced'}"
+            if found._parameters.get("weight") is not weight:
+                return f"{name} has another weight than when it was made sparse"
+        for name, module in self.others:
+            if modules.get(name) is not module or not has_no_hooks(module):
                 return f"{name} has been replaced, or has hooks"
         return "hooks are registered for all modules" if has_global_hooks() else None

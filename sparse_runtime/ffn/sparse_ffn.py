@@ -286,7 +286,7 @@ class SparseFFN(nn.Module):
         Where the kernels cannot stand in for them, the FFN runs as it stands from here on.
         """
         with _ADOPTING, _plain_tensors():
-            if self._seen is not None and not self._seen.stale:
+            if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
             self._seen = self._operands = None
             self.problem = projection_problem(self._owner[0], self.projections)
@@ -327,7 +327,9 @@ class SparseFFN(nn.Module):
         if torch.compiler.is_compiling():
             return self.problem is None and self._seen is not None and self._seen.change() is None
         seen = self._seen
-        if seen is None or seen.stale:
+        if seen is not None and seen.is_current():
+            return True
+        if seen is None or seen.is_stale():
             seen = self.adopt()
         reason = self.problem or "it is being changed" if seen is None else seen.change()
         if reason is not None:

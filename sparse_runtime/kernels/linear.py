@@ -57,14 +57,18 @@ _PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 def is_plain(linear: nn.Module) -> bool:
     """Whether the class is known and :func:`call_problem` finds nothing; cheap, for every call."""
-    state = linear.__dict__
-    return (
-        linear.__class__ in _PLAIN_CLASSES
-        and not state["_forward_hooks"]
-        and not state["_forward_pre_hooks"]
-        and not state["_backward_hooks"]
-        and not state["_backward_pre_hooks"]
-        and ("forward" not in state or only_moves_inputs(linear))
+    return linear.__class__ in _PLAIN_CLASSES and has_no_hooks(linear)
+
+
+def has_no_hooks(module: nn.Module) -> bool:
+    """Whether a call of a module runs its class's forward and nothing else."""
+    state = module.__dict__
+    return not (
+        state["_forward_hooks"]
+        or state["_forward_pre_hooks"]
+        or state["_backward_hooks"]
+        or state["_backward_pre_hooks"]
+        or ("forward" in state and not only_moves_inputs(module))
     )
 
 

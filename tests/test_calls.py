@@ -1,0 +1,434 @@
+"""A sparse call is a function of its input and the model: masks, threads, gradients, modes."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import warnings
+
+import pytest
+import torch
+from helpers import make_tiny_model, random_cluster_set
+from safetensors.torch import load_file, save_file
+from torch import nn
+from transformers import DynamicCache, StaticCache
+
+from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.shapes import random_clusters
+from sparse_runtime.kernels import load_cpu_library
+
+pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
+IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+BATCH = torch.tensor([[0, 0, 0, 4, 8, 6], [5, 9, 2, 7, 1, 3]])
+MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+
+
+def logits(model, ids=IDS, **options):
+    with torch.inference_mode():
+        return model(input_ids=ids, **options).logits
+
+
+@pytest.fixture
+def sparse_model(tiny_model):
+    return sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+
+
+# Masks
+
+
+def test_a_padded_call_leaves_no_trace(sparse_model):
+    hidden = torch.randn(2, 6, 32, generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        calls = {
+            "decoder": lambda: sparse_model.model(input_ids=BATCH.flip(0)).last_hidden_state,
+            "get_decoder": lambda: sparse_model.get_decoder()(input_ids=IDS).last_hidden_state,
+            "ffn": lambda: sparse_model.model.layers[0].mlp(hidden),
+        }
+        before = {name: call() for name, call in calls.items()}
+        logits(sparse_model, BATCH, attention_mask=MASK)
+        for name, call in calls.items():
+            assert torch.equal(call(), before[name]), name
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [MASK.bool(), MASK.float(), None],
+    ids=["bool", "float", "positional"],
+)
+def test_masks_of_any_form_mean_the_same(sparse_model, mask):
+    expected = logits(sparse_model, BATCH, attention_mask=MASK)
+    with torch.inference_mode():
+        if mask is None:
+            found = sparse_model(BATCH, MASK).logits
+        else:
+            found = sparse_model(input_ids=BATCH, attention_mask=mask).logits
+    real = MASK.bool()
+    torch.testing.assert_close(found[real], expected[real], atol=1e-5, rtol=0)
+
+
+def test_a_mask_as_long_as_a_static_cache(sparse_model):
+    expected = logits(sparse_model, IDS)
+    long = torch.cat([torch.ones_like(IDS), torch.zeros(1, 10, dtype=torch.int64)], 1)
+    for mask in (None, torch.ones_like(IDS), long):
+        cache = StaticCache(config=sparse_model.config, max_cache_len=16)
+        found = logits(sparse_model, IDS, attention_mask=mask, past_key_values=cache)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_padding_does_not_change_the_tokens_beside_it(sparse_model):
+    found = logits(sparse_model, BATCH, attention_mask=MASK, position_ids=MASK.cumsum(1) - MASK)
+    alone = logits(sparse_model, BATCH[:1, 3:])
+    torch.testing.assert_close(found[:1, 3:], alone, atol=1e-5, rtol=0)
+
+
+# Threads
+
+
+@pytest.mark.parametrize("looks", [False, True], ids=["without looks", "with looks"])
+def test_two_threads_of_mixed_calls(tiny_model, looks):
+    """200 calls each of every size and mode, padded or not, some in dense(): none wrong."""
+    if looks:
+        clusters = random_clusters(tiny_model, density=0.5, looked=0.5, num_clusters=6, rank=4)
+    else:
+        clusters = random_cluster_set(tiny_model, 0.4)
+    sparsify(tiny_model, clusters)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randint(0, 256, (1 + n % 3, 1 + n % 9), generator=generator) for n in range(27)]
+
+    def run(number):
+        ids = inputs[number % 27]
+        mask = torch.ones_like(ids)
+        mask[0, : ids.shape[1] // 2] = number % 2
+        if number % 5 == 0:
+            with dense(tiny_model):
+                return logits(tiny_model, ids, attention_mask=mask)
+        if number % 7 == 0:
+            return tiny_model.generate(ids[:1], max_new_tokens=2, do_sample=False, pad_token_id=0)
+        return logits(tiny_model, ids, attention_mask=mask)
+
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = [run(number) for number in range(200)]
+        wrong, ready = [], threading.Barrier(2)
+
+        def work(order):
+            torch.set_num_threads(1)
+            ready.wait()
+            for number in order:
+                found = run(number)
+                # A row of zeros in a mask gives NaN in some attention implementations.
+                if not torch.equal(found.nan_to_num(), expected[number].nan_to_num()):
+                    wrong.append(number)
+
+        workers = [
+            threading.Thread(target=work, args=(order,))
+            for order in (range(200), range(199, -1, -1))
+        ]
+        for worker in workers:
+            worker.start()
+        for worker in workers:
+            worker.join()
+    finally:
+        torch.set_num_threads(threads)
+    assert wrong == []
+
+
+def test_dense_is_of_the_thread_that_enters_it(sparse_model):
+    sparse = logits(sparse_model)
+    inside, done = threading.Event(), threading.Event()
+
+    def hold():
+        with dense(sparse_model):
+            inside.set()
+            done.wait(20)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    inside.wait(20)
+    try:
+        assert torch.equal(logits(sparse_model), sparse)
+    finally:
+        done.set()
+        thread.join()
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_dense_contexts_end_in_any_order(sparse_model, compiled):
+    call = torch.compile(sparse_model, backend="eager") if compiled else sparse_model
+    sparse = logits(call)
+    first, second = dense(sparse_model), dense(sparse_model)
+    first.__enter__()
+    second.__enter__()
+    everything = logits(call)
+    assert not torch.allclose(everything, sparse, atol=1e-3)
+    first.__exit__(None, None, None)
+    assert torch.equal(logits(call), everything)
+    second.__exit__(None, None, None)
+    assert torch.equal(logits(call), sparse)
+
+
+def test_dense_is_that_of_one_model(sparse_model):
+    other = copy.deepcopy(sparse_model)
+    sparse = logits(other)
+    with dense(sparse_model):
+        assert torch.equal(logits(other), sparse)
+        assert not torch.equal(logits(sparse_model), sparse)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_fork(sparse_model):
+    """As torch itself: a child may compute with one thread."""
+    expected = logits(sparse_model)
+    reading, writing = os.pipe()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch has threads
+        child = os.fork()
+    if child == 0:
+        torch.set_num_threads(1)
+        same = torch.allclose(logits(sparse_model), expected, atol=1e-5)
+        os.write(writing, b"y" if same else b"n")
+        os._exit(0)
+    os.close(writing)
+    try:
+        assert os.read(reading, 1) == b"y"
+    finally:
+        os.waitpid(child, 0)
+
+
+# Autograd, autocast, inference mode
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 20])
+def test_gradients_are_those_of_the_dense_model(tiny_model, backend, tokens):
+    ids = torch.randint(0, 256, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    tiny_model(input_ids=ids, labels=ids).loss.backward()
+    expected = [p.grad.clone() for p in tiny_model.parameters()]
+    tiny_model.zero_grad()
+    clusters = random_cluster_set(tiny_model, 0.3)
+    sparsify(tiny_model, clusters, backend=backend, fast_linear=True)
+    with pytest.warns(UserWarning, match=r"no_grad") if tokens == 1 else warnings.catch_warnings():
+        tiny_model(input_ids=ids, labels=ids).loss.backward()
+    for gradient, parameter in zip(expected, tiny_model.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
+
+
+def test_gradients_to_inputs_alone(sparse_model):
+    sparse_model.requires_grad_(False)
+    embeds = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    sparse_model(inputs_embeds=embeds).logits.sum().backward()
+    found = embeds.grad.clone()
+    embeds.grad = None
+    unsparsify(sparse_model)(inputs_embeds=embeds).logits.sum().backward()
+    torch.testing.assert_close(found, embeds.grad)
+
+
+def test_nothing_that_needs_gradients_runs_sparse_under_grad_mode(sparse_model):
+    sparse_model.requires_grad_(False)
+    reset_cost(sparse_model)
+    sparse_model(input_ids=IDS)
+    assert cost_report(sparse_model).dense_tokens == 0
+
+
+@pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
+def test_sparsify_inside_any_mode(tiny_model, inside):
+    clusters = random_cluster_set(tiny_model, 0.3)
+    expected = copy.deepcopy(sparsify(tiny_model, clusters, prefill="sparse"))
+    unsparsify(tiny_model)
+    with inside():
+        sparsify(tiny_model, clusters, prefill="sparse")
+    assert not any(t.is_inference() for t in [*tiny_model.parameters(), *tiny_model.buffers()])
+    with torch.no_grad():
+        assert torch.equal(tiny_model(input_ids=IDS).logits, logits(expected))
+    with inside():
+        unsparsify(tiny_model)
+    tiny_model(input_ids=IDS, labels=IDS).loss.backward()
+    assert all(p.grad is not None for p in tiny_model.parameters())
+
+
+def test_autocast_of_a_model_with_float32_norms():
+    model = make_tiny_model().to(torch.bfloat16)
+    for name, module in model.named_modules():
+        if name.endswith("norm"):
+            module.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(model)
+        sparsify(model, random_cluster_set(model, 1.0), prefill="sparse", fast_linear=True)
+        found = logits(model)
+    assert cost_report(model).dense_tokens == 0
+    torch.testing.assert_close(found, expected, atol=0.1, rtol=0.1)
+
+
+def test_autocast_of_float32_weights_runs_as_linear_does(tiny_model):
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = logits(tiny_model)
+        sparsify(
+            tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse", fast_linear=True
+        )
+        assert torch.equal(logits(tiny_model), expected)
+    assert cost_report(tiny_model).dense_reasons == {"autocast": 3 * IDS.numel()}
+
+
+# Dtypes and devices after sparsify
+
+
+def test_factors_stay_float32_and_costs_follow_the_dtype(tiny_model):
+    clusters = random_clusters(tiny_model, density=0.5, looked=0.5, num_clusters=6, rank=4)
+    for layer in clusters.layers.values():
+        layer.factors *= 1e6  # beyond float16
+    sparsify(tiny_model, clusters, prefill="sparse", check_fingerprint=False)
+    tiny_model.half()
+    for module in sparse_modules(tiny_model):
+        assert module.tables.factors.dtype == torch.float32
+        assert module.tables.factors.isfinite().all()
+        assert torch.equal(module.tables.factors, clusters.layers[module.layer_index].factors)
+        assert module.cost.element_size == 2
+        assert module.router.up.dtype == torch.float16
+    tiny_model.float()
+    for module in sparse_modules(tiny_model):
+        assert module.cost.element_size == 4
+        # Not rounded on the way.
+        up = clusters.layers[module.layer_index].router_up
+        assert torch.equal(module.router.up, up.float())
+
+
+def test_another_dtype_chooses_the_backend_anew(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+    sparse = logits(tiny_model)
+    tiny_model.double()
+    with pytest.warns(UserWarning, match="float64"):
+        logits(tiny_model)
+    assert cost_report(tiny_model).dense_tokens > 0
+    tiny_model.float()
+    reset_cost(tiny_model)
+    torch.testing.assert_close(logits(tiny_model), sparse)
+    assert cost_report(tiny_model).dense_tokens == 0
+
+
+# All or nothing, and bit for bit
+
+
+def test_an_error_in_a_late_layer_leaves_the_model_as_it_was(tiny_model, monkeypatch):
+    from sparse_runtime.ffn import sparse_ffn
+
+    before = {name: p.stride() for name, p in tiny_model.named_parameters()}
+    kinds = [type(m) for m in tiny_model.modules()]
+    adopt, calls = sparse_ffn.SparseFFN.adopt, []
+
+    def fail_third(self):
+        calls.append(self)
+        if len(calls) == 3:
+            raise MemoryError("third layer")
+        return adopt(self)
+
+    monkeypatch.setattr(sparse_ffn.SparseFFN, "adopt", fail_third)
+    with pytest.raises(MemoryError, match="third layer"):
+        sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    assert {name: p.stride() for name, p in tiny_model.named_parameters()} == before
+    assert [type(m) for m in tiny_model.modules()] == kinds
+
+
+def test_fast_linear_that_matches_nothing_leaves_the_model_as_it_was(tiny_model):
+    class Own(nn.Linear):
+        pass
+
+    for layer in tiny_model.modules():
+        if type(layer) is nn.Linear:
+            layer.__class__ = Own
+    for layer in tiny_model.model.layers:
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            getattr(layer.mlp, name).__class__ = nn.Linear
+    with pytest.raises(SparseRuntimeError, match=r"no plain nn.Linear"):
+        sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), fast_linear=True)
+    assert not list(filter(lambda m: "Sparse" in type(m).__name__, tiny_model.modules()))
+
+
+def test_the_artifact_stays_its_owner_s(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.4)
+    sparsify(tiny_model, clusters, prefill="sparse")
+    before = logits(tiny_model)
+    for layer in clusters.layers.values():
+        layer.active_sets.zero_()
+        layer.router_up.zero_()
+    assert torch.equal(logits(tiny_model), before)
+
+
+def test_an_artifact_of_some_layers_says_so(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.4)
+    del clusters.layers[1]
+    with pytest.warns(UserWarning, match=r"layers \[1\] stay dense"):
+        sparsify(tiny_model, clusters)
+
+
+def test_unsparsify_leaves_what_the_user_made_fast(tiny_model):
+    from sparse_runtime import fast_linear
+    from sparse_runtime.kernels.linear import FastLinear
+
+    def fast():
+        return {n for n, m in tiny_model.named_modules() if type(m) is FastLinear}
+
+    fast_linear(tiny_model)
+    before = fast()
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), fast_linear=True)
+    unsparsify(tiny_model)
+    assert fast() == before != set()
+
+
+def test_state_dict_can_be_saved_as_it_is(tiny_model, tmp_path):
+    state = copy.deepcopy(tiny_model.state_dict())
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    del state["lm_head.weight"]
+    found = tiny_model.state_dict()
+    del found["lm_head.weight"]
+    save_file(found, tmp_path / "model.safetensors")
+    loaded = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(loaded[key], value) for key, value in state.items())
+
+
+def test_every_key_leads_to_its_parameter(tiny_model):
+    names = [name for name, _ in tiny_model.named_parameters()]
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    assert [name for name, _ in tiny_model.named_parameters()] == names
+    assert set(tiny_model.state_dict()) >= set(names)
+    for name in names:
+        assert tiny_model.get_parameter(name) is dict(tiny_model.named_parameters())[name]
+    assert tiny_model.model.layers[0].mlp.gate_proj.in_features == 32
+
+
+# Generation
+
+
+@pytest.mark.parametrize("wrap", ["peft", "compile"])
+def test_generation_through_a_wrapper(tiny_model, wrap):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), max_sparse_tokens=4)
+    options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
+    expected = tiny_model.generate(BATCH, attention_mask=MASK, **options)
+    if wrap == "peft":
+        import peft
+
+        config = peft.LoraConfig(r=2, target_modules=["q_proj"])  # adds nothing yet
+        wrapper = peft.get_peft_model(tiny_model, config)
+    else:
+        wrapper = torch.compile(tiny_model, backend="eager")
+    found = wrapper.generate(input_ids=BATCH, attention_mask=MASK, **options)
+    assert torch.equal(found, expected)
+    unsparsify(wrapper)
+    assert not any("sparse" in name for name, _ in wrapper.named_modules())
+
+
+def test_assisted_decoding_is_lossless_without_looks(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+    options = {"max_new_tokens": 24, "do_sample": False, "pad_token_id": 0}
+    prompt = IDS.repeat(1, 3)
+    plain = tiny_model.generate(prompt, **options)
+    assisted = tiny_model.generate(prompt, prompt_lookup_num_tokens=4, **options)
+    assert torch.equal(plain, assisted)
+
+
+def test_a_chunked_prompt_means_what_a_whole_one_does(sparse_model):
+    cache = DynamicCache(config=sparse_model.config)
+    parts = [logits(sparse_model, part, past_key_values=cache) for part in IDS.split(2, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, 1), logits(sparse_model), atol=1e-5, rtol=0)
