@@ -13,6 +13,7 @@ import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -383,3 +384,15 @@ def test_strict_raises_instead(dense_model):
     hooked(model, "up_proj")
     with pytest.raises(BackendUnavailableError, match=r"layers\.1\.mlp.*up_proj has hooks"):
         call(model)
+
+
+def test_the_page_says_what_was_run():
+    page = Path(__file__).parents[1].joinpath("docs/compatibility.md").read_text(encoding="utf-8")
+    lines = [line.strip("| ").split(" | ") for line in page.splitlines() if line.count("|") == 4]
+    written = {cells[0]: tuple(cells[1:]) for cells in lines[2:]}
+
+    def words(outcome):
+        return {"sparse": "sparse", "dense": "as it stands"}.get(outcome, "refused")
+
+    run = {row.name: (words(row.before), words(row.after)) for row in ROWS}
+    assert {name: tuple(c.partition(":")[0] for c in cells) for name, cells in written.items()} == run
