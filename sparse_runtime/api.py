@@ -16,7 +16,12 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
-from sparse_runtime.errors import AlreadySparseError, NothingMatchedError, NotSparseError
+from sparse_runtime.errors import (
+    AlreadySparseError,
+    ConfigError,
+    NothingMatchedError,
+    NotSparseError,
+)
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.model_state import ModelState
@@ -32,6 +37,7 @@ def sparsify(
     clusters: ClusterSet | str | os.PathLike[str],
     *,
     config: SparseConfig | None = None,
+    revision: str | None = None,
     **options: Any,
 ) -> ModelT:
     """Make a model's FFNs read only the neurons that each token's cluster needs, in place.
@@ -42,6 +48,7 @@ def sparsify(
         model: a causal language model whose type is in the architecture table.
         clusters: the artifact, or the folder or Hub id it is loaded from.
         config: run-time options; the defaults route decode steps and leave prefill dense.
+        revision: branch, tag or commit of the Hub repository that ``clusters`` names.
         options: fields of :class:`SparseConfig` by name, in place of those of ``config``:
             ``sparsify(model, clusters, budget=0.4)`` cuts the sets for another cost share.
 
@@ -64,7 +71,7 @@ def sparsify(
         )
     layers = find_ffn_layers(model)
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
-        artifact = _artifact(model, clusters, config)
+        artifact = _artifact(model, clusters, config, revision)
         matched = _matched(layers, artifact)
         state = ModelState()
         ffns = [
@@ -79,12 +86,19 @@ def sparsify(
 
 
 def _artifact(
-    model: nn.Module, clusters: ClusterSet | str | os.PathLike[str], config: SparseConfig
+    model: nn.Module,
+    clusters: ClusterSet | str | os.PathLike[str],
+    config: SparseConfig,
+    revision: str | None,
 ) -> ClusterSet:
     """The artifact, checked against the model and cut as the options say."""
     cuts = config.budget is not None or config.verify is not None or bool(config.layer_budgets)
     if not isinstance(clusters, ClusterSet):
-        clusters = ClusterSet.from_pretrained(clusters, centroids=cuts)
+        clusters = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cuts)
+    elif revision is not None:
+        raise ConfigError(
+            "revision is given, but clusters is no Hub id; expected one without the other"
+        )
     if config.check_fingerprint:
         clusters.check_model(model)
     if not cuts:

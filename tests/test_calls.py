@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import threading
+import time
 import warnings
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.shapes import random_clusters
+from sparse_runtime.eval.shapes import random_clusters, random_model
 from sparse_runtime.kernels import load_cpu_library
 
 pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
@@ -432,3 +433,30 @@ def test_a_chunked_prompt_means_what_a_whole_one_does(sparse_model):
     cache = DynamicCache(config=sparse_model.config)
     parts = [logits(sparse_model, part, past_key_values=cache) for part in IDS.split(2, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(sparse_model), atol=1e-5, rtol=0)
+
+
+def test_checks_cost_little():
+    """At the demo's size, in CPU time of the calling thread: 5 of 130 µs (docs/compatibility.md)."""
+    model = random_model("smollm2-135m", layers=1)
+    clusters = random_clusters(model, density=0.5, looked=0.5, num_clusters=256, rank=32)
+    (ffn,) = sparse_modules(sparsify(model, clusters))
+    x = torch.randn(1, 1, 576).to(model.dtype)
+
+    def seconds(call, repeats):
+        times = []
+        for _ in range(7):
+            started = time.thread_time()
+            for _ in range(repeats):
+                call()
+            times.append((time.thread_time() - started) / repeats)
+        return min(times)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            checks = seconds(lambda: ffn._path(x, 1), 300)
+            whole = seconds(lambda: ffn(x), 100)
+    finally:
+        torch.set_num_threads(threads)
+    assert checks < 0.1 * whole

@@ -395,4 +395,6 @@ def test_the_page_says_what_was_run():
         return {"sparse": "sparse", "dense": "as it stands"}.get(outcome, "refused")
 
     run = {row.name: (words(row.before), words(row.after)) for row in ROWS}
-    assert {name: tuple(c.partition(":")[0] for c in cells) for name, cells in written.items()} == run
+    assert {
+        name: tuple(c.partition(":")[0] for c in cells) for name, cells in written.items()
+    } == run

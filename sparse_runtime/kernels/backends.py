@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import sys
 import warnings
 
 import torch
@@ -61,9 +62,11 @@ def cpu_problem(device: torch.device, dtype: torch.dtype, *, by_name: bool = Fal
     if dtype not in KERNEL_DTYPES:
         return _wrong_dtype(dtype)
     if not load_cpu_library():
+        if sys.platform not in ("linux", "darwin"):
+            return f"the CPU kernels are not built on {sys.platform}; on Windows use WSL"
         return (
             f"{LIBRARY.name} is not there: it is built by pip install where torch >= 2.10 and a C++ "
-            "compiler are; install them and run pip install again"
+            "compiler are; install them and run pip install --force-reinstall --no-deps again"
         )
     if torch.ops.sparse_runtime.cpu_isa() == "scalar" and not by_name:
         return "this processor has none of AVX2, AVX-512 and NEON"

@@ -7,6 +7,8 @@ weights) means something that only the module itself knows, and the kernels must
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -77,7 +79,7 @@ def only_moves_inputs(module: nn.Module) -> bool:
 
     ``dispatch_model`` puts one on every module, which only brings the inputs to its device.
     """
-    hook = module.__dict__.get("_hf_hook")
+    hook: Any = module.__dict__.get("_hf_hook")
     return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
 
 
