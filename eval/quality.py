@@ -135,11 +135,11 @@ def _scored(
     model: nn.Module, clusters: ClusterSet, scorers: dict[int, ImportanceScorer]
 ) -> Iterator[dict[int, tuple[SetScorer, Tensor]]]:
     """Score the sets that routers choose, and count how sure they are."""
-    neurons = clusters.fingerprint["intermediate_size"]
     scored = {}
 
     def make_route(module: SparseFFN) -> Any:
         layer, predict = clusters.layers[module.layer_index], module.route
+        neurons = clusters.intermediate_size(module.layer_index)
         scorer = SetScorer(
             unpack_bits(union(module.active_sets, module.maybe_sets), neurons),
             unpack_bits(layer.static_set.to(module.active_sets.device), neurons),

