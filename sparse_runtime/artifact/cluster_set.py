@@ -87,7 +87,7 @@ class UnreadCentroids:
     file: Path
     record: dict[str, Any]
     distilled: frozenset[int]
-    active_sets: dict[int, Tensor]
+    active_sets: dict[int, Tensor] = field(repr=False)
 
     def check(self, layers: dict[int, LayerClusters]) -> None:
         """Check that the file is there, and that its clusters are still these layers'.
@@ -196,7 +196,7 @@ class ClusterSet:
                 f"the clusters hold layers {sorted(self.layers)}, this model has {layers[0]} to "
                 f"{layers[-1]}; build clusters for this model"
             )
-        config = {"fingerprint": self.fingerprint, "layers": self._entries(None)}
+        config = {"fingerprint": self.fingerprint, "layers": self._entries(self.has_centroids)}
         for name in (CLUSTERS_FILE, CENTROIDS_FILE) if self.has_centroids else (CLUSTERS_FILE,):
             shapes = {key: tuple(tensor.shape) for key, _, tensor in self._tensors(name)}
             check_shapes(Path("the clusters"), shapes, expected_tensors(config, name))
@@ -221,28 +221,29 @@ class ClusterSet:
         path = local_path(folder)
         check_output_folder(path)
         kept = self._kept_centroids(path) if centroids else None
-        config = self._config(kept)
+        with_centroids = centroids and self.has_centroids
+        config = self._config(with_centroids, kept)
         # All is checked before anything is written: a set that is wrong costs nobody an artifact.
         check_config(path / CONFIG_FILE, {**config, "files": {CLUSTERS_FILE: _NO_RECORD}})
         config["budget"], config["excess"] = float(config["budget"]), float(config["excess"])
         files = {}
         for name in (CLUSTERS_FILE, CENTROIDS_FILE):
-            if name == CLUSTERS_FILE or (centroids and self.has_centroids):
+            if name == CLUSTERS_FILE or with_centroids:
                 files[name] = {
                     key: tensor.detach().to("cpu", dtype).contiguous()
                     for key, dtype, tensor in self._tensors(name)
                 }
                 check_tensors(path / name, files[name], expected_tensors(config, name))
-        if kept is not None:
-            if not _same_file(kept.file, path / CENTROIDS_FILE):
-                copy_file(kept.file, path / CENTROIDS_FILE)
-            check_record(path / CENTROIDS_FILE, {"files": {CENTROIDS_FILE: kept.record}})
-            config["files"][CENTROIDS_FILE] = kept.record
+        if kept is not None and not _same_file(kept.file, path / CENTROIDS_FILE):
+            copy_file(kept.file, path / CENTROIDS_FILE)
         for name, tensors in files.items():
             # One key of metadata: safetensors writes several in another order in every process.
             write_tensors(path / name, tensors, {"format": FORMAT})
             _read_back(path / name, tensors)
             config["files"][name] = file_record(path / name)
+        if kept is not None:
+            config["files"][CENTROIDS_FILE] = kept.record
+            check_record(path / CENTROIDS_FILE, config)
         write_json(path / CONFIG_FILE, config)
         if CENTROIDS_FILE not in config["files"]:
             (path / CENTROIDS_FILE).unlink(missing_ok=True)
@@ -373,19 +374,21 @@ class ClusterSet:
             )
         return None
 
-    def _entries(self, kept: UnreadCentroids | None) -> list[dict[str, Any]]:
+    def _entries(
+        self, with_centroids: bool, kept: UnreadCentroids | None = None
+    ) -> list[dict[str, Any]]:
         entries = []
         for index, layer in sorted(self.layers.items()):
             entry = {"index": index, **{name: key.of(layer) for name, key in LAYER_KEYS.items()}}
             # It says what the file of centroids holds.
             if kept is not None:
                 entry["distilled"] = index in kept.distilled
-            elif layer.centroids is None:
+            elif not with_centroids or layer.centroids is None:
                 entry["distilled"] = False
             entries.append(entry)
         return entries
 
-    def _config(self, kept: UnreadCentroids | None) -> dict[str, Any]:
+    def _config(self, with_centroids: bool, kept: UnreadCentroids | None) -> dict[str, Any]:
         """``config.json`` as it will be read, with no files as yet."""
         config = {
             "format": FORMAT,
@@ -394,7 +397,7 @@ class ClusterSet:
             "fingerprint": self.fingerprint,
             "budget": self.budget,
             "excess": self.excess,
-            "layers": self._entries(kept),
+            "layers": self._entries(with_centroids, kept),
             "files": {},
             "build": _finite(self.build),
         }
