@@ -64,7 +64,7 @@ from sparse_runtime.errors import (
     OutputFolderError,
 )
 from sparse_runtime.models.fingerprint import fingerprint_mismatch
-from sparse_runtime.printable import shown
+from sparse_runtime.printable import printable, shown
 from sparse_runtime.version import __version__
 
 _KEEP_OR_DROP = (
@@ -353,8 +353,9 @@ class ClusterSet:
                 )
             except Exception as error:
                 raise OutputFolderError(
-                    f"the artifact could not be uploaded to {repo_id!r}: {error}. Check the id, your "
-                    "token (`hf auth login`) and the network; save_pretrained keeps it locally"
+                    f"the artifact could not be uploaded to {repo_id!r}: {printable(str(error))}. "
+                    "Check the id, your token (`hf auth login`) and the network; save_pretrained keeps "
+                    "it locally"
                 ) from error
         return str(url)
 

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,15 @@ from safetensors.torch import load_file, save_file
 import sparse_runtime.tables as tables
 from sparse_runtime import ClusterSet, recut
 from sparse_runtime.artifact.checks import file_record
-from sparse_runtime.artifact.format import CENTROIDS_FILE, CLUSTERS_FILE, LAYER_KEYS, TENSORS
+from sparse_runtime.artifact.format import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    CONFIG_KEYS,
+    FILE_KEYS,
+    FINGERPRINT_KEYS,
+    LAYER_KEYS,
+    TENSORS,
+)
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError
 from sparse_runtime.tables import artifact_summary, print_summary
 
@@ -47,6 +56,14 @@ def test_every_row_of_the_tables_is_written(folder, config):
     assert names == {key.name for key in TENSORS} - optional
     assert list(config["layers"][0]) == ["index", *LAYER_KEYS]
     assert load(folder, config).layers[1].factors is not None
+
+
+def test_docs_name_every_key():
+    text = (Path(__file__).parents[2] / "docs" / "format.md").read_text(encoding="utf-8")
+    names = [key.name for key in TENSORS] + [*LAYER_KEYS, *FILE_KEYS]
+    names += [f"fingerprint.{key}" for key in FINGERPRINT_KEYS] + [*CONFIG_KEYS]
+    loose = {"fingerprint", "fingerprint.weights"}
+    assert [name for name in names if f"`{name}`" not in text and name not in loose] == []
 
 
 INF, NAN = float("inf"), float("nan")

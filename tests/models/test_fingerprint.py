@@ -72,6 +72,21 @@ def test_single_rows_and_columns_are_noticed_at_the_stated_probability(dim):
     assert sum(results) / len(results) > expected - 4 * deviation
 
 
+def test_matrices_are_sampled_at_places_of_their_own():
+    """A neuron changed in gate and up of two layers: 1 - (1 - 64/200)^4 = 0.79 of 200, not 0.32."""
+    model = make_tiny_model(intermediate_size=200, num_hidden_layers=2)
+    fingerprint = model_fingerprint(model)
+    weights = [linear.weight.data for linear in matrices(model) if linear.out_features == 200]
+    results = []
+    for row in range(200):
+        for weight in weights:
+            weight[row].neg_()
+        results.append(fingerprint_mismatch(model, fingerprint) is not None)
+        for weight in weights:
+            weight[row].neg_()
+    assert 0.65 < sum(results) / len(results) < 0.95
+
+
 @pytest.mark.parametrize("shape", [(14336, 4096), (4096, 14336), (44, 32), (3, 5), (1, 1)])
 def test_samples_are_spread_over_rows_and_columns(shape):
     rows, columns = _positions(*shape, seed=7)
