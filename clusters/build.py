@@ -26,7 +26,9 @@ from torch import Tensor
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.artifact.cluster_set import WORK_FOLDER, ClusterSet, check_output_folder
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.folders import check_output_folder
+from sparse_runtime.artifact.format import WORK_FOLDER
 from sparse_runtime.artifact.recut import price_for, recut
 from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.clusters.awc import Clustering, top_sets
@@ -131,7 +133,7 @@ def build_clusters(
     work_folder = folder / WORK_FOLDER
     work_folder.mkdir(parents=True, exist_ok=True)
     clusters = _build(model, layers, text, num_fit, config, build, work_folder, progress)
-    clusters.save_pretrained(folder)
+    clusters.save_pretrained(folder, centroids=config.save_centroids)
     shutil.rmtree(work_folder)
     return clusters
 

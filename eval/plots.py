@@ -259,12 +259,15 @@ def _confidence(layers: list[dict[str, Any]]) -> Plot:
 
 def _densities(run: RunFolder) -> Plot:
     assert run.clusters is not None
-    neurons = run.clusters.fingerprint["intermediate_size"]
     layers = sorted(run.clusters.layers.items())
-    computed = [set_sizes(layer.active_sets).float() / neurons for _, layer in layers]
+    neurons = [run.clusters.intermediate_size(index) for index, _ in layers]
+    computed = [
+        set_sizes(layer.active_sets).float() / size
+        for (_, layer), size in zip(layers, neurons, strict=True)
+    ]
     looked = [
-        torch.zeros(1) if layer.maybe_sets is None else set_sizes(layer.maybe_sets) / neurons
-        for _, layer in layers
+        torch.zeros(1) if layer.maybe_sets is None else set_sizes(layer.maybe_sets) / size
+        for (_, layer), size in zip(layers, neurons, strict=True)
     ]
     largest = max(len(values) for values in computed)
     rows = torch.stack(

@@ -130,13 +130,13 @@ def _scored(
     model: nn.Module, clusters: ClusterSet, scorers: dict[int, ImportanceScorer]
 ) -> Iterator[dict[int, tuple[SetScorer, Tensor]]]:
     """Score the sets that routers choose, and count how sure they are."""
-    neurons = clusters.fingerprint["intermediate_size"]
     scored = {}
 
     def make_route(module: SparseFFN) -> Any:
         tables, router = module.tables, module.router
         static_set = clusters.layers[module.layer_index].static_set
         device = tables.active_sets.device
+        neurons = clusters.intermediate_size(module.layer_index)
         scorer = SetScorer(
             unpack_bits(union(tables.active_sets, tables.maybe_sets), neurons),
             unpack_bits(static_set.to(device), neurons),

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.artifact.cluster_set import CONFIG_FILE, ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.format import CONFIG_FILE
 from sparse_runtime.errors import DataError
 
 _CURVES = "eval MODEL --clusters DIR --budgets … --baselines"

@@ -8,7 +8,8 @@ from sparse_runtime.api import (
     sparsify,
     unsparsify,
 )
-from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport

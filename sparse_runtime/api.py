@@ -99,8 +99,7 @@ def _artifact(
         raise ConfigError(
             "revision is given, but clusters is no Hub id; expected one without the other"
         )
-    if config.check_fingerprint:
-        clusters.check_model(model)
+    clusters.check_model(model, weights=config.check_fingerprint)
     if not cuts:
         return clusters
     return recut(
@@ -115,12 +114,6 @@ def _artifact(
 def _matched(layers: list[FFNLayer], clusters: ClusterSet) -> list[FFNLayer]:
     """The layers to patch: those of the artifact that can be."""
     found, held = [layer.index for layer in layers], sorted(clusters.layers)
-    missing = sorted(set(held) - set(found))
-    if missing or not held:
-        raise NothingMatchedError(
-            f"no layer was patched: the artifact holds layers {held}, the model has {found}; build "
-            "clusters for this model"
-        )
     if len(held) < len(found):
         left = sorted(set(found) - set(held))
         warnings.warn(

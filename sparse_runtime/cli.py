@@ -20,7 +20,8 @@ from rich.table import Table
 from transformers import TextStreamer
 
 from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
-from sparse_runtime.artifact.cluster_set import ClusterSet, check_output_folder
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.atomic import write_json
 from sparse_runtime.errors import ConfigError, DataError, SparseRuntimeError

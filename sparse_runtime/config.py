@@ -34,7 +34,8 @@ class SparseConfig:
             artifact has. The copies take 17 % of the FFN's memory.
         layer_budgets: layer index -> cost share of its own, 1 for dense; the others share what these
             leave of the budget.
-        check_fingerprint: refuse an artifact that was built for other weights.
+        check_fingerprint: refuse an artifact that was built for other weights; model type, sizes and
+            layers must fit in any case.
     """
 
     backend: str = "auto"

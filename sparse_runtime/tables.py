@@ -11,27 +11,28 @@ from rich.table import Table
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.printable import markup
 
 out = Console(highlight=False)
 
 
 def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
     """What an artifact holds, as JSON."""
-    neurons = artifact.fingerprint["intermediate_size"]
-    layers = [
-        {
-            "index": index,
-            "clusters": layer.num_clusters,
-            "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
-            "looked_at": (
-                0.0
-                if layer.maybe_sets is None
-                else set_sizes(layer.maybe_sets).float().mean().item() / neurons
-            ),
-            "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
-        }
-        for index, layer in sorted(artifact.layers.items())
-    ]
+    layers = []
+    for index, layer in sorted(artifact.layers.items()):
+        neurons = artifact.intermediate_size(index)
+        looked_at = 0.0
+        if layer.maybe_sets is not None:
+            looked_at = set_sizes(layer.maybe_sets).float().mean().item() / neurons
+        layers.append(
+            {
+                "index": index,
+                "clusters": layer.num_clusters,
+                "density": set_sizes(layer.active_sets).float().mean().item() / neurons,
+                "looked_at": looked_at,
+                "router": "linear" if layer.router_rank is None else f"rank {layer.router_rank}",
+            }
+        )
     return {
         "fingerprint": artifact.fingerprint,
         "budget": artifact.budget,
@@ -42,36 +43,41 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
 
 
 def print_summary(name: str, summary: dict[str, Any]) -> None:
-    """Print what ``artifact_summary`` says."""
+    """Print what ``artifact_summary`` says; its ``build`` may be anybody's and hold anything."""
     build, fingerprint = summary["build"], summary["fingerprint"]
-    config = build.get("config", {})
-    out.print(f"[bold]{escape(name)}[/bold]: clusters for {escape(str(build.get('model')))}")
+    model = _within(build, "model")
+    out.print(f"[bold]{markup(name)}[/bold]: clusters for {markup(model or 'an unnamed model')}")
+    sizes = sorted(set(fingerprint["intermediate_sizes"]))
     out.print(
-        f"{fingerprint['model_type']}, {fingerprint['num_layers']} layers, hidden "
-        f"{fingerprint['hidden_size']}, intermediate {fingerprint['intermediate_size']}"
+        f"{markup(fingerprint['model_type'])}, {len(fingerprint['layers'])} layers, hidden "
+        f"{fingerprint['hidden_size']}, intermediate "
+        f"{sizes[0]}{f' to {sizes[-1]}' if len(sizes) > 1 else ''}"
     )
-    if config:
-        out.print(
-            f"method {config['method']}, importance {config['importance']}, budget "
-            f"{summary['budget']}, seed {config['seed']}, "
-            f"{build['data']['tokens']} calibration tokens"
+    settings = [
+        f"{label} {markup(value)}"
+        for label, value in (
+            ("method", _within(build, "config", "method")),
+            ("importance", _within(build, "config", "importance")),
+            ("budget", summary["budget"]),
+            ("seed", _within(build, "config", "seed")),
+            ("calibration tokens", _within(build, "data", "tokens")),
         )
+        if value is not None
+    ]
+    out.print(", ".join(settings))
     table = Table(
         "layer", "clusters", "computed", "looked at", "router", "coverage", "chance", "static"
     )
-    held_out = {entry["index"]: entry["held_out"] for entry in build.get("layers", [])}
+    held_out = _held_out_scores(build)
     for layer in summary["layers"]:
-        scores = held_out.get(layer["index"], {})
+        scores = held_out.get(layer["index"])
         table.add_row(
             str(layer["index"]),
             str(layer["clusters"]),
             f"{layer['density']:.3f}",
             f"{layer['looked_at']:.3f}",
             layer["router"],
-            *(
-                f"{scores[name]:.3f}" if name in scores else "–"
-                for name in ("coverage", "chance", "static_coverage")
-            ),
+            *(_score(_within(scores, name)) for name in ("coverage", "chance", "static_coverage")),
         )
     out.print(table)
     if "seconds_total" in summary:
@@ -79,6 +85,27 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
             f"{summary['seconds_total']:.0f} s in all, peak memory "
             f"{summary['peak_memory_mib']:.0f} MiB"
         )
+
+
+def _within(record: Any, *keys: str) -> Any:
+    """A value within a record that need not have it, nor be an object; None then."""
+    for key in keys:
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _held_out_scores(build: Any) -> dict[int, Any]:
+    entries = _within(build, "layers")
+    return {
+        entry["index"]: entry.get("held_out")
+        for entry in (entries if isinstance(entries, list) else [])
+        if isinstance(entry, dict) and isinstance(entry.get("index"), int)
+    }
+
+
+def _score(value: Any) -> str:
+    number = isinstance(value, int | float) and -1e9 < value < 1e9
+    return f"{value:.3f}" if number else "–"
 
 
 def print_quality(source: str, result: dict[str, Any]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
+
+from platformdirs import user_cache_path
 
 
 def cache_folder() -> Path:
-    """``$XDG_CACHE_HOME/sparse_runtime``, by default ``~/.cache/sparse_runtime``; need not exist."""
-    root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(root) / "sparse_runtime"
+    """The user's cache folder for this package, by the platform's rules; need not exist.
+
+    On Linux ``$XDG_CACHE_HOME/sparse_runtime``, by default ``~/.cache/sparse_runtime``.
+    """
+    return user_cache_path("sparse_runtime", appauthor=False)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(repr=False)
 class LayerCentroids:
     r"""How a layer's neurons behave in each cluster, on average: what bands are cut from.
 
@@ -38,6 +38,9 @@ class LayerCentroids:
     mean_activations: Tensor
     shares: Tensor
     neuron_weights: Tensor
+
+    def __repr__(self) -> str:
+        return "LayerCentroids({} clusters, {} neurons)".format(*self.mean_squares.shape)
 
     def every(self, step: int) -> LayerCentroids:
         """Of every ``step``-th neuron only."""

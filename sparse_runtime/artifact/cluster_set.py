@@ -1,134 +1,116 @@
-"""The cluster artifact: active sets and routers of every layer, on disk and in memory.
+"""The cluster artifact: active sets and routers of every layer, in memory, on disk and on the Hub.
 
-docs/format.md lists every key. Loading trusts nothing: it checks the format version, each key, shape,
-dtype and value range, and that the files belong together.
+docs/format.md lists every key, :mod:`sparse_runtime.artifact.format` spells them, and loading trusts
+nothing (:mod:`sparse_runtime.artifact.checks`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from huggingface_hub import HfApi, snapshot_download
-from safetensors import SafetensorError, safe_open
+from huggingface_hub import HfApi
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from sparse_runtime.artifact.bands import LayerCentroids
-from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.bitmaps import packed_size, set_sizes
-from sparse_runtime.cost import router_parameter_count
+from sparse_runtime.artifact.checks import (
+    check_config,
+    check_record,
+    check_shapes,
+    check_tensors,
+    expected_tensors,
+    file_record,
+    read_config,
+    read_tensors,
+)
+from sparse_runtime.artifact.folders import (
+    check_output_folder,
+    download,
+    local_path,
+    unchecked_config,
+)
+from sparse_runtime.artifact.format import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    CONFIG_FILE,
+    FILES,
+    FORMAT,
+    FORMAT_VERSION,
+    LAYER_KEYS,
+)
+from sparse_runtime.artifact.layer_clusters import (
+    LayerClusters,
+    layer_from_tensors,
+    layer_tensors,
+)
+from sparse_runtime.atomic import (
+    copy_file,
+    remove_leftovers,
+    write_json,
+    write_tensors,
+)
 from sparse_runtime.errors import (
     ArtifactError,
-    ArtifactVersionError,
+    ConfigError,
     FingerprintMismatchError,
+    NothingMatchedError,
     OutputFolderError,
 )
-from sparse_runtime.models.fingerprint import model_fingerprint
+from sparse_runtime.models.fingerprint import fingerprint_mismatch
+from sparse_runtime.printable import printable, shown
 from sparse_runtime.version import __version__
 
-FORMAT = "sparse_runtime.clusters"
-FORMAT_VERSION = 1
-CONFIG_FILE = "config.json"
-CLUSTERS_FILE = "clusters.safetensors"
-CENTROIDS_FILE = "centroids.safetensors"
-#: Where a build keeps what it needs to go on after an interruption; gone once it has ended.
-WORK_FOLDER = ".build"
-_FILES = (CONFIG_FILE, CLUSTERS_FILE, CENTROIDS_FILE)
-# The fields of LayerCentroids on disk: shape and dtype.
-_CENTROIDS: dict[str, tuple[str, torch.dtype]] = {
-    "mean_squares": ("KI", torch.bfloat16),
-    "mean_magnitudes": ("KI", torch.bfloat16),
-    "mean_activations": ("KI", torch.bfloat16),
-    "shares": ("K", torch.float32),
-    "neuron_weights": ("I", torch.float32),
-}
-# Further tensors that recut needs, of layers that were distilled.
-_BIAS_SHIFT = "bias_shift"
+_KEEP_OR_DROP = (
+    "Load it with ClusterSet.from_pretrained(…, centroids=True) to save them, or save with "
+    "centroids=False to leave them out"
+)
 
 
-@dataclass
-class LayerClusters:
-    """Clusters and router of one layer.
+@dataclass(frozen=True)
+class UnreadCentroids:
+    """Centroids that an artifact has and that were not loaded.
 
     Attributes:
-        active_sets: neurons computed for each cluster, bitmaps [K, ⌈I/8⌉] uint8.
-        static_set: the best one set for all tokens, of the clusters' mean size, bitmap [⌈I/8⌉]
-            uint8; what a router must beat.
-        router_down: first matrix of a low-rank router [r, H], or None for a linear router.
-        router_up: [K, r], or [K, H] for a linear router.
-        router_bias: [K].
-        cluster_bias: added to the output of a cluster's tokens, the mean of what their sets leave out
-            [K, H], or None.
-        correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x) to
-            the output; None without a correction.
-        correction_up: see ``correction_down``.
-        bias_shift: part of ``cluster_bias`` that distillation found, whatever the sets [K, H]; None if
-            it was not distilled, or loaded without centroids.
-        maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
-            None.
-        factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
-            [I]; None without ``maybe_sets``.
-        centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
+        file: where they lie, if they do (they are not downloaded to be left alone).
+        record: of the file in ``config.json``.
+        distilled: layers whose ``bias_shift`` is among them.
+        active_sets: layer index -> sets [K, ⌈I/8⌉] uint8 of the clusters that they belong to.
     """
 
-    active_sets: Tensor
-    static_set: Tensor
-    router_up: Tensor
-    router_bias: Tensor
-    router_down: Tensor | None = None
-    cluster_bias: Tensor | None = None
-    correction_down: Tensor | None = None
-    correction_up: Tensor | None = None
-    bias_shift: Tensor | None = None
-    maybe_sets: Tensor | None = None
-    factors: Tensor | None = None
-    centroids: LayerCentroids | None = None
+    file: Path
+    record: dict[str, Any]
+    distilled: frozenset[int]
+    active_sets: dict[int, Tensor] = field(repr=False)
 
-    @property
-    def num_clusters(self) -> int:
-        """K."""
-        return self.active_sets.shape[0]
+    def check(self, layers: dict[int, LayerClusters]) -> None:
+        """Check that the file is there, and that its clusters are still these layers'.
 
-    @property
-    def router_rank(self) -> int | None:
-        """r of a low-rank router, None for a linear one."""
-        return None if self.router_down is None else self.router_down.shape[0]
-
-    @property
-    def correction_rank(self) -> int:
-        """c of the low-rank correction, 0 if there is none."""
-        return 0 if self.correction_down is None else self.correction_down.shape[0]
-
-    @property
-    def hidden_size(self) -> int:
-        """H."""
-        return (self.router_up if self.router_down is None else self.router_down).shape[1]
-
-    @property
-    def extra_elements(self) -> int:
-        """Elements read per token besides the neurons: router, one bias vector and correction."""
-        router = router_parameter_count(self.hidden_size, self.num_clusters, self.router_rank)
-        vectors = 2 * self.correction_rank + (self.cluster_bias is not None)
-        return router + vectors * self.hidden_size
-
-    def collapsed(self, num_neurons: int) -> LayerClusters:
-        """One cluster and nearly nothing beside it, if every set holds all neurons; else itself."""
-        if not bool((set_sizes(self.active_sets) == num_neurons).all()):
-            return self
-        return LayerClusters(
-            active_sets=self.active_sets[:1],
-            static_set=self.static_set,
-            router_up=torch.zeros(1, self.hidden_size),
-            router_bias=torch.zeros(1),
-        )
+        Raises:
+            ArtifactError: it is not, or they are not.
+        """
+        if not self.file.is_file() or file_record(self.file) != self.record:
+            raise ArtifactError(
+                f"the artifact has centroids that were not loaded, and {self.file} is not there or has "
+                f"changed since. {_KEEP_OR_DROP}"
+            )
+        if layers.keys() != self.active_sets.keys() or not all(
+            torch.equal(layers[index].active_sets.cpu(), sets)
+            for index, sets in self.active_sets.items()
+        ):
+            raise ArtifactError(
+                f"the artifact has centroids that were not loaded, and its layers are not those of "
+                f"{self.file} any more. {_KEEP_OR_DROP}"
+            )
 
 
-@dataclass
+@dataclass(repr=False)
 class ClusterSet:
     """All that ``sparsify`` needs beside the model.
 
@@ -140,6 +122,8 @@ class ClusterSet:
             :func:`sparse_runtime.recut` aims so much lower.
         build: how it was built: method and its settings, data with token counts, seed, budget and
             the figures reached. Free-form JSON; nothing at run time depends on it.
+        unread_centroids: set by :meth:`from_pretrained` where it left centroids alone, so that saving
+            keeps them.
     """
 
     layers: dict[int, LayerClusters]
@@ -147,6 +131,26 @@ class ClusterSet:
     budget: float
     excess: float = 0.0
     build: dict[str, Any] = field(default_factory=dict)
+    unread_centroids: UnreadCentroids | None = None
+
+    def __repr__(self) -> str:
+        parts = [f"{len(self.layers)} layers of {self.fingerprint.get('model_type')}"]
+        parts.append(f"budget {self.budget}")
+        if self.verified:
+            parts.append("verified")
+        if self.has_centroids:
+            parts.append("centroids")
+        return f"ClusterSet({', '.join(parts)})"
+
+    @property
+    def has_centroids(self) -> bool:
+        """Whether sets for another budget can be cut from it."""
+        return any(layer.centroids is not None for layer in self.layers.values())
+
+    def intermediate_size(self, index: int) -> int:
+        """Number of neurons I of a layer."""
+        position = self.fingerprint["layers"].index(index)
+        return int(self.fingerprint["intermediate_sizes"][position])
 
     @property
     def verified(self) -> bool:
@@ -165,45 +169,85 @@ class ClusterSet:
             if isinstance(tensor, Tensor)
         )
 
-    def check_model(self, model: nn.Module) -> None:
+    def check_model(self, model: nn.Module, *, weights: bool = True) -> None:
         """Check that the artifact was built for this model.
+
+        Args:
+            model: a dense causal language model.
+            weights: also check the weights. Model type, sizes, activation and layers always are.
 
         Raises:
             FingerprintMismatchError: it was built for another architecture or other weights.
+            NothingMatchedError: it holds none of the model's layers.
+            ArtifactError: a tensor does not have the shape that its layer needs.
         """
-        found = model_fingerprint(model)
-        for name, expected in self.fingerprint.items():
-            if name == "weights_sha256" and (found.get(name) is None or expected is None):
-                continue
-            if found.get(name) != expected:
-                raise FingerprintMismatchError(
-                    f"the clusters were built for another model: {name} is {found.get(name)!r} in "
-                    f"this model, {expected!r} in the artifact (built from "
-                    f"{self.build.get('model', 'an unnamed model')!r}). Build clusters for this "
-                    "model, or load the model they were built from"
-                )
+        difference = fingerprint_mismatch(model, self.fingerprint, weights=weights)
+        if difference:
+            raise FingerprintMismatchError(
+                f"the clusters were built for another model: {difference} (built from "
+                f"{shown(self.build.get('model', 'an unnamed model'))}). Build clusters for this "
+                "model, or load the model they were built from"
+            )
+        layers = self.fingerprint["layers"]
+        foreign = [index for index in self.layers if index not in layers]
+        if foreign or not self.layers:
+            matched = len(foreign) < len(self.layers)
+            raise (FingerprintMismatchError if matched else NothingMatchedError)(
+                f"the clusters hold layers {sorted(self.layers)}, this model has {layers[0]} to "
+                f"{layers[-1]}; build clusters for this model"
+            )
+        config = {"fingerprint": self.fingerprint, "layers": self._entries(self.has_centroids)}
+        for name in (CLUSTERS_FILE, CENTROIDS_FILE) if self.has_centroids else (CLUSTERS_FILE,):
+            shapes = {key: tuple(tensor.shape) for key, _, tensor in self._tensors(name)}
+            check_shapes(Path("the clusters"), shapes, expected_tensors(config, name))
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Write the artifact to a folder: ``config.json`` last, each file atomically.
+    def save_pretrained(self, folder: str | os.PathLike[str], *, centroids: bool = True) -> None:
+        """Write the artifact to a folder: ``config.json`` last, each file atomically and read back.
 
-        A crash leaves either the old artifact, or files that :meth:`from_pretrained` refuses because
-        their hashes do not match ``config.json``.
+        Centroids that were left alone when the artifact was loaded stay in its folder, and are copied
+        to any other. A crash leaves either the old artifact, or files that :meth:`from_pretrained`
+        refuses because their hashes do not match ``config.json``.
+
+        Args:
+            folder: new, empty, or an artifact's.
+            centroids: False leaves them out, and removes those of an artifact that is in the folder.
 
         Raises:
-            OutputFolderError: the folder holds something else, or could not be written.
+            OutputFolderError: the folder holds something else or could not be written, or centroids in
+                it would be lost.
+            ArtifactError: what is to be written could not be read again, or unread centroids are not
+                to be had any more; nothing but whole files is left in the folder.
         """
-        path = Path(folder)
+        path = local_path(folder)
         check_output_folder(path)
-        clusters, centroids = self._tensors()
-        metadata = {"format": FORMAT, "format_version": str(FORMAT_VERSION)}
+        kept = self._kept_centroids(path) if centroids else None
+        with_centroids = centroids and self.has_centroids
+        config = self._config(with_centroids, kept)
+        # All is checked before anything is written: a set that is wrong costs nobody an artifact.
+        check_config(path / CONFIG_FILE, {**config, "files": {CLUSTERS_FILE: _NO_RECORD}})
+        config["budget"], config["excess"] = float(config["budget"]), float(config["excess"])
         files = {}
-        for name, tensors in ((CLUSTERS_FILE, clusters), (CENTROIDS_FILE, centroids)):
-            if tensors:
-                write_tensors(path / name, tensors, metadata)
-                files[name] = _file_record(path / name)
-            else:
-                (path / name).unlink(missing_ok=True)
-        write_json(path / CONFIG_FILE, self._config(files))
+        for name in (CLUSTERS_FILE, CENTROIDS_FILE):
+            if name == CLUSTERS_FILE or with_centroids:
+                files[name] = {
+                    key: tensor.detach().to("cpu", dtype).contiguous()
+                    for key, dtype, tensor in self._tensors(name)
+                }
+                check_tensors(path / name, files[name], expected_tensors(config, name))
+        if kept is not None and not _same_file(kept.file, path / CENTROIDS_FILE):
+            copy_file(kept.file, path / CENTROIDS_FILE)
+        for name, tensors in files.items():
+            # One key of metadata: safetensors writes several in another order in every process.
+            write_tensors(path / name, tensors, {"format": FORMAT})
+            _read_back(path / name, tensors)
+            config["files"][name] = file_record(path / name)
+        if kept is not None:
+            config["files"][CENTROIDS_FILE] = kept.record
+            check_record(path / CENTROIDS_FILE, config)
+        write_json(path / CONFIG_FILE, config)
+        if CENTROIDS_FILE not in config["files"]:
+            (path / CENTROIDS_FILE).unlink(missing_ok=True)
+        remove_leftovers(path)
 
     @classmethod
     def from_pretrained(
@@ -219,49 +263,53 @@ class ClusterSet:
         """Load an artifact from a folder or a Hub repository.
 
         Args:
-            folder_or_id: local folder, or Hub id ``owner/name``.
-            revision, cache_dir, token, local_files_only: as in ``huggingface_hub``.
+            folder_or_id: local folder, or Hub id ``owner/name``. A name that is no folder is asked of
+                the Hub unless it is a path (:func:`sparse_runtime.hub.why_a_path` says when).
+            revision: branch, tag or commit on the Hub.
+            cache_dir, token, local_files_only: as in ``huggingface_hub``.
             centroids: load the centroids too, where the artifact has them; :func:`recut` needs them.
+                They are not downloaded otherwise.
 
         Raises:
+            ConfigError: a revision of a local folder.
             ArtifactVersionError: written in a newer format.
             ArtifactError: missing, truncated, or with a missing, extra, wrongly shaped, wrongly
                 typed or out-of-range tensor; the message names file and key.
         """
-        path = Path(folder_or_id)
+        path = local_path(folder_or_id)
         if not path.is_dir():
-            path = _download(
+            path = download(
                 folder_or_id,
+                FILES if centroids else (CONFIG_FILE, CLUSTERS_FILE),
                 revision=revision,
                 cache_dir=cache_dir,
                 token=token,
                 local_files_only=local_files_only,
             )
-        config = _read_config(path)
-        tensors = _read_tensors(path / CLUSTERS_FILE, _expected_clusters(config))
-        _check_values(path / CLUSTERS_FILE, tensors, config)
-        _check_record(path / CLUSTERS_FILE, config)
-        centroid_tensors: dict[str, Tensor] = {}
+        elif revision is not None:
+            raise ConfigError(
+                f"revision is {revision!r}, but {os.fspath(folder_or_id)} is a local folder; expected "
+                "a Hub id owner/name beside a revision"
+            )
+        config = read_config(path)
+        names = [CLUSTERS_FILE]
         if centroids and CENTROIDS_FILE in config["files"]:
-            centroid_tensors = _read_tensors(path / CENTROIDS_FILE, _expected_centroids(config))
-            _check_values(path / CENTROIDS_FILE, centroid_tensors, config)
-            _check_record(path / CENTROIDS_FILE, config)
-        layers = {}
-        for entry in config["layers"]:
-            prefix = f"layers.{entry['index']}."
-            layers[entry["index"]] = LayerClusters(
-                active_sets=tensors[f"{prefix}active_sets"],
-                static_set=tensors[f"{prefix}static_set"],
-                router_down=tensors.get(f"{prefix}router.down"),
-                router_up=tensors[f"{prefix}router.up"],
-                router_bias=tensors[f"{prefix}router.bias"],
-                cluster_bias=tensors.get(f"{prefix}cluster_bias"),
-                correction_down=tensors.get(f"{prefix}correction.down"),
-                correction_up=tensors.get(f"{prefix}correction.up"),
-                bias_shift=centroid_tensors.get(f"{prefix}{_BIAS_SHIFT}"),
-                maybe_sets=tensors.get(f"{prefix}maybe_sets"),
-                factors=tensors.get(f"{prefix}factors"),
-                centroids=_layer_centroids(centroid_tensors, prefix),
+            names.append(CENTROIDS_FILE)
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            tensors |= read_tensors(path / name, expected_tensors(config, name))
+            check_record(path / name, config)
+        layers = {
+            entry["index"]: layer_from_tensors(tensors, entry["index"])
+            for entry in config["layers"]
+        }
+        unread = None
+        if not centroids and CENTROIDS_FILE in config["files"]:
+            unread = UnreadCentroids(
+                path.absolute() / CENTROIDS_FILE,
+                config["files"][CENTROIDS_FILE],
+                frozenset(entry["index"] for entry in config["layers"] if entry["distilled"]),
+                {index: layer.active_sets.clone() for index, layer in layers.items()},
             )
         return cls(
             layers=layers,
@@ -269,6 +317,7 @@ class ClusterSet:
             budget=config["budget"],
             excess=config["excess"],
             build=config["build"],
+            unread_centroids=unread,
         )
 
     def push_to_hub(
@@ -277,316 +326,120 @@ class ClusterSet:
         *,
         private: bool | None = None,
         token: str | None = None,
+        centroids: bool = True,
         commit_message: str = "Upload sparse_runtime clusters",
     ) -> str:
         """Upload the artifact to a Hub repository, made if it does not exist; returns its URL.
 
+        Args:
+            repo_id: ``owner/name``.
+            private, token, commit_message: as in ``huggingface_hub``.
+            centroids: False leaves them out, and removes those that the repository has.
+
         Raises:
             OutputFolderError: the upload failed; the message gives the Hub's reason.
+            ArtifactError: as :meth:`save_pretrained`.
         """
-        from tempfile import TemporaryDirectory
-
         api = HfApi(token=token)
         with TemporaryDirectory() as folder:
-            self.save_pretrained(folder)
+            self.save_pretrained(folder, centroids=centroids)
             try:
                 url = api.create_repo(repo_id, private=private, exist_ok=True)
                 api.upload_folder(
-                    repo_id=repo_id, folder_path=folder, commit_message=commit_message
+                    repo_id=repo_id,
+                    folder_path=folder,
+                    commit_message=commit_message,
+                    delete_patterns=None if centroids else [CENTROIDS_FILE],
                 )
             except Exception as error:
                 raise OutputFolderError(
-                    f"the artifact could not be uploaded to {repo_id!r}: {error}. Check the id, your "
-                    "token (`hf auth login`) and the network; save_pretrained keeps it locally"
+                    f"the artifact could not be uploaded to {repo_id!r}: {printable(str(error))}. "
+                    "Check the id, your token (`hf auth login`) and the network; save_pretrained keeps "
+                    "it locally"
                 ) from error
         return str(url)
 
-    def _config(self, files: dict[str, Any]) -> dict[str, Any]:
-        return {
+    def _kept_centroids(self, path: Path) -> UnreadCentroids | None:
+        """Centroids that saving to a folder keeps or copies."""
+        if self.has_centroids:
+            return None
+        if self.unread_centroids is not None:
+            self.unread_centroids.check(self.layers)
+            return self.unread_centroids
+        if (path / CENTROIDS_FILE).is_file() and CENTROIDS_FILE in unchecked_config(path).get(
+            "files", ()
+        ):
+            raise OutputFolderError(
+                f"{path} holds an artifact with {CENTROIDS_FILE}, which saving an artifact without "
+                "centroids would remove. Choose another folder, or save with centroids=False"
+            )
+        return None
+
+    def _entries(
+        self, with_centroids: bool, kept: UnreadCentroids | None = None
+    ) -> list[dict[str, Any]]:
+        entries = []
+        for index, layer in sorted(self.layers.items()):
+            entry = {"index": index, **{name: key.of(layer) for name, key in LAYER_KEYS.items()}}
+            # It says what the file of centroids holds.
+            if kept is not None:
+                entry["distilled"] = index in kept.distilled
+            elif not with_centroids or layer.centroids is None:
+                entry["distilled"] = False
+            entries.append(entry)
+        return entries
+
+    def _config(self, with_centroids: bool, kept: UnreadCentroids | None) -> dict[str, Any]:
+        """``config.json`` as it will be read, with no files as yet."""
+        config = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
             "library_version": __version__,
             "fingerprint": self.fingerprint,
             "budget": self.budget,
             "excess": self.excess,
-            "layers": [
-                {
-                    "index": index,
-                    "num_clusters": layer.num_clusters,
-                    "router_rank": layer.router_rank,
-                    "cluster_bias": layer.cluster_bias is not None,
-                    "correction_rank": layer.correction_rank,
-                    "distilled": layer.bias_shift is not None,
-                    "verified": layer.maybe_sets is not None,
-                }
-                for index, layer in sorted(self.layers.items())
-            ],
-            "files": files,
-            "build": self.build,
+            "layers": self._entries(with_centroids, kept),
+            "files": {},
+            "build": _finite(self.build),
         }
+        try:
+            return dict(json.loads(json.dumps(config, default=float)))
+        except (TypeError, ValueError, RecursionError) as error:
+            raise ArtifactError(
+                f"the artifact cannot be written as JSON: {error}; expected nothing but JSON values in "
+                "build and fingerprint, and numbers as budget and excess"
+            ) from error
 
-    def _tensors(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        clusters: dict[str, Tensor] = {}
-        centroids: dict[str, Tensor] = {}
+    def _tensors(self, name: str) -> Iterator[tuple[str, torch.dtype, Tensor]]:
+        """Key, dtype on disk and tensor as it is, for all that a file holds."""
         for index, layer in sorted(self.layers.items()):
-            prefix = f"layers.{index}."
-            clusters[f"{prefix}active_sets"] = layer.active_sets
-            clusters[f"{prefix}static_set"] = layer.static_set
-            if layer.router_down is not None:
-                clusters[f"{prefix}router.down"] = layer.router_down.to(torch.bfloat16)
-            clusters[f"{prefix}router.up"] = layer.router_up.to(torch.bfloat16)
-            clusters[f"{prefix}router.bias"] = layer.router_bias.to(torch.bfloat16)
-            if layer.cluster_bias is not None:
-                clusters[f"{prefix}cluster_bias"] = layer.cluster_bias.to(torch.bfloat16)
-            if layer.correction_down is not None and layer.correction_up is not None:
-                clusters[f"{prefix}correction.down"] = layer.correction_down.to(torch.bfloat16)
-                clusters[f"{prefix}correction.up"] = layer.correction_up.to(torch.bfloat16)
-            if layer.maybe_sets is not None and layer.factors is not None:
-                clusters[f"{prefix}maybe_sets"] = layer.maybe_sets
-                clusters[f"{prefix}factors"] = layer.factors.float()
-            if layer.centroids is not None:
-                for name, (_, dtype) in _CENTROIDS.items():
-                    centroids[prefix + name] = getattr(layer.centroids, name).to(dtype)
-                if layer.bias_shift is not None:
-                    centroids[prefix + _BIAS_SHIFT] = layer.bias_shift.to(torch.bfloat16)
-        return (
-            {key: tensor.contiguous().cpu() for key, tensor in clusters.items()},
-            {key: tensor.contiguous().cpu() for key, tensor in centroids.items()},
-        )
+            for key, tensor in layer_tensors(layer):
+                if key.file == name:
+                    yield f"layers.{index}.{key.name}", key.dtype, tensor
 
 
-def check_output_folder(path: Path) -> None:
-    """Check that an artifact may be written to ``path``.
-
-    It may be new, empty, an artifact already, or hold nothing but a build's working folder.
-
-    Raises:
-        OutputFolderError: it is a file, or holds something else.
-    """
-    if path.exists() and not path.is_dir():
-        raise OutputFolderError(f"{path} is a file; expected a folder for the artifact")
-    if not path.exists() or _is_artifact(path):
-        return
-    known = (*_FILES, WORK_FOLDER)
-    foreign = sorted(p.name for p in path.iterdir() if p.name not in known)
-    if foreign or (path / CONFIG_FILE).exists():
-        found = foreign[0] if foreign else f"a {CONFIG_FILE} that is not an artifact's"
-        raise OutputFolderError(
-            f"{path} exists and is not a cluster artifact (it holds {found}); choose a new or empty "
-            "folder"
-        )
+_NO_RECORD = {"bytes": 0, "sha256": "0" * 64}
 
 
-def _is_artifact(path: Path) -> bool:
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("format") == FORMAT
+def _same_file(path: Path, other: Path) -> bool:
+    return other.exists() and path.samefile(other)
 
 
-def _download(folder_or_id: str | os.PathLike[str], **options: Any) -> Path:
-    name = os.fspath(folder_or_id)
-    remedy = "Give a folder written by `sparse-runtime build -o FOLDER`, or a Hub id owner/name"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
-        raise ArtifactError(f"no cluster artifact at {name!r}: there is no such folder. {remedy}")
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(_FILES), **options))
-    except Exception as error:
-        raise ArtifactError(
-            f"no cluster artifact at {name!r}: there is no such local folder, and the Hub gave none "
-            f"({type(error).__name__}: {_first_line(error)}). {remedy}"
-        ) from error
+def _finite(value: Any) -> Any:
+    """A JSON value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _first_line(error: BaseException) -> str:
-    return next((line for line in str(error).splitlines() if line.strip()), "no details")
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / CONFIG_FILE
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ArtifactError(
-            f"{path} is not a cluster artifact: it has no {CONFIG_FILE}. If a build was interrupted "
-            "there, run the same build command again to finish it"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise ArtifactError(f"{file} cannot be read as JSON: {error}. Build it again") from error
-    if not isinstance(config, dict) or config.get("format") != FORMAT:
-        found = config.get("format") if isinstance(config, dict) else type(config).__name__
-        raise ArtifactError(
-            f"{file}: key 'format' is {found!r}, expected {FORMAT!r}: this folder is something else "
-            "than a cluster artifact"
-        )
-    version = config.get("format_version")
-    if not isinstance(version, int) or version > FORMAT_VERSION or version < 1:
-        raise ArtifactVersionError(
-            f"{file}: key 'format_version' is {version!r}; this sparse_runtime {__version__} reads 1 "
-            f"to {FORMAT_VERSION}. It was written by sparse_runtime "
-            f"{config.get('library_version', '(unknown)')}: install that version or a newer one"
-        )
-    _check_config(file, config)
-    return config
-
-
-_FINGERPRINT_TYPES: dict[str, type | tuple[type, ...]] = {
-    "model_type": str,
-    "hidden_size": int,
-    "intermediate_size": int,
-    "num_layers": int,
-    "activation": str,
-    "weights_sha256": (str, type(None)),
-}
-
-
-def _check_config(file: Path, config: dict[str, Any]) -> None:
-    def require(mapping: Any, key: str, kind: Any, where: str) -> Any:
-        value = mapping.get(key, "nothing") if isinstance(mapping, dict) else mapping
-        if not isinstance(mapping, dict) or key not in mapping or not isinstance(value, kind):
-            names = kind if isinstance(kind, tuple) else (kind,)
-            raise ArtifactError(
-                f"{file}: key '{where}{key}' is {value!r}, expected "
-                f"{' or '.join(name.__name__ for name in names)}. Build the artifact again"
-            )
-        return value
-
-    fingerprint = require(config, "fingerprint", dict, "")
-    for key, kind in _FINGERPRINT_TYPES.items():
-        require(fingerprint, key, kind, "fingerprint.")
-    require(config, "budget", float, "")
-    require(config, "excess", float, "")
-    require(config, "build", dict, "")
-    files = require(config, "files", dict, "")
-    require(files, CLUSTERS_FILE, dict, "files.")
-    for name, record in files.items():
-        require(record, "sha256", str, f"files.{name}.")
-    for number, entry in enumerate(require(config, "layers", list, "")):
-        for key, kind in (
-            ("index", int),
-            ("num_clusters", int),
-            ("router_rank", (int, type(None))),
-            ("cluster_bias", bool),
-            ("correction_rank", int),
-            ("distilled", bool),
-            ("verified", bool),
-        ):
-            require(entry, key, kind, f"layers[{number}].")
-
-
-_Expected = dict[str, tuple[tuple[int, ...], torch.dtype]]
-
-
-def _expected_clusters(config: dict[str, Any]) -> _Expected:
-    hidden_size = config["fingerprint"]["hidden_size"]
-    neurons = config["fingerprint"]["intermediate_size"]
-    bitmap = packed_size(neurons)
-    expected: _Expected = {}
-    for entry in config["layers"]:
-        prefix = f"layers.{entry['index']}."
-        clusters, rank = entry["num_clusters"], entry["router_rank"]
-        expected[f"{prefix}active_sets"] = ((clusters, bitmap), torch.uint8)
-        expected[f"{prefix}static_set"] = ((bitmap,), torch.uint8)
-        if rank is not None:
-            expected[f"{prefix}router.down"] = ((rank, hidden_size), torch.bfloat16)
-        width = hidden_size if rank is None else rank
-        expected[f"{prefix}router.up"] = ((clusters, width), torch.bfloat16)
-        expected[f"{prefix}router.bias"] = ((clusters,), torch.bfloat16)
-        if entry["cluster_bias"]:
-            expected[f"{prefix}cluster_bias"] = ((clusters, hidden_size), torch.bfloat16)
-        if entry["correction_rank"]:
-            for name in ("correction.down", "correction.up"):
-                shape = (entry["correction_rank"], hidden_size)
-                expected[prefix + name] = (shape, torch.bfloat16)
-        if entry["verified"]:
-            expected[f"{prefix}maybe_sets"] = ((clusters, bitmap), torch.uint8)
-            expected[f"{prefix}factors"] = ((neurons,), torch.float32)
-    return expected
-
-
-def _expected_centroids(config: dict[str, Any]) -> _Expected:
-    sizes = {"I": config["fingerprint"]["intermediate_size"]}
-    sizes["H"] = config["fingerprint"]["hidden_size"]
-    expected: _Expected = {}
-    for entry in config["layers"]:
-        sizes["K"] = entry["num_clusters"]
-        tensors = dict(_CENTROIDS)
-        if entry["distilled"]:
-            tensors[_BIAS_SHIFT] = ("KH", torch.bfloat16)
-        for name, (shape, dtype) in tensors.items():
-            key = f"layers.{entry['index']}.{name}"
-            expected[key] = (tuple(sizes[letter] for letter in shape), dtype)
-    return expected
-
-
-def _layer_centroids(tensors: dict[str, Tensor], prefix: str) -> LayerCentroids | None:
-    if not tensors:
-        return None
-    return LayerCentroids(**{name: tensors[prefix + name] for name in _CENTROIDS})
-
-
-def _read_tensors(file: Path, expected: _Expected) -> dict[str, Tensor]:
-    remedy = "Build the artifact again, or download it again"
-    if not file.is_file():
-        raise ArtifactError(f"{file} is missing. {remedy}")
-    try:
-        with safe_open(file, framework="pt") as reader:
-            found = set(reader.keys())
-            missing, extra = sorted(set(expected) - found), sorted(found - set(expected))
-            if missing:
+def _read_back(file: Path, tensors: dict[str, Tensor]) -> None:
+    """Check that a file holds what was written to it."""
+    with safe_open(file, framework="pt") as reader:
+        for key, tensor in tensors.items():
+            if not torch.equal(reader.get_tensor(key), tensor):
                 raise ArtifactError(
-                    f"{file}: key {missing[0]!r} is missing (one of {len(missing)}). {remedy}"
+                    f"{file}: key {key!r} was not written as it is in memory; check the disk, and save "
+                    "again"
                 )
-            if extra:
-                raise ArtifactError(
-                    f"{file}: key {extra[0]!r} is not expected (one of {len(extra)}). {remedy}"
-                )
-            tensors = {key: reader.get_tensor(key) for key in expected}
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(
-            f"{file} is not a readable safetensors file, or is truncated: {error}. {remedy}"
-        ) from error
-    for key, (shape, dtype) in expected.items():
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype:
-            raise ArtifactError(
-                f"{file}: key {key!r} is {tensor.dtype} {tuple(tensor.shape)}, expected {dtype} "
-                f"{shape}. {remedy}"
-            )
-    return tensors
-
-
-def _check_values(file: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    neurons = config["fingerprint"]["intermediate_size"]
-    padding = 0xFF << (neurons % 8) & 0xFF if neurons % 8 else 0
-    for key, tensor in tensors.items():
-        if tensor.is_floating_point():
-            if not tensor.isfinite().all():
-                raise ArtifactError(
-                    f"{file}: key {key!r} holds NaN or infinity, expected finite numbers. Build the "
-                    "artifact again"
-                )
-        elif padding and (tensor[..., -1] & padding).any():
-            raise ArtifactError(
-                f"{file}: key {key!r} holds a neuron index ≥ {neurons}, expected indices below it. "
-                "Build the artifact again"
-            )
-
-
-def _file_record(file: Path) -> dict[str, Any]:
-    digest = hashlib.sha256()
-    with open(file, "rb") as stream:
-        while block := stream.read(1 << 22):
-            digest.update(block)
-    return {"bytes": file.stat().st_size, "sha256": digest.hexdigest()}
-
-
-def _check_record(file: Path, config: dict[str, Any]) -> None:
-    found, expected = _file_record(file)["sha256"], config["files"][file.name]["sha256"]
-    if found != expected:
-        raise ArtifactError(
-            f"{file} does not belong to {CONFIG_FILE}: its sha256 is {found[:12]}…, expected "
-            f"{expected[:12]}…. A write was interrupted or the file was changed; build the artifact "
-            "again"
-        )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 
 import torch
 from torch import nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
-from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
@@ -48,7 +50,9 @@ def recut(
     Raises:
         ConfigError: the artifact has no centroids, a layer is not in it, a share is out of range,
             or the budget cannot be met.
+        FingerprintMismatchError: the model has other sizes than the artifact's.
     """
+    clusters.check_model(model, weights=False)
     budget = clusters.budget if budget is None else budget
     verify = clusters.verified if verify is None else verify
     own = dict(layer_budgets or {})
@@ -62,7 +66,7 @@ def recut(
         index: part.cut(_price([part], own[index]) if index in own else price)
         for index, part in parts.items()
     }
-    return replace(clusters, layers=layers, budget=budget)
+    return replace(clusters, layers=layers, budget=float(budget))
 
 
 def _excess(clusters: ClusterSet, budget: float) -> float:
@@ -95,7 +99,7 @@ def _parts(model: nn.Module, clusters: ClusterSet, verify: bool) -> dict[int, _P
 
 def _check(clusters: ClusterSet, shares: Mapping[str, float], own: Mapping[int, float]) -> None:
     for name, share in shares.items():
-        if not 0 < share <= 1:
+        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
             raise ConfigError(f"{name} is {share!r}; expected a cost share above 0 and at most 1")
     for index in own:
         if index not in clusters.layers:

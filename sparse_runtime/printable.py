@@ -1,0 +1,42 @@
+"""Text from strangers (artifacts, models, figures), made fit for a terminal."""
+
+from __future__ import annotations
+
+import re
+import reprlib
+
+_LONGEST = 200
+# Escape sequences of terminals: strings such as OSC 8 hyperlinks up to their end, then control
+# sequences such as colors, then all else that begins with an escape; with their 8-bit forms.
+_ESCAPES = re.compile(
+    r"(?:\x1b[\]PX^_]|[\x9d\x90\x98\x9e\x9f]).*?(?:\x07|\x1b\\|\x9c|$)"
+    r"|(?:\x1b\[|\x9b)[0-?]*[ -/]*[@-~]?"
+    r"|\x1b[ -/]*.?",
+    re.DOTALL,
+)
+_shorter = reprlib.Repr()
+_shorter.maxstring = _shorter.maxother = _LONGEST // 2
+
+
+def printable(value: object) -> str:
+    """A value as one short line: no escape sequences, control or format characters, 200 characters.
+
+    A lone surrogate and a character that turns the direction of text become ``�``, white space of any
+    kind one space.
+    """
+    text = _ESCAPES.sub("", value if isinstance(value, str) else shown(value))
+    text = " ".join(text[: 2 * _LONGEST].split())
+    text = "".join(symbol if symbol.isprintable() else "�" for symbol in text)
+    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+
+
+def markup(value: object) -> str:
+    """The same, to be put into text that Rich renders: ``[`` begins no markup."""
+    from rich.markup import escape
+
+    return escape(printable(value))
+
+
+def shown(value: object) -> str:
+    """A value as ``repr`` writes it, shortened, for error messages."""
+    return _shorter.repr(value)

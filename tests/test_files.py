@@ -1,0 +1,131 @@
+"""Files on disk: whole or not there, whoever writes at the same time, with modes by the umask."""
+
+import os
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from sparse_runtime.atomic import (
+    atomic_path,
+    copy_file,
+    is_temporary,
+    remove_leftovers,
+    write_json,
+    write_tensors,
+    write_text,
+)
+from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.user_cache import cache_folder
+
+
+def test_threads_that_write_one_path_never_tear_it(tmp_path):
+    path, errors, stop = tmp_path / "shared.txt", [], threading.Event()
+    write_text(path, "0" * 50_000)
+
+    def write(digit):
+        try:
+            for _ in range(100):
+                write_text(path, digit * 50_000)
+        except Exception as error:
+            errors.append(error)
+
+    def read():
+        while not stop.is_set():
+            text = path.read_text()
+            if len(text) != 50_000 or len(set(text)) != 1:
+                errors.append(f"torn: {len(text)} characters, {set(text)}")
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    writers = [threading.Thread(target=write, args=(str(n),)) for n in range(4)]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    stop.set()
+    reader.join()
+    assert errors == []
+    assert [file.name for file in tmp_path.iterdir()] == ["shared.txt"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are POSIX's")
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o002, 0o664)])
+def test_modes_follow_the_umask(tmp_path, umask, mode):
+    before = os.umask(umask)
+    try:
+        write_text(tmp_path / "text", "text")
+        write_json(tmp_path / "json", {})
+        write_tensors(tmp_path / "tensors", {"a": torch.ones(2)}, {"one": "key"})
+        copy_file(tmp_path / "tensors", tmp_path / "copy")
+    finally:
+        os.umask(before)
+    for file in tmp_path.iterdir():
+        assert file.stat().st_mode & 0o777 == mode, file.name
+    assert torch.equal(load_file(tmp_path / "copy")["a"], torch.ones(2))
+
+
+def test_an_error_inside_leaves_the_old_file_and_nothing_else(tmp_path):
+    write_text(tmp_path / "a", "old")
+
+    def interrupted():
+        with atomic_path(tmp_path / "a") as temporary:
+            temporary.write_text("half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        interrupted()
+    assert [file.name for file in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_text() == "old"
+    with pytest.raises(OutputFolderError, match="could not be written"):
+        write_text(tmp_path / "a" / "below-a-file", "text")
+
+
+def test_leftovers_of_killed_processes_go_and_files_in_use_stay(tmp_path):
+    with atomic_path(tmp_path / "a") as temporary:
+        left = tmp_path / ".a.0123456789abcdef.tmp"
+        left.write_text("half")
+        long_ago = time.time() - 7200
+        os.utime(left, (long_ago, long_ago))
+        users = tmp_path / ".notes.tmp"
+        users.write_text("mine")
+        os.utime(users, (long_ago, long_ago))
+        assert is_temporary(temporary)
+        remove_leftovers(tmp_path)
+        assert not left.exists()
+        assert users.exists()
+        temporary.write_text("whole")
+    assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_metadata_that_would_be_written_in_random_order(tmp_path):
+    with pytest.raises(AssertionError, match="random order"):
+        write_tensors(tmp_path / "t", {"a": torch.ones(2)}, {"b": "1", "c": "2"})
+
+
+def test_cache_folder(monkeypatch, tmp_path):
+    if not sys.platform.startswith("linux"):
+        pytest.skip("other platforms have other rules")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / "sparse_runtime"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert cache_folder() == tmp_path / ".cache" / "sparse_runtime"
+    assert not cache_folder().exists()
+
+
+def test_writers_in_several_processes(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from sparse_runtime.atomic import write_text\n"
+        "for n in range(50): write_text(Path(sys.argv[1]), sys.argv[2] * 9999)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "shared")]
+    processes = [subprocess.Popen([*command, digit]) for digit in "12"]
+    assert [process.wait() for process in processes] == [0, 0]
+    text = (tmp_path / "shared").read_text()
+    assert (len(text), len(set(text))) == (9999, 1)
+    assert len(list(tmp_path.iterdir())) == 1
