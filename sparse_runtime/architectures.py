@@ -201,8 +201,9 @@ def _check_layer(layer: FFNLayer) -> None:
                 "or remove adapters and parametrizations first"
             )
     weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
-    kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in weights]
+    present = [weight for weight in weights if weight.device.type != "meta"]  # not offloaded
+    kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in present]
     if len(set(kinds)) > 1:
         raise UnsupportedArchitectureError(
-            f"{layer.name}: gate, up and down are {', '.join(kinds)}; expected one dtype on one device"
+            f"{layer.name}: its projections are {', '.join(kinds)}; expected one dtype on one device"
         )
