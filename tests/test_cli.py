@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from sparse_runtime import ClusterSet, cli
+from sparse_runtime.cli.console import out as console
 from sparse_runtime.clusters import build as build_module
 
 
@@ -20,7 +21,7 @@ def run(monkeypatch, capsys):
         captured = capsys.readouterr()
         return exit_.value.code or 0, captured.out, captured.err
 
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr(console, "width", 200)
     return call
 
 
@@ -272,7 +273,7 @@ def test_unexpected_error_is_one_line(run, monkeypatch, tmp_path):
     def broken(*arguments, **options):
         raise ZeroDivisionError("somewhere deep")
 
-    monkeypatch.setattr(cli.ClusterSet, "from_pretrained", broken)
+    monkeypatch.setattr(ClusterSet, "from_pretrained", broken)
     code, _, err = run("inspect", tmp_path)
     assert code == 1
     assert "ZeroDivisionError: somewhere deep" in err

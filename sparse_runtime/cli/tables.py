@@ -5,14 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.cli.console import out
 from sparse_runtime.cluster_set import ClusterSet
-
-out = Console(highlight=False)
 
 
 def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:

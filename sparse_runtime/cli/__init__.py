@@ -1,0 +1,3 @@
+from sparse_runtime.cli.app import main
+
+__all__ = ["main"]
