@@ -24,7 +24,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
@@ -35,24 +34,11 @@ from sparse_runtime.eval.baselines import captured_states
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
+from sparse_runtime.eval.timing import TokenClock
 from sparse_runtime.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _PREFILL_SECONDS = 60.0
-
-
-class TokenClock(BaseStreamer):
-    """A streamer that notes when each token arrives."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called by ``generate`` with the prompt, then with each new token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called when generation ends."""
 
 
 def time_prefill(model: Any, input_ids: Tensor) -> tuple[float, Any]:
@@ -85,8 +71,7 @@ def time_decode(model: Any, input_ids: Tensor, cache: Any, new_tokens: int) -> l
             streamer=clock,
             pad_token_id=model.generation_config.pad_token_id or 0,
         )
-    _, first, *rest = clock.times
-    return [b - a for a, b in zip([first, *rest], rest, strict=False)]
+    return clock.steps
 
 
 def bench(

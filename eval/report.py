@@ -12,6 +12,8 @@ from sparse_runtime.atomic import atomic_path, write_text
 from sparse_runtime.eval.plots import Plot, make_plots
 from sparse_runtime.eval.run_folder import RunFolder, method_label, text_name
 
+#: Beside the page: every figure as PNG and SVG.
+FIGURES_FOLDER = "figures"
 _STYLE = """
 :root { color-scheme: light; --ink: #1b1b1f; --soft: #5a5a66; --line: #d9d9e0; --band: #f5f6fa; }
 * { box-sizing: border-box; }
@@ -73,7 +75,7 @@ def write_report(run: RunFolder, output: Path) -> None:
         ConfigError: Matplotlib is not installed.
         OutputFolderError: a file cannot be written.
     """
-    folder = output.parent / "figures"
+    folder = output.parent / FIGURES_FOLDER
     sections: list[tuple[str, str, str]] = []
     for plot in make_plots(run):
         for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):

@@ -7,7 +7,7 @@ wrong usage, 1 for failure, 130 when interrupted.
 from __future__ import annotations
 
 import os
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,6 +26,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+_INTERRUPTED = 130
+
 app.command()(build)
 app.command()(generate)
 app.command("eval")(evaluate)
@@ -42,13 +44,18 @@ app.command()(demo)
 
 def main() -> None:
     """Run the command line; every error ends as one line and an exit code."""
+    code = None
     try:
-        app()
+        # Not standalone: Typer would draw a box around what one line says.
+        code = app(prog_name="sparse-runtime", standalone_mode=False)
     except SparseRuntimeError as error:
         fail(str(error), 2 if isinstance(error, ConfigError) else 1)
     except KeyboardInterrupt:
-        fail("interrupted", 130)
+        fail("interrupted", _INTERRUPTED)
     except Exception as error:
+        # Typer's usage errors; it keeps their classes to itself.
+        if hasattr(error, "format_message"):
+            fail(_usage(error), 2)
         if os.environ.get("SPARSE_RUNTIME_TRACEBACK"):
             raise
         reason = next(iter(str(error).splitlines()), "")
@@ -57,6 +64,16 @@ def main() -> None:
             "report it if the input was right)",
             1,
         )
+    if code == _INTERRUPTED:  # Typer's word for Ctrl-C
+        fail("interrupted", _INTERRUPTED)
+    raise SystemExit(code or 0)
+
+
+def _usage(error: Any) -> str:
+    """One line about a wrong option or argument, and where the right ones are listed."""
+    message = " ".join(error.format_message().split()).rstrip(".")
+    context = getattr(error, "ctx", None)
+    return message if context is None else f"{message}; see {context.command_path} --help"
 
 
 @app.callback(invoke_without_command=True)

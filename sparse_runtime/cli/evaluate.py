@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
+from torch import Tensor
 
 from sparse_runtime.cli.console import err
 from sparse_runtime.cli.figures import write_figures
@@ -18,10 +20,11 @@ from sparse_runtime.cli.options import (
     JsonOption,
     ModelArgument,
     VerifyOption,
-    parse_numbers,
+    WindowOption,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
 from sparse_runtime.cli.tables import print_curves, print_quality
 from sparse_runtime.cli.texts import held_out
 from sparse_runtime.cluster_set import ClusterSet
@@ -29,18 +32,28 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
 from sparse_runtime.recut import recut
 
+if TYPE_CHECKING:
+    from sparse_runtime.eval.curves import Protocol
+
+_CALIBRATION_TOKENS = 16_384
+
 
 def evaluate(
     model: ModelArgument,
     clusters: ClustersOption,
     data: DataOption = None,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text.")] = 32_768,
-    window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
-    stride: Annotated[int, typer.Option(help="Distance of windows; 0: the window.")] = 0,
+    max_tokens: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Tokens of text.")
+    ] = 32_768,
+    window: WindowOption = 512,
+    stride: Annotated[
+        int,
+        typer.Option(callback=NOT_NEGATIVE.callback, help="Distance of windows; 0: the window."),
+    ] = 0,
     prompt_tokens: Annotated[
         int,
         typer.Option(
-            min=0,
+            callback=NOT_NEGATIVE.callback,
             help="First tokens of each window that run dense and are not scored, as a prompt.",
         ),
     ] = 0,
@@ -65,48 +78,58 @@ def evaluate(
         ),
     ] = None,
     calibration_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens of calibration text for --baselines.")
-    ] = 16_384,
+        int | None,
+        typer.Option(
+            callback=POSITIVE.callback,
+            help=f"Tokens of calibration text for --baselines; {_CALIBRATION_TOKENS} if not given.",
+        ),
+    ] = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Perplexity, coverage and precision on held-out text, every token (after a prompt) sparse."""
+    """Distance from the dense model and coverage on held-out text, all tokens sparse after a prompt."""
+    from sparse_runtime.clusters.data import parse_source
     from sparse_runtime.eval.baselines import named_baselines
-    from sparse_runtime.eval.curves import Protocol, baseline_calibration, evaluate_curves
+    from sparse_runtime.eval.curves import Protocol
     from sparse_runtime.eval.host import host_record
-    from sparse_runtime.eval.quality import evaluate_quality
+    from sparse_runtime.eval.perplexity import check_windows
 
     if budget is not None and budgets is not None:
         raise ConfigError("--budget and --budgets are both given; expected one of them")
-    if calibration and baselines is None:
-        raise ConfigError("--calibration is given without --baselines, which alone it is for")
-    shares = None if budgets is None else parse_numbers("--budgets", budgets, float)
+    for option, value in (("calibration", calibration), ("calibration-tokens", calibration_tokens)):
+        if value and baselines is None:
+            raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
+    check_windows(window, stride or window, prompt_tokens)
+    shares = None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE)
     names = baselines.split(",") if baselines is not None else []
     named_baselines(names)  # a wrong name shows before the model is loaded
     sources = data or ["wikitext2"]
+    for source in [*sources, *(calibration or [])]:
+        parse_source(source)
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
     texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
-    progress = RichProgress(err)
+    protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
-    if shares is not None or names:
+    if shares is None and not names:
+        if budget is not None or verify is not None:
+            artifact = recut(loaded, artifact, budget=budget, verify=verify)
+        record |= _quality(loaded, artifact, texts, protocol)
+    else:
         windows = None
         if names:
-            text, reason = baseline_calibration(
+            windows, record["calibration"] = _calibration(
                 artifact,
                 calibration or [],
                 tokenizer,
-                max_tokens=calibration_tokens,
-                window=window,
-                model=loaded,
+                calibration_tokens or _CALIBRATION_TOKENS,
+                window,
+                loaded,
             )
-            if reason is not None:
-                err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
-            windows, record["calibration"] = text.windows, text.record
-        curves = evaluate_curves(
+        record |= _curves(
             loaded,
             artifact,
             texts,
@@ -114,27 +137,59 @@ def evaluate(
             verify=[True, False] if verify is None else [verify],
             baselines=names,
             calibration=windows,
-            protocol=Protocol(window, stride or None, prompt_tokens, progress),
+            protocol=protocol,
         )
-        print_curves(curves)
-        write_figures(json_file, {**record, **curves, "host": host_record(loaded.device)})
-        return
-    if budget is not None or verify is not None:
-        artifact = recut(loaded, artifact, budget=budget, verify=verify)
+    write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _quality(
+    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], protocol: Protocol
+) -> dict[str, Any]:
+    """Figures of an artifact as it is; those of further texts under ``others``."""
+    from sparse_runtime.eval.quality import evaluate_quality
+
     results = []
     for source, tokens in texts:
         result = evaluate_quality(
-            loaded,
+            model,
             artifact,
             tokens,
-            window=window,
-            stride=stride or None,
-            prompt_tokens=prompt_tokens,
-            progress=progress,
+            window=protocol.window,
+            stride=protocol.stride,
+            prompt_tokens=protocol.prompt_tokens,
+            progress=protocol.progress,
         )
         print_quality(source, result)
         results.append({"data": source, **result})
     further = {"others": results[1:]} if len(results) > 1 else {}
-    write_figures(
-        json_file, {**record, **results[0], **further, "host": host_record(loaded.device)}
+    return {**results[0], **further}
+
+
+def _curves(
+    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], **options: Any
+) -> dict[str, Any]:
+    """Figures over budgets and methods."""
+    from sparse_runtime.eval.curves import evaluate_curves
+
+    curves = evaluate_curves(model, artifact, texts, **options)
+    print_curves(curves)
+    return curves
+
+
+def _calibration(
+    artifact: ClusterSet,
+    specs: Sequence[str],
+    tokenizer: Any,
+    max_tokens: int,
+    window: int,
+    model: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Windows that baselines are fitted on, and their record; says if they are not the artifact's."""
+    from sparse_runtime.eval.curves import baseline_calibration
+
+    text, reason = baseline_calibration(
+        artifact, specs, tokenizer, max_tokens=max_tokens, window=window, model=model
     )
+    if reason is not None:
+        err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
+    return text.windows, text.record

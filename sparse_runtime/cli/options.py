@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
 
-from sparse_runtime.errors import ConfigError
+from sparse_runtime.cli.figures import check_output_file
+from sparse_runtime.cli.ranges import PERCENTAGE, POSITIVE, SEED, SHARE, TWO_OR_MORE
 from sparse_runtime.models import parse_dtype
 
 ModelArgument = Annotated[
@@ -18,7 +19,13 @@ ClustersOption = Annotated[
     str, typer.Option("--clusters", help="Cluster artifact: folder or Hub id.", metavar="DIR")
 ]
 JsonOption = Annotated[
-    Path | None, typer.Option("--json", help="Write the figures to this file.", metavar="FILE")
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the figures to this file.",
+        metavar="FILE",
+        callback=check_output_file,
+    ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
 AutoDtypeOption = Annotated[
@@ -42,11 +49,32 @@ TestOption = Annotated[
     str | None, typer.Option(help="Held-out text; the data's test split if not given.")
 ]
 BudgetOption = Annotated[
-    float | None, typer.Option(help="Cut the sets for this cost share instead of their own.")
+    float | None,
+    typer.Option(
+        help="Cut the sets for this cost share instead of their own.", callback=SHARE.callback
+    ),
 ]
 VerifyOption = Annotated[
     bool | None,
     typer.Option(help="With or without looks at low-bit copies, whatever the artifact has."),
+]
+NewBudgetOption = Annotated[
+    float, typer.Option(help="Mean cost share, router included.", callback=SHARE.callback)
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Of everything that is drawn.", callback=SEED.callback)
+]
+PercentileOption = Annotated[
+    float, typer.Option(help="Threshold of binary patterns.", callback=PERCENTAGE.callback)
+]
+WindowOption = Annotated[
+    int, typer.Option(callback=TWO_OR_MORE.callback, help="Tokens per window.")
+]
+CalibrationTokensOption = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Calibration tokens.")
+]
+TestTokensOption = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Tokens of the held-out text.")
 ]
 
 
@@ -56,14 +84,3 @@ def resolve_dtype(text: str, device: str | None) -> torch.dtype:
         return parse_dtype(text)
     native = not (device or "cpu").startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
     return torch.bfloat16 if native else torch.float32
-
-
-def parse_numbers(option: str, text: str, kind: type) -> list[Any]:
-    """Numbers separated by commas. Raises ConfigError where they are none."""
-    try:
-        return [kind(part) for part in text.split(",")]
-    except ValueError:
-        raise ConfigError(
-            f"{option} is {text!r}; expected numbers separated by commas, such as "
-            + ("256,1024" if kind is int else "0.6,0.7")
-        ) from None

@@ -12,17 +12,30 @@ from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
     BudgetOption,
+    CalibrationTokensOption,
     ClustersOption,
     DataOption,
     DeviceOption,
     JsonOption,
     ModelArgument,
+    NewBudgetOption,
+    PercentileOption,
+    SeedOption,
     TestOption,
+    TestTokensOption,
     VerifyOption,
-    parse_numbers,
+    WindowOption,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import (
+    INNER_SHARE,
+    NOT_NEGATIVE,
+    POSITIVE,
+    SEED,
+    SHARE,
+    parse_numbers,
+)
 from sparse_runtime.cli.tables import print_rows
 from sparse_runtime.cli.texts import fit_and_test, held_out
 from sparse_runtime.cluster_set import ClusterSet
@@ -50,12 +63,12 @@ def paper(
         bool,
         typer.Option("--compare", help="Beside binary k-means, factorization and a penalty."),
     ] = False,
-    percentile: Annotated[float, typer.Option(help="Threshold of the patterns.")] = 50.0,
+    percentile: PercentileOption = 50.0,
     init: Annotated[str, typer.Option(help="random or kmeans++.")] = "random",
-    seed: Annotated[int, typer.Option(help="Of windows and initialization.")] = 0,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 32_768,
-    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 8192,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    seed: SeedOption = 0,
+    max_tokens: CalibrationTokensOption = 32_768,
+    test_tokens: TestTokensOption = 8192,
+    window: WindowOption = 512,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -65,10 +78,10 @@ def paper(
     from sparse_runtime.eval.paper import paper_coverage, paper_perplexity
 
     counts, shares = (
-        parse_numbers("--clusters", clusters, int),
-        parse_numbers("--densities", densities, float),
+        parse_numbers("--clusters", clusters, int, POSITIVE),
+        parse_numbers("--densities", densities, float, SHARE),
     )
-    chosen = None if layers is None else parse_numbers("--layers", layers, int)
+    chosen = None if layers is None else parse_numbers("--layers", layers, int, NOT_NEGATIVE)
     loaded, text, tokens, windows = fit_and_test(
         model, data, test, max_tokens, test_tokens, window, seed, dtype, device
     )
@@ -130,9 +143,9 @@ def ablate(
         str, typer.Option(help="Shares of zeros in the paper's patterns, with commas.")
     ] = "0.3,0.5,0.7",
     seeds: Annotated[str, typer.Option(help="Seeds, with commas.")] = "0,1,2",
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 16_384,
-    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 4096,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    max_tokens: CalibrationTokensOption = 16_384,
+    test_tokens: TestTokensOption = 4096,
+    window: WindowOption = 512,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -142,12 +155,12 @@ def ablate(
     from sparse_runtime.eval.host import host_record
 
     grid = Grid(
-        clusters=tuple(parse_numbers("--clusters", clusters, int)),
-        top_percentiles=tuple(parse_numbers("--percentiles", percentiles, float)),
-        sparsities=tuple(parse_numbers("--sparsities", sparsities, float)),
-        seeds=tuple(parse_numbers("--seeds", seeds, int)),
+        clusters=tuple(parse_numbers("--clusters", clusters, int, POSITIVE)),
+        top_percentiles=tuple(parse_numbers("--percentiles", percentiles, float, INNER_SHARE)),
+        sparsities=tuple(parse_numbers("--sparsities", sparsities, float, INNER_SHARE)),
+        seeds=tuple(parse_numbers("--seeds", seeds, int, SEED)),
     )
-    chosen = None if layers is None else parse_numbers("--layers", layers, int)
+    chosen = None if layers is None else parse_numbers("--layers", layers, int, NOT_NEGATIVE)
     loaded, text, _, windows = fit_and_test(
         model, data, test, max_tokens, test_tokens, window, 0, dtype, device
     )
@@ -174,14 +187,20 @@ def ingredients(
     data: DataOption = None,
     test: TestOption = None,
     seeds: Annotated[str, typer.Option(help="Seeds of builds, with commas.")] = "0,1,2",
-    budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
-    clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
+    budget: NewBudgetOption = 0.5,
+    clusters: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
+    ] = 256,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
-    distill: Annotated[int, typer.Option(min=1, help="Steps of distillation.")] = 60,
-    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of a step.")] = 1024,
-    max_tokens: Annotated[int, typer.Option(min=1, help="Calibration tokens.")] = 65_536,
-    test_tokens: Annotated[int, typer.Option(min=1, help="Tokens of the held-out text.")] = 8192,
-    window: Annotated[int, typer.Option(min=2, help="Tokens per window.")] = 512,
+    distill: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Steps of distillation.")
+    ] = 60,
+    step_tokens: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Tokens of a step.")
+    ] = 1024,
+    max_tokens: CalibrationTokensOption = 65_536,
+    test_tokens: TestTokensOption = 8192,
+    window: WindowOption = 512,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -200,7 +219,7 @@ def ingredients(
         max_tokens=max_tokens,
         window=window,
     )
-    of_builds = parse_numbers("--seeds", seeds, int)
+    of_builds = parse_numbers("--seeds", seeds, int, SEED)
     sources = data or ["wikitext2"]
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     tokens = held_out(test or sources[0], tokenizer, test_tokens, loaded)
@@ -230,8 +249,12 @@ def tasks(
             metavar="TASK",
         ),
     ],
-    limit: Annotated[int, typer.Option(min=0, help="Documents of each task; 0 for all.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Documents per call.")] = 1,
+    limit: Annotated[
+        int, typer.Option(callback=NOT_NEGATIVE.callback, help="Documents of each task; 0 for all.")
+    ] = 0,
+    batch_size: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Documents per call.")
+    ] = 1,
     budget: BudgetOption = None,
     verify: VerifyOption = None,
     dtype: AutoDtypeOption = "auto",
