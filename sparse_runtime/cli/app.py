@@ -55,7 +55,10 @@ def main() -> None:
     except Exception as error:
         # Typer's usage errors; it keeps their classes to itself.
         if hasattr(error, "format_message"):
-            fail(_usage(error), 2)
+            message = _usage(error)
+            if not message:  # no command, and Typer has printed the help
+                raise SystemExit(2) from None
+            fail(message, 2)
         if os.environ.get("SPARSE_RUNTIME_TRACEBACK"):
             raise
         reason = next(iter(str(error).splitlines()), "")
@@ -73,7 +76,11 @@ def _usage(error: Any) -> str:
     """One line about a wrong option or argument, and where the right ones are listed."""
     message = " ".join(error.format_message().split()).rstrip(".")
     context = getattr(error, "ctx", None)
-    return message if context is None else f"{message}; see {context.command_path} --help"
+    return (
+        message
+        if context is None or not message
+        else f"{message}; see {context.command_path} --help"
+    )
 
 
 @app.callback(invoke_without_command=True)

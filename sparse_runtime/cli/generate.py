@@ -261,7 +261,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         speed = "one token, so no rate"
     else:
         speed = f"{rate:.1f} tokens/s after the first"
-    out.print(f"[dim]{speed}; {prompt}; {escape(ran(figures))}[/dim]\n")
+    out.print(f"[dim]{speed}; {prompt}; {escape(ran(figures))}[/dim]\n", soft_wrap=True)
     if figures["nothing_sparse"]:
         err.print(f"nothing ran sparse: {escape(figures['nothing_sparse'])}", soft_wrap=True)
 

@@ -82,24 +82,30 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
 def print_quality(source: str, result: dict[str, Any]) -> None:
     """Print the figures of ``evaluate_quality`` on one text."""
     table = Table(title=_text_title(source, result["tokens"], result))
-    for column in ("neurons chosen", "perplexity", "÷ dense"):
+    for column in ("neurons chosen", "KL", "top-1", "÷ dense", "cost share", "perplexity"):
         table.add_column(column, justify="left" if column == "neurons chosen" else "right")
+    perplexity = result["perplexity"]
+    table.add_row("all (dense)", "0", "1", "1", "1", f"{perplexity['dense']:.2f}")
     names = {
-        "dense": "all (dense)",
         "sparse": "by the router (sparse)",
         "oracle_ids": "by oracle ids (best coverage)",
         "static": "one static set (floor)",
     }
-    dense_perplexity = result["perplexity"]["dense"]
     for key, name in names.items():
-        value = result["perplexity"][key]
-        table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
+        table.add_row(
+            name,
+            f"{result['divergence'][key]:.3f}",
+            f"{result['agreement'][key]:.3f}",
+            f"{perplexity[key] / perplexity['dense']:.3f}",
+            f"{result['cost_share']:.3f}" if key == "sparse" else "",
+            f"{perplexity[key]:.2f}",
+        )
     out.print(table)
     layers = result["layers"]
     scores = ("density", "coverage", "chance", "static_coverage", "oracle_coverage", "precision")
     mean = {name: sum(entry[name] for entry in layers) / len(layers) for name in scores}
     out.print(
-        f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
+        f"mean over layers: density {mean['density']:.3f}, "
         f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "
         f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
         f"{mean['precision']:.3f}"
@@ -109,11 +115,11 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
 # Heading -> what stands under it. In a narrow terminal the second group is left to --json.
 _CURVE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "budget": lambda row: f"{row['budget']:g}",
-    "cost share": lambda row: f"{row['cost_share']:.3f}",
-    "÷ dense": lambda row: f"{row['ratio']:.3f}",
-    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
     "KL": lambda row: f"{row['divergence']:.3f}",
     "top-1": lambda row: f"{row['agreement']:.3f}",
+    "÷ dense": lambda row: f"{row['ratio']:.3f}",
+    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
+    "cost share": lambda row: f"{row['cost_share']:.3f}",
 }
 _WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
