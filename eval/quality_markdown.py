@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
-from sparse_runtime.eval.markdown import markdown_table, records_table, run_line
+from sparse_runtime.eval.markdown import escaped, markdown_table, records_table, run_line
 from sparse_runtime.eval.run_folder import CURVE_FILES, RunFolder, method_label
 
 #: What stands between these lines of README is written by this module.
@@ -33,8 +33,8 @@ def quality_markdown(run: RunFolder) -> str:
     parts = [_INTRODUCTION]
     parts += [run_line(run.figures[file]["host"]) for file in CURVE_FILES if file in run.figures]
     for title, result in run.curves().items():
-        parts += [f"## {title}\n", _curves(result)]
-    parts += [f"{sentence}\n" for sentence in run.left_out()]
+        parts += [f"## {escaped(title)}\n", _curves(result)]
+    parts += [f"{escaped(sentence)}\n" for sentence in run.left_out()]
     for name, (title, columns) in _OTHERS.items():
         figures = run.figures.get(name)
         if figures is not None:
@@ -73,22 +73,22 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     dense = result["dense"]["perplexity"]
     lines = [["dense", "0", "1", "1", "", "1"]]
     for row in sorted(rows, key=lambda row: row["divergence"]):
-        label = method_label(row)
+        label = escaped(method_label(row))
         label = f"**{label}**" if row["method"] == "clusters" else label
         lines.append([label, *_quality(row), f"{row['cost_share']:.2f}"])
     columns = ["KL", "top-1", "perplexity ÷ dense", "95 %", "FFN cost share"]
-    host = figures["host"]
-    return (
-        f"{markdown_table(['every token sparse', *columns], lines)}\n{figures['model']}, {title}, "
-        f"{result['tokens']} tokens in windows of {figures['window']}, dense perplexity {dense:.2f}, "
-        f"{figures['dtype']}, {host['date']}.\n{_other_texts(curves, title, columns, budget)}"
+    measured = (
+        f"{figures['model']}, {title}, {result['tokens']} tokens in windows of {figures['window']}, "
+        f"dense perplexity {dense:.2f}, {figures['dtype']}, {figures['host']['date']}."
     )
+    table = markdown_table(["every token sparse", *columns], lines)
+    return f"{table}\n{escaped(measured)}\n{_other_texts(curves, title, columns, budget)}"
 
 
 def _other_texts(curves: dict[str, Any], first: str, columns: Sequence[str], budget: float) -> str:
     """Clusters with looks on all texts and protocols but the first; nothing if there are none."""
     lines = [
-        [title, *_quality(row), f"{row['cost_share']:.2f}"]
+        [escaped(title), *_quality(row), f"{row['cost_share']:.2f}"]
         for title, result in curves.items()
         for row in result["rows"]
         if title != first and row["budget"] == budget and row["verify"]
@@ -114,7 +114,7 @@ def _curves(result: dict[str, Any]) -> str:
     lines = [["dense", "", "0", "1", "1", "", "1", f"{result['dense']['perplexity']:.2f}"]]
     for row in result["rows"]:
         further = [f"{row['cost_share']:.3f}", f"{row['perplexity']:.2f}"]
-        lines.append([method_label(row), f"{row['budget']:g}", *_quality(row), *further])
+        lines.append([escaped(method_label(row)), f"{row['budget']:g}", *_quality(row), *further])
     return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
