@@ -26,8 +26,9 @@ from torch import Tensor
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.artifact.cluster_set import WORK_FOLDER, ClusterSet, check_output_folder
+from sparse_runtime.artifact.recut import price_for, recut
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.cluster_set import WORK_FOLDER, ClusterSet, check_output_folder
 from sparse_runtime.clusters.awc import Clustering, top_sets
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
@@ -61,11 +62,10 @@ from sparse_runtime.clusters.layer_build import (
 )
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.seeding import layer_generator
-from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
-from sparse_runtime.recut import price_for, recut
 
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)

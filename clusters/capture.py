@@ -22,7 +22,7 @@ from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import OutputFolderError
-from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"

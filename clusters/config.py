@@ -23,7 +23,7 @@ class BuildConfig:
             priced by (see ``clusters/importance.py``). ``fisher`` falls back to ``norm`` with a
             warning where no backward pass can be run. ``awc-paper`` is always binary.
         allocation: how the budget is spent. ``global`` cuts all sets at one price of a neuron (see
-            ``sparse_runtime.bands``); ``uniform`` gives every set the same size. ``awc-paper`` is
+            ``artifact.bands``); ``uniform`` gives every set the same size. ``awc-paper`` is
             always uniform.
         verify: leave neurons that are needed by some of a cluster's tokens only to a look at low-bit
             copies (with allocation ``global``).

@@ -13,10 +13,10 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.artifact.bands import LayerCentroids, cut_bands
+from sparse_runtime.artifact.cluster_set import LayerClusters
 from sparse_runtime.atomic import write_tensors
-from sparse_runtime.bands import LayerCentroids, cut_bands
 from sparse_runtime.bitmaps import pack_bits, union, unpack_bits
-from sparse_runtime.cluster_set import LayerClusters
 from sparse_runtime.clusters.awc import (
     Clustering,
     best_sets,

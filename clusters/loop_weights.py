@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_runtime.bands import LayerCentroids
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.bands import LayerCentroids
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.student import DenseStates, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.artifact.cluster_set import LayerClusters
 from sparse_runtime.bitmaps import unpack_bits
-from sparse_runtime.cluster_set import LayerClusters
+from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
-from sparse_runtime.predictors import router_logits
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
 DenseStates = Callable[[Tensor], Tensor]

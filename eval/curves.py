@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.data import (
     CalibrationText,
     DataSource,
     calibration_windows,
     parse_source,
 )
-from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.baselines import captured_states, fit_baseline, named_baselines
 from sparse_runtime.eval.bootstrap import ratio_interval
@@ -31,9 +31,9 @@ from sparse_runtime.eval.forwards import dense_prompts
 from sparse_runtime.eval.masked_ffn import Baseline, CostMeter, Masks, PromptMasks, masked_ffns
 from sparse_runtime.eval.perplexity import TextScore, score_text
 from sparse_runtime.eval.quality import EVALUATION
+from sparse_runtime.ffn.counts import count_cost, read_counts
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.progress import ProgressReporter
-from sparse_runtime.recut import recut
-from sparse_runtime.sparse_ffn import SparseFFN
 
 DEFAULT_CALIBRATION = "wikitext2"
 
@@ -264,10 +264,10 @@ def _add_baseline(
 
 def _neuron_shares(modules: list[SparseFFN]) -> tuple[float, float]:
     """Shares of the neurons computed and looked at, mean over the sparse tokens and layers."""
-    neurons = sum(int(m.cluster_counts.sum()) * m.cost.intermediate_size for m in modules)
-    computed, looked = (
-        sum(int(module.row_counts[column]) for module in modules) for column in (0, 1)
-    )
+    counts = [(read_counts(module), module.cost.intermediate_size) for module in modules]
+    neurons = sum(count.sparse_tokens * size for count, size in counts)
+    computed = sum(count.computed for count, _ in counts)
+    looked = sum(count.looked_at for count, _ in counts)
     return computed / neurons, looked / neurons
 
 

@@ -17,10 +17,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
-from sparse_runtime.cluster_set import ClusterSet
-from sparse_runtime.cost import count_cost
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.quality import EVALUATION
+from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 

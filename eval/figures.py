@@ -292,7 +292,9 @@ def _is_of_kind(value: Any, kind: type) -> bool:
         return kind is bool and isinstance(value, bool)
     if kind is float:
         return isinstance(value, (int, float)) and abs(value) < _HUGE
-    return isinstance(value, kind) and (kind is not int or abs(value) < _HUGE)
+    if kind is int:
+        return isinstance(value, int) and abs(value) < _HUGE
+    return isinstance(value, kind)
 
 
 def _found(value: Any) -> str:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.api import sparse_modules
-from sparse_runtime.sparse_ffn import SparseFFN
+from sparse_runtime.ffn.rule import DENSE_REASONS
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
 
 #: Hidden states [B, T, H] -> the FFN's output [B, T, H].
 Forward = Callable[[Tensor], Tensor]
@@ -80,8 +81,7 @@ def dense_prompts(model: nn.Module, prompt_tokens: int) -> Iterator[None]:
 
 def _counted_dense(module: SparseFFN) -> Forward:
     def forward(hidden_states: Tensor) -> Tensor:
-        module.dense_token_count += hidden_states.shape[:-1].numel()
-        output: Tensor = module.base_layer(hidden_states)
-        return output
+        module.dense_counts[DENSE_REASONS.index("long call")] += hidden_states.shape[:-1].numel()
+        return module.dense(hidden_states)
 
     return forward

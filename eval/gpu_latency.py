@@ -17,16 +17,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.api import sparse_modules, sparsify, unsparsify
+from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
-from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import host_record
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.ffn.counts import count_cost, read_counts
+from sparse_runtime.ffn.patch import owners
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.reference import (
+    ACTIVATION_FUNCTIONS,
+    add_compensation,
+    sparse_ffn_reference,
+)
 from sparse_runtime.progress import ProgressReporter, SilentProgress
-from sparse_runtime.sparse_ffn import SparseFFN
 
 # Layers of the FFN measurements: 2.8 GB of Mistral's, far beyond any cache.
 _LAYERS = 8
@@ -187,12 +192,9 @@ def verify_outputs(modules: Sequence[SparseFFN]) -> None:
                 found = module(x).float()
                 picked = (module.cluster_counts - before).nonzero().flatten()
                 # Routing is compared elsewhere: near ties fall as rounding wants.
-                ids = module.route(x) if batch > 1 else picked[:1]
-                expected = sparse_ffn_reference(
-                    x, *_weights(module), module.active_sets, ids, module.activation,
-                    module.maybe_sets, module.low_bit, module.factors,
-                ).float()  # fmt: skip
-                expected = module.compensated(expected, x, ids)
+                ids = module.cluster_ids(x) if batch > 1 else picked[:1]
+                expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
+                expected = add_compensation(expected, x, ids, module.compensation)
             errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
             error = errors.median().item()
             if not error < 0.02:
@@ -203,16 +205,11 @@ def verify_outputs(modules: Sequence[SparseFFN]) -> None:
                 )
 
 
-def _weights(module: SparseFFN) -> tuple[Tensor, Tensor, Tensor]:
-    gate, up, down = (linear.weight.detach() for linear in module._projections)
-    return gate, up, down.t()
-
-
 def tokens_for(module: SparseFFN, count: int) -> Tensor:
     """Random hidden states [count, H] for an FFN, of the size that a norm leaves."""
     generator = torch.Generator().manual_seed(module.layer_index)
     x = torch.randn(count, module.cost.hidden_size, generator=generator)
-    return x.to(module.router_up)
+    return x.to(module.router.up)
 
 
 def _bench_ffn(
@@ -244,10 +241,10 @@ def _bench_ffn(
             module.reset_counts()
         seconds = in_turns(calls, device, repeats)
     micro = {name: 1e6 * value / len(modules) for name, value in seconds.items()}
-    tokens = sum(int(module.cluster_counts.sum()) for module in modules)
-    computed, looked = (
-        sum(int(module.row_counts[i]) for module in modules) / tokens for i in range(2)
-    )
+    counts = [read_counts(module) for module in modules]
+    tokens = sum(count.sparse_tokens for count in counts)
+    computed = sum(count.computed for count in counts) / tokens
+    looked = sum(count.looked_at for count in counts) / tokens
     cost = modules[0].cost
     row = {
         "cost_share": cost.share(computed, looked),
@@ -272,14 +269,11 @@ def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]
         for module in modules:
             route_only(
                 x,
-                _weights(module),
-                module.active_sets,
-                module.router_down,
-                module.router_up,
-                module.router_bias,
-                module.cluster_counts,
+                module.weights,
+                module.tables,
+                module.router,
                 module.counters,
-                module.correction_down,
+                module.compensation,
             )
 
     with torch.inference_mode():
@@ -301,9 +295,8 @@ def _time_decode(
         step = _decode_step(model, run, batch, prompt_tokens, new_tokens)
         for _ in range(3):  # compiles, then captures
             step()
-        for module in model.modules():
-            if isinstance(module, SparseFFN):
-                module.reset_counts()
+        if any(owners(model)):
+            reset_cost(model)
         seconds[f"{name}_{how}"] = [_seconds(step, device) for _ in range(new_tokens)]
     torch._dynamo.reset()
     return seconds

@@ -10,10 +10,10 @@ import torch
 
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.gpu_latency import captured, in_turns, tokens_for, verify_outputs
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.triton_config import TritonConfig, remember
 from sparse_runtime.kernels.triton_ffn import forced_config
 from sparse_runtime.progress import ProgressReporter, SilentProgress
-from sparse_runtime.sparse_ffn import SparseFFN
 
 #: Values tried of each setting that matters to calls of one token, and to calls of several.
 ONE_TOKEN: dict[str, Sequence[int]] = {
@@ -76,7 +76,7 @@ def tune(
         )
     progress = progress or SilentProgress()
     stages: list[tuple[Mapping[str, Sequence[int]], int]] = [(ONE_TOKEN, 1)]
-    if modules[0].maybe_sets is not None:
+    if modules[0].tables.maybe_sets is not None:
         stages.append((LOOKS, 1))
     stages.append((SEVERAL, _SEVERAL_TOKENS))
     best = TritonConfig()
@@ -99,7 +99,7 @@ def tune(
     with forced_config(best):
         verify_outputs(modules[:2])
     after = _seconds(modules, [best], 1, repeats)[0]
-    weight = modules[0].router_up
+    weight = modules[0].router.up
     card = "cpu" if weight.device.type == "cpu" else torch.cuda.get_device_name(weight.device)
     cost = modules[0].cost
     remember(card, cost.hidden_size, cost.intermediate_size, weight.dtype, best)
@@ -149,7 +149,7 @@ def _switch_over(modules: Sequence[SparseFFN], config: TritonConfig, repeats: in
 
         def dense(x: torch.Tensor = x) -> None:
             for module in modules:
-                module.base_layer(x)
+                module.dense(x)
 
         sparse = _seconds(modules, [config], tokens, repeats)[0]
         with torch.inference_mode():

@@ -13,7 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.build import (
     LOOP_TOKENS,
     build_clusters,
@@ -24,11 +25,10 @@ from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.data import DataSource, calibration_windows
 from sparse_runtime.clusters.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
-from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.curves import Protocol
 from sparse_runtime.eval.quality import EVALUATION
+from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.progress import ProgressReporter
-from sparse_runtime.recut import recut
 
 
 @dataclass(frozen=True)

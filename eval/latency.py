@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.baselines import captured_states
@@ -35,7 +35,7 @@ from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
 from sparse_runtime.eval.timing import TokenClock
-from sparse_runtime.fast_linear import fast_linear, slow_linear
+from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _PREFILL_SECONDS = 60.0

@@ -17,8 +17,13 @@ from torch import Tensor
 
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.host import ReadBandwidth
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
-from sparse_runtime.sparse_ffn import SparseFFN
+from sparse_runtime.ffn.counts import read_counts
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.reference import (
+    ACTIVATION_FUNCTIONS,
+    add_compensation,
+    sparse_ffn_reference,
+)
 
 # Layers that calls rotate over, at least; together they are beyond every cache, and copied.
 _LAYERS = 2
@@ -64,8 +69,8 @@ def bench_mlp(
     dense = [_DenseFFN(module) for module in layers]
     variants: dict[str, Variant] = {
         "dense": lambda i, x: dense[i].linear(x),
-        "all_rows": lambda i, x: layers[i]._all_rows(x),
-        "sparse": lambda i, x: layers[i]._fused(x),
+        "all_rows": lambda i, x: layers[i].all_rows(x),
+        "sparse": lambda i, x: layers[i].sparse(x),
     }
     if dense[0].packed is not None:
         variants["prepacked"] = lambda i, x: dense[i].prepacked(x)
@@ -73,17 +78,16 @@ def bench_mlp(
     for num_tokens in token_counts:
         calls = dict(variants)
         if num_tokens > 1:
-            calls["chosen"] = lambda i, x: layers[i]._run(x)
+            calls["chosen"] = lambda i, x: layers[i](x)
         rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
         for module in layers:
-            module._path(num_tokens)  # measures, where the answer is not known yet
             module.reset_counts()
         seconds, read_gbps = in_turns(calls, layers, num_tokens, rounds, states)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
             result |= _one_token(seconds, layers, statistics.median(read_gbps))
         else:
-            milliseconds["path"] = layers[0]._path(num_tokens)  # type: ignore[assignment]
+            milliseconds["path"] = layers[0].rule.path(num_tokens)  # type: ignore[assignment]
         result["tokens"].append({"tokens": num_tokens, **milliseconds})
     return result
 
@@ -97,11 +101,10 @@ def bench_layers(modules: Sequence[SparseFFN]) -> list[SparseFFN]:
 def _one_token(
     seconds: dict[str, float], layers: Sequence[SparseFFN], read_gbps: float
 ) -> dict[str, Any]:
-    computed, looked = (
-        sum(int(module.row_counts[i]) for module in layers)
-        / sum(int(module.cluster_counts.sum()) for module in layers)
-        for i in range(2)
-    )
+    counts = [read_counts(module) for module in layers]
+    tokens = sum(count.sparse_tokens for count in counts)
+    computed = sum(count.computed for count in counts) / tokens
+    looked = sum(count.looked_at for count in counts) / tokens
     cost = layers[0].cost
     bytes_read = cost.sparse_bytes(computed, looked)
     gbps = bytes_read / seconds["sparse"] / 1e9
@@ -172,45 +175,34 @@ def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generato
 
     It would send nearly all Gaussian noise to a few clusters.
     """
-    up = module.router_up.float()
+    router = module.router
+    up = router.up.float()
     noise = torch.randn(num_tokens, module.cost.hidden_size, generator=generator)
     ids = torch.randint(len(up), (num_tokens,), generator=generator)
     wanted = (up - up.mean(0))[ids]
-    if module.router_down is not None:
-        wanted = wanted @ module.router_down.float()
+    if router.down is not None:
+        wanted = wanted @ router.down.float()
     wanted *= (
         4 * noise.norm(dim=-1, keepdim=True) / wanted.norm(dim=-1, keepdim=True).clamp_min(1e-6)
     )
     x = noise + wanted
     # Of the size that hidden states have after a norm: how many looks confirm depends on it.
     x *= (x.shape[1] ** 0.5) / x.norm(dim=-1, keepdim=True)
-    return x.to(module.router_up.dtype)
+    return x.to(router.up.dtype)
 
 
 def _verify(layers: Sequence[SparseFFN]) -> None:
     """Compare sparse FFNs with the reference before anything is timed."""
     for module in layers:
         generator = torch.Generator().manual_seed(module.layer_index)
-        x = torch.randn(1, module.cost.hidden_size, generator=generator).to(module.router_up.dtype)
-        gate, up, down = (linear.weight for linear in module._projections)
+        x = torch.randn(1, module.cost.hidden_size, generator=generator).to(module.router.up.dtype)
         with torch.inference_mode():
             before = module.cluster_counts.clone()
-            found = module._fused(x).float()
-            # Not module.route(x): of noise, two clusters' logits may be as good as equal.
+            found = module.sparse(x).float()
+            # Not module.cluster_ids(x): of noise, two clusters' logits may be as good as equal.
             ids = (module.cluster_counts - before).nonzero().flatten()
-            expected = sparse_ffn_reference(
-                x,
-                gate,
-                up,
-                down.t(),
-                module.active_sets,
-                ids,
-                module.activation,
-                module.maybe_sets,
-                module.low_bit,
-                module.factors,
-            ).float()
-            expected = module.compensated(expected, x, ids)
+            expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
+            expected = add_compensation(expected, x, ids, module.compensation)
             error = (found - expected).norm() / expected.norm()
         if not error < 0.02:
             raise SparseRuntimeError(
@@ -223,8 +215,9 @@ class _DenseFFN:
     """A dense FFN of a sparse one's weights in torch's own layouts."""
 
     def __init__(self, module: SparseFFN) -> None:
-        gate, up, down = (linear.weight.detach() for linear in module._projections)
-        self.weights = (gate, up, down.contiguous())
+        weights = module.weights
+        gate, up = weights.gate.detach(), weights.up.detach()
+        self.weights = (gate, up, weights.down_t.detach().t().contiguous())
         self.packed: tuple[Tensor, ...] | None = None
         self._activation: Callable[[Tensor], Tensor] = ACTIVATION_FUNCTIONS[module.activation]
         if gate.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.eval.mlp_latency import Variant, bench_layers, in_turns
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
-from sparse_runtime.sparse_ffn import SparseFFN
 
 # Rank of the per-neuron predictor: 64 for SmolLM2's hidden size, as in eval/deja_vu.py, and as large a
 # share of the FFN for others.
@@ -46,7 +46,7 @@ def bench_prediction(
     """
     layers = bench_layers(modules)
     hidden_size, neurons = layers[0].cost.hidden_size, layers[0].cost.intermediate_size
-    dtype, element_size = layers[0].router_up.dtype, layers[0].cost.element_size
+    dtype, element_size = layers[0].router.up.dtype, layers[0].cost.element_size
     rank = max(1, hidden_size // _HIDDEN_PER_RANK)
     generator = torch.Generator().manual_seed(0)
     predictors = [
@@ -59,10 +59,10 @@ def bench_prediction(
     linear = torch.ops.sparse_runtime.cpu_linear
 
     def router(layer: int, x: Tensor) -> Tensor:
-        module = layers[layer]
-        y = x if module.router_down is None else linear(x, module.router_down, None)
-        ids = linear(y, module.router_up, module.router_bias).argmax(-1)
-        return module.active_sets[ids]
+        weights = layers[layer].router
+        y = x if weights.down is None else linear(x, weights.down, None)
+        ids = linear(y, weights.up, weights.bias).argmax(-1)
+        return layers[layer].tables.active_sets[ids]
 
     def per_neuron(layer: int, x: Tensor) -> Tensor:
         down, up = predictors[layer]
@@ -70,22 +70,22 @@ def bench_prediction(
 
     def dense_gate(layer: int, x: Tensor) -> Tensor:
         module = layers[layer]
-        gate = linear(x, module._projections[0].weight, None)
+        gate = linear(x, module.weights.gate, None)
         return (ACTIVATION_FUNCTIONS[module.activation](gate).abs() > 0.1).nonzero()
 
     variants: dict[str, Variant] = {
-        "ffn": lambda i, x: layers[i]._all_rows(x),
+        "ffn": lambda i, x: layers[i].all_rows(x),
         "router": router,
         "per-neuron predictor": per_neuron,
         "dense gate": dense_gate,
     }
     seconds, _ = in_turns(variants, layers, 1, repeats, states)
-    router_down = layers[0].router_down
+    weights = layers[0].router
     elements = {
         "router": router_parameter_count(
             hidden_size,
-            len(layers[0].router_up),
-            None if router_down is None else len(router_down),
+            len(weights.up),
+            None if weights.down is None else len(weights.down),
         ),
         "per-neuron predictor": rank * (hidden_size + neurons),
         "dense gate": hidden_size * neurons,

@@ -10,7 +10,7 @@ verification a cluster's set is both of its bands. ``sparse_runtime.eval.curves`
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import union, unpack_bits
-from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.importance import ImportanceScorer, importance_scorer, normalized
 from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig
-from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.forwards import dense_prompts
 from sparse_runtime.eval.perplexity import score_text
-from sparse_runtime.predictors import router_logits
+from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels import ClusterTables, router_logits
 from sparse_runtime.progress import ProgressReporter
-from sparse_runtime.sparse_ffn import SparseFFN
 
 # Scoring sets costs more than running them; this many tokens fix a layer's means to about 0.001.
 _SCORED_TOKENS = 4096
@@ -131,15 +131,10 @@ def evaluate_quality(
 
 @contextmanager
 def _routes(model: nn.Module, make_route: Any) -> Iterator[None]:
-    modules = sparse_modules(model)
-    before = [module.route for module in modules]
-    try:
-        for module in modules:
-            module.route = make_route(module)
+    with ExitStack() as stack:
+        for module in sparse_modules(model):
+            stack.enter_context(module.swapped(route=make_route(module)))
         yield
-    finally:
-        for module, route in zip(modules, before, strict=True):
-            module.route = route
 
 
 @contextmanager
@@ -151,24 +146,24 @@ def _scored(
     scored = {}
 
     def make_route(module: SparseFFN) -> Any:
-        layer, predict = clusters.layers[module.layer_index], module.route
+        tables, router = module.tables, module.router
+        static_set = clusters.layers[module.layer_index].static_set
+        device = tables.active_sets.device
         scorer = SetScorer(
-            unpack_bits(union(module.active_sets, module.maybe_sets), neurons),
-            unpack_bits(layer.static_set.to(module.active_sets.device), neurons),
+            unpack_bits(union(tables.active_sets, tables.maybe_sets), neurons),
+            unpack_bits(static_set.to(device), neurons),
         )
-        counts = torch.zeros(_CONFIDENCE_BINS, device=module.active_sets.device)
+        counts = torch.zeros(_CONFIDENCE_BINS, device=device)
         scored[module.layer_index] = (scorer, counts)
         remaining = _SCORED_TOKENS
 
         def route(x: Tensor) -> Tensor:
             nonlocal remaining
-            ids = predict(x)
+            ids = module.cluster_ids(x)
             if remaining > 0:
                 sample = slice(0, remaining)
                 scorer.add(scorers[module.layer_index](x[sample]), ids[sample])
-                logits = router_logits(
-                    x[sample], module.router_down, module.router_up, module.router_bias
-                )
+                logits = router_logits(x[sample], router.down, router.up, router.bias)
                 sure = logits.float().softmax(-1).amax(-1)
                 counts.add_(torch.histc(sure, _CONFIDENCE_BINS, 0, 1))
                 remaining -= len(ids[sample])
@@ -186,9 +181,8 @@ def _oracle_ids(
 ) -> Iterator[None]:
     def make_route(module: SparseFFN) -> Any:
         scorer, price = scorers[module.layer_index], prices[module.layer_index]
-        sets = unpack_bits(
-            union(module.active_sets, module.maybe_sets), module.cost.intermediate_size
-        ).float()
+        both = union(module.tables.active_sets, module.tables.maybe_sets)
+        sets = unpack_bits(both, module.cost.intermediate_size).float()
         density = sets.mean(-1)
         return lambda x: oracle_ids(normalized(scorer(x)) @ sets.t(), density, price)
 
@@ -198,17 +192,11 @@ def _oracle_ids(
 
 @contextmanager
 def _static_set(model: nn.Module, clusters: ClusterSet) -> Iterator[None]:
-    modules = sparse_modules(model)
-    names = ("active_sets", "maybe_sets", "low_bit", "factors")
-    before = [[getattr(module, name) for name in names] for module in modules]
-    try:
-        for module in modules:
+    with ExitStack() as stack:
+        for module in sparse_modules(model):
             static = clusters.layers[module.layer_index].static_set
+            sets = module.tables.active_sets
             # Every id points at the same set, so ids of any router stay in range.
-            module.active_sets = static.to(module.active_sets.device).expand_as(module.active_sets)
-            module.maybe_sets = module.low_bit = module.factors = None
+            tables = ClusterTables(static.to(sets.device).expand_as(sets))
+            stack.enter_context(module.swapped(tables=tables))
         yield
-    finally:
-        for module, tensors in zip(modules, before, strict=True):
-            for name, tensor in zip(names, tensors, strict=True):
-                setattr(module, name, tensor)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.cluster_set import CONFIG_FILE, ClusterSet
+from sparse_runtime.artifact.cluster_set import CONFIG_FILE, ClusterSet
 from sparse_runtime.errors import DataError
 from sparse_runtime.eval import figures
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.bitmaps import pack_bits
-from sparse_runtime.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.models.fingerprint import model_fingerprint
 
 SHAPES = {
     "mistral-7b": {

@@ -5,7 +5,6 @@ from sparse_runtime.predictors.routers import (
     LowRankRouter,
     Router,
     new_router,
-    router_logits,
 )
 
-__all__ = ["LinearRouter", "LowRankRouter", "Router", "new_router", "router_logits"]
+__all__ = ["LinearRouter", "LowRankRouter", "Router", "new_router"]

@@ -3,25 +3,9 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def router_logits(x: Tensor, down: Tensor | None, up: Tensor, bias: Tensor) -> Tensor:
-    """Cluster logits of hidden states.
-
-    Args:
-        x: hidden states [n, H].
-        down: first matrix of a low-rank router [r, H], or None for a linear one.
-        up: [K, r], or [K, H] for a linear router.
-        bias: [K].
-
-    Returns:
-        logits [n, K].
-    """
-    if down is not None:
-        x = F.linear(x, down)
-    return F.linear(x, up, bias)
+from sparse_runtime.kernels.reference import router_logits
 
 
 class LinearRouter(nn.Module):

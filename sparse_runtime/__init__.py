@@ -8,12 +8,12 @@ from sparse_runtime.api import (
     sparsify,
     unsparsify,
 )
-from sparse_runtime.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.fast_linear import fast_linear, slow_linear
-from sparse_runtime.recut import recut
+from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
 
 __all__ = [

@@ -9,16 +9,20 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
-from sparse_runtime.cost import CostReport, count_cost
+from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import AlreadySparseError, NothingMatchedError, NotSparseError
-from sparse_runtime.fast_linear import fast_linear, slow_linear
-from sparse_runtime.recut import recut
-from sparse_runtime.sparse_ffn import Padding, SparseFFN
+from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
+from sparse_runtime.ffn.model_state import ModelState
+from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.linear import only_moves_inputs
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -48,46 +52,95 @@ def sparsify(
         ConfigError: an option is unknown or out of range, or the sets cannot be cut for it.
         AlreadySparseError: the model is sparse already.
         UnsupportedArchitectureError: the model type, or one of its FFNs, is not supported.
-        NothingMatchedError: no layer of the artifact is in the model.
+        NothingMatchedError: a layer of the artifact is not in the model, none can be patched, or
+            ``fast_linear`` finds no linear layer.
         FingerprintMismatchError: the artifact was built for other weights.
         ArtifactError: the artifact cannot be read.
     """
     config = (config or SparseConfig()).with_options(options)
-    if _sparse_modules(model):
+    if any(owners(model)):
         raise AlreadySparseError(
             "the model is sparse already; call unsparsify(model) before another sparsify"
         )
     layers = find_ffn_layers(model)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
+        artifact = _artifact(model, clusters, config)
+        matched = _matched(layers, artifact)
+        state = ModelState()
+        ffns = [
+            SparseFFN(layer, artifact.layers[layer.index], config, state, first=layer is matched[0])
+            for layer in matched
+        ]
+        linears = slow_linears(model, [layer.mlp for layer in layers]) if config.fast_linear else []
+        patch(matched, ffns)
+        swap(linears)
+        state.fast_linears += linears
+    return model
+
+
+def _artifact(
+    model: nn.Module, clusters: ClusterSet | str | os.PathLike[str], config: SparseConfig
+) -> ClusterSet:
+    """The artifact, checked against the model and cut as the options say."""
     cuts = config.budget is not None or config.verify is not None or bool(config.layer_budgets)
     if not isinstance(clusters, ClusterSet):
         clusters = ClusterSet.from_pretrained(clusters, centroids=cuts)
     if config.check_fingerprint:
         clusters.check_model(model)
-    if cuts:
-        clusters = recut(
-            model,
-            clusters,
-            budget=config.budget,
-            verify=config.verify,
-            layer_budgets=config.layer_budgets,
+    if not cuts:
+        return clusters
+    return recut(
+        model,
+        clusters,
+        budget=config.budget,
+        verify=config.verify,
+        layer_budgets=config.layer_budgets,
+    )
+
+
+def _matched(layers: list[FFNLayer], clusters: ClusterSet) -> list[FFNLayer]:
+    """The layers to patch: those of the artifact that can be."""
+    found, held = [layer.index for layer in layers], sorted(clusters.layers)
+    missing = sorted(set(held) - set(found))
+    if missing or not held:
+        raise NothingMatchedError(
+            f"no layer was patched: the artifact holds layers {held}, the model has {found}; build "
+            "clusters for this model"
+        )
+    if len(held) < len(found):
+        left = sorted(set(found) - set(held))
+        warnings.warn(
+            f"layers {left} stay dense: the artifact holds only layers {held} of the model's "
+            f"{len(found)}",
+            stacklevel=3,
         )
     matched = [layer for layer in layers if layer.index in clusters.layers]
-    matched = _without_offloaded(matched)
-    if not matched:
-        raise NothingMatchedError(
-            f"no layer was patched: the artifact holds layers {sorted(clusters.layers)}, the model "
-            f"has {[layer.index for layer in layers]}; build clusters for this model"
+    problems = {layer.name: _obstacle(layer) for layer in matched}
+    kept = [layer for layer in matched if problems[layer.name] is None]
+    if len(kept) < len(matched):
+        name, problem = next(item for item in problems.items() if item[1] is not None)
+        text = (
+            f"{len(matched) - len(kept)} of {len(matched)} FFNs stay dense ({name}, …): {problem}"
         )
-    sparse = [(layer, SparseFFN(layer, clusters.layers[layer.index], config)) for layer in matched]
-    padding = Padding()
-    for layer, module in sparse:
-        module.train(layer.mlp.training)
-        module.padding = padding
-        setattr(layer.parent, layer.attribute, module)
-    model.register_forward_pre_hook(_NotePadding(padding), with_kwargs=True)
-    if config.fast_linear:
-        fast_linear(model)
-    return model
+        if not kept:
+            raise NothingMatchedError(f"no layer was patched: {text}")
+        warnings.warn(text, stacklevel=3)
+    return kept
+
+
+def _obstacle(layer: FFNLayer) -> str | None:
+    """Why an FFN cannot be patched; None if it can."""
+    if any(linear.weight.device.type == "meta" for linear in (layer.gate, layer.up, layer.down)):
+        return (
+            "accelerate offloads their weights, and moving whole matrices costs more than skipping "
+            "rows saves. Give the model more device memory to run them sparsely"
+        )
+    if "forward" in layer.mlp.__dict__ and not only_moves_inputs(layer.mlp):
+        return (
+            "their forward has been replaced on the module itself, by accelerate's hooks or by hand, "
+            "so that it would never ask for clusters. Undo that, and call sparsify first"
+        )
+    return None
 
 
 def unsparsify(model: ModelT) -> ModelT:
@@ -96,32 +149,27 @@ def unsparsify(model: ModelT) -> ModelT:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    for name, module in _require_sparse(model):
-        parent_name, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), attribute, module.restore())
-    for key, hook in list(model._forward_pre_hooks.items()):
-        if isinstance(hook, _NotePadding):
-            del model._forward_pre_hooks[key]
-            model._forward_pre_hooks_with_kwargs.pop(key, None)
-    return slow_linear(model)
+    modules = _require_sparse(model)
+    restore(modules[0].state.fast_linears)
+    with torch.inference_mode(False), torch.no_grad():
+        for owner in list(owners(model)):
+            unpatch(owner)
+    return model
 
 
 @contextmanager
 def dense(model: ModelT) -> Iterator[ModelT]:
     """Run the original FFNs inside the context, for comparison; sparse again after it.
 
+    Only calls of the thread that enters the context are dense. Contexts may be nested and end in any
+    order.
+
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    modules = [module for _, module in _require_sparse(model)]
-    before = [module.forced_dense for module in modules]
-    try:
-        for module in modules:
-            module.forced_dense = True
+    (state,) = {module.state for module in _require_sparse(model)}
+    with state.switch.on():
         yield model
-    finally:
-        for module, value in zip(modules, before, strict=True):
-            module.forced_dense = value
 
 
 def cost_report(model: nn.Module) -> CostReport:
@@ -130,7 +178,7 @@ def cost_report(model: nn.Module) -> CostReport:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    return count_cost([module for _, module in _require_sparse(model)])
+    return count_cost(_require_sparse(model))
 
 
 def reset_cost(model: nn.Module) -> None:
@@ -139,7 +187,7 @@ def reset_cost(model: nn.Module) -> None:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    for _, module in _require_sparse(model):
+    for module in _require_sparse(model):
         module.reset_counts()
 
 
@@ -149,51 +197,14 @@ def sparse_modules(model: nn.Module) -> list[SparseFFN]:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    return [module for _, module in _require_sparse(model)]
+    return _require_sparse(model)
 
 
-class _NotePadding:
-    """Forward pre-hook of the model: padding tokens of the coming call, for the FFNs to skip."""
-
-    def __init__(self, padding: Padding) -> None:
-        self._padding = padding
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_compiling():
-            return
-        self._padding.mask = None
-        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs_embeds"))
-        mask = kwargs.get("attention_mask")
-        if not (isinstance(mask, Tensor) and isinstance(tokens, Tensor)):
-            return
-        # On a GPU, asking whether there is padding would wait for the device.
-        if mask.device.type == "cpu" and mask.dim() == 2 and tokens.shape[1] <= mask.shape[1]:
-            self._padding.mask = mask[:, -tokens.shape[1] :]
-
-
-def _sparse_modules(model: nn.Module) -> list[tuple[str, SparseFFN]]:
-    return [
-        (name, module) for name, module in model.named_modules() if isinstance(module, SparseFFN)
-    ]
-
-
-def _require_sparse(model: nn.Module) -> list[tuple[str, SparseFFN]]:
-    modules = _sparse_modules(model)
+def _require_sparse(model: nn.Module) -> list[SparseFFN]:
+    modules = [sparse_ffn_of(owner) for owner in owners(model)]
     if not modules:
         raise NotSparseError(
             f"this {type(model).__name__} is dense: it holds no SparseFFN; call "
             "sparsify(model, clusters) first"
         )
     return modules
-
-
-def _without_offloaded(layers: list[FFNLayer]) -> list[FFNLayer]:
-    offloaded = [layer.name for layer in layers if layer.gate.weight.device.type == "meta"]
-    if offloaded:
-        warnings.warn(
-            f"{len(offloaded)} of {len(layers)} FFNs stay dense because accelerate offloads their "
-            f"weights ({offloaded[0]}, …): moving whole matrices costs more than skipping rows "
-            "saves. Give the model more device memory to run them sparsely",
-            stacklevel=3,
-        )
-    return [layer for layer in layers if layer.name not in offloaded]

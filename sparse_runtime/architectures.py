@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
+from sparse_runtime.kernels.linear import weight_problem
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 #: ``hidden_act`` of a transformers config -> activation name of the kernels.
 ACTIVATIONS = {
@@ -21,8 +23,6 @@ ACTIVATIONS = {
     "relu": "relu",
 }
 
-WEIGHT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-
 
 @dataclass(frozen=True)
 class FFNArchitecture:
@@ -30,13 +30,14 @@ class FFNArchitecture:
 
     ``mlp`` is a regular expression that a module's full name must end with; its group 1 is the layer
     index. ``gate``, ``up`` and ``down`` are the names of the three linears inside that module, and
-    ``activation`` is the config field that names the activation.
+    ``act`` that of its activation, which must be the one that the config field ``activation`` names.
     """
 
     mlp: str = r"layers\.(\d+)\.mlp"
     gate: str = "gate_proj"
     up: str = "up_proj"
     down: str = "down_proj"
+    act: str = "act_fn"
     activation: str = "hidden_act"
 
 
@@ -52,7 +53,7 @@ class FFNLayer:
     """A gated FFN found in a model.
 
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; ``parent`` holds ``mlp`` under the
-    attribute ``attribute``.
+    attribute ``attribute``, and ``projections`` are the names of the three in ``mlp``.
     """
 
     index: int
@@ -64,6 +65,7 @@ class FFNLayer:
     up: nn.Linear
     down: nn.Linear
     activation: str
+    projections: tuple[str, str, str]
 
     @property
     def hidden_size(self) -> int:
@@ -118,6 +120,7 @@ def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
         )
     for layer in layers:
         _check_layer(layer)
+        _check_activation(layer, architecture.act)
     return sorted(layers, key=lambda layer: layer.index)
 
 
@@ -170,21 +173,36 @@ def _matching_layers(
             up=projections[1],  # type: ignore[arg-type]
             down=projections[2],  # type: ignore[arg-type]
             activation=activation,
+            projections=(architecture.gate, architecture.up, architecture.down),
+        )
+
+
+def _check_activation(layer: FFNLayer, name: str) -> None:
+    """The module's own activation is the config's; a few numbers tell."""
+    act = getattr(layer.mlp, name, None)
+    x = torch.linspace(-4, 4, 33)
+    with torch.no_grad():
+        # Its forward, not itself: a user's hooks are for the user's calls.
+        found = act.forward(x) if isinstance(act, nn.Module) else None
+    expected = ACTIVATION_FUNCTIONS[layer.activation](x)
+    if found is None or found.shape != x.shape or not torch.allclose(found, expected, atol=1e-4):
+        raise UnsupportedArchitectureError(
+            f"{layer.name}: its activation {name} is {act}, which does not compute "
+            f"{layer.activation!r} as the model's config says; put the model's own back"
         )
 
 
 def _check_layer(layer: FFNLayer) -> None:
     for role in ("gate", "up", "down"):
-        linear = getattr(layer, role)
-        weight = getattr(linear, "weight", None)
-        if not isinstance(linear, nn.Linear) or weight is None or weight.dtype not in WEIGHT_DTYPES:
-            found = f"{type(linear).__name__} with {getattr(weight, 'dtype', 'no')} weights"
+        problem = weight_problem(getattr(layer, role))
+        if problem is not None:
             raise UnsupportedArchitectureError(
-                f"{layer.name}: the {role} projection is a {found}; expected torch.nn.Linear in "
-                "bfloat16, float16 or float32. Load the model unquantised, and merge adapters first"
+                f"{layer.name}: the {role} projection {problem}. Load the model unquantized, and merge "
+                "or remove adapters and parametrizations first"
             )
-        if linear.bias is not None:
-            raise UnsupportedArchitectureError(
-                f"{layer.name}: the {role} projection has a bias, which the sparse FFN operation "
-                "does not compute; only bias-free gated FFNs are supported"
-            )
+    weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
+    kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in weights]
+    if len(set(kinds)) > 1:
+        raise UnsupportedArchitectureError(
+            f"{layer.name}: gate, up and down are {', '.join(kinds)}; expected one dtype on one device"
+        )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
@@ -18,12 +18,13 @@ class SparseConfig:
         backend: kernel backend; ``auto`` picks the best one for the device, and leaves the model
             dense, with a warning, where there is none. ``reference`` is for checking: it is slower
             than dense.
-        strict: raise where the backend asked for cannot run, instead of falling back with a warning.
+        strict: raise where the backend asked for cannot run, or an FFN can only run as it stands
+            (docs/compatibility.md), instead of falling back with a warning.
         prefill: ``dense`` runs calls of many tokens through all neurons; ``sparse`` routes every
-            token of every call (evaluation does).
+            token of every call, whatever its size (evaluation does).
         max_sparse_tokens: largest number of tokens in one call (batch · sequence) that is run
-            sparsely when ``prefill`` is ``dense``; None finds the fastest path for each size by a
-            short measurement, kept in the user's cache folder (sparse up to 64 tokens at most).
+            sparsely when ``prefill`` is ``dense``. None: 2 on a CPU, on a GPU what
+            ``sparse-runtime tune`` found. ``sparse-runtime bench`` shows what is fastest where.
         fast_linear: also run the model's other linear layers (attention, output head) through the
             CPU kernels in calls of few tokens, where torch reads bfloat16 weights at half of the
             memory's speed; see :func:`sparse_runtime.fast_linear`.
@@ -51,8 +52,26 @@ class SparseConfig:
             raise ConfigError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.prefill not in ("dense", "sparse"):
             raise ConfigError(f"prefill is {self.prefill!r}; expected 'dense' or 'sparse'")
-        if self.max_sparse_tokens is not None and self.max_sparse_tokens < 1:
-            raise ConfigError(f"max_sparse_tokens is {self.max_sparse_tokens}; expected 1 or more")
+        for name in ("strict", "fast_linear", "check_fingerprint"):
+            _check(name, getattr(self, name), _is_bool, "True or False")
+        _check("verify", self.verify, lambda v: v is None or _is_bool(v), "True, False or None")
+        _check(
+            "max_sparse_tokens",
+            self.max_sparse_tokens,
+            lambda v: v is None or (_is_whole(v) and v >= 1),
+            "a whole number of 1 or more, or None",
+        )
+        _check(
+            "budget",
+            self.budget,
+            lambda v: v is None or _is_share(v),
+            "a cost share above 0 and at most 1, or None",
+        )
+        for index, share in (self.layer_budgets or {}).items():
+            _check("a layer of layer_budgets", index, _is_whole, "a whole number")
+            _check(
+                f"layer_budgets[{index}]", share, _is_share, "a cost share above 0 and at most 1"
+            )
 
     def with_options(self, options: dict[str, Any]) -> SparseConfig:
         """Return a copy with some fields changed.
@@ -65,3 +84,20 @@ class SparseConfig:
         if unknown:
             raise ConfigError(f"option {unknown[0]!r} is not known; expected some of {names}")
         return replace(self, **options)
+
+
+def _check(name: str, value: Any, is_valid: Callable[[Any], bool], expected: str) -> None:
+    if not is_valid(value):
+        raise ConfigError(f"{name} is {value!r}; expected {expected}")
+
+
+def _is_bool(value: Any) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_share(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1

@@ -6,17 +6,15 @@ with it what generation really asked for, so that both mean the same.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
 
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
-
-if TYPE_CHECKING:
-    from sparse_runtime.sparse_ffn import SparseFFN
 
 #: Neurons of one token, or of each of several.
 Amount = TypeVar("Amount", float, Tensor)
@@ -91,13 +89,25 @@ class CostReport:
 
     Token counts are per layer call: one token through 30 layers counts 30 times. Bytes are what the
     tokens asked for one by one, as in decode with one sequence; a batch that shares rows reads less.
+
+    Attributes:
+        sparse_tokens: tokens that ran sparsely.
+        dense_reasons: why tokens ran dense (``sparse_runtime.ffn.rule.DENSE_REASONS``) -> how many.
+        sparse_bytes: read by the sparse tokens.
+        dense_bytes_of_sparse_tokens: what they would have read in dense FFNs.
+        dense_bytes_of_dense_tokens: read by the others.
     """
 
     sparse_tokens: int
-    dense_tokens: int
+    dense_reasons: Mapping[str, int]
     sparse_bytes: float
     dense_bytes_of_sparse_tokens: float
     dense_bytes_of_dense_tokens: float
+
+    @property
+    def dense_tokens(self) -> int:
+        """Tokens that ran dense, for whatever reason."""
+        return sum(self.dense_reasons.values())
 
     @property
     def cost_share(self) -> float:
@@ -120,28 +130,12 @@ class CostReport:
         total = self.sparse_tokens + self.dense_tokens
         return self.sparse_tokens / total if total else 0.0
 
-
-def count_cost(modules: list[SparseFFN], *, element_size: int | None = None) -> CostReport:
-    """Add up the counters of sparse FFNs; synchronizes with their devices.
-
-    Args:
-        modules: the sparse FFNs.
-        element_size: bytes per weight to count with; those of the weights if None.
-    """
-    sparse_tokens = dense_tokens = 0
-    sparse_bytes = dense_of_sparse = dense_of_dense = 0.0
-    for module in modules:
-        cost = replace(module.cost, element_size=element_size or module.cost.element_size)
-        tokens = int(module.cluster_counts.sum())
-        computed, looked = module.row_counts.tolist()
-        dense = int(module.dense_token_count)
-        sparse_tokens += tokens
-        dense_tokens += dense
-        if tokens:
-            sparse_bytes += cost.sparse_bytes(computed / tokens, looked / tokens) * tokens
-        dense_of_sparse += cost.dense_bytes * tokens
-        dense_of_dense += cost.dense_bytes * dense
-    return CostReport(sparse_tokens, dense_tokens, sparse_bytes, dense_of_sparse, dense_of_dense)
+    def __str__(self) -> str:
+        dense = ", ".join(f"{tokens} {reason}" for reason, tokens in self.dense_reasons.items())
+        return (
+            f"cost share {self.cost_share:.3f} over {self.sparse_tokens} sparse tokens; "
+            f"{self.dense_tokens} dense tokens" + (f" ({dense})" if dense else "")
+        )
 
 
 def element_size(dtype: torch.dtype) -> int:

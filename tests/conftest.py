@@ -20,15 +20,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import make_tiny_model
 
 
-@pytest.fixture(autouse=True, scope="session")
-def own_path_table(tmp_path_factory):
-    """Keep the paths measured for tiny models out of the user's cache, and that out of the tests."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("sparse_runtime.kernels.token_paths.cache_folder", lambda: folder)
-        yield
-
-
 @pytest.fixture
 def tiny_model():
     """A random Mistral: 3 layers, hidden 32, 44 neurons (not a multiple of 8), 260 tokens."""

@@ -4,7 +4,7 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparse_runtime import ClusterSet
-from sparse_runtime.bands import LayerCentroids
+from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.eval.shapes import random_clusters
 
 

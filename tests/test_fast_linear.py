@@ -9,8 +9,8 @@ from torch import nn
 
 from sparse_runtime import dense, fast_linear, slow_linear, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import NothingMatchedError
-from sparse_runtime.fast_linear import MAX_TOKENS, FastLinear
 from sparse_runtime.kernels import backends, load_cpu_library
+from sparse_runtime.kernels.linear import MAX_TOKENS, FastLinear
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 

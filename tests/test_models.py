@@ -5,7 +5,7 @@ import torch
 from huggingface_hub.errors import LocalEntryNotFoundError
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-import sparse_runtime.models as models
+import sparse_runtime.models.loading as models
 from sparse_runtime.errors import ConfigError, ModelError
 from sparse_runtime.models import load_model, parse_dtype
 

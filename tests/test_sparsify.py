@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import random_cluster_set
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from sparse_runtime import (
     ClusterSet,
@@ -32,8 +32,6 @@ from sparse_runtime.errors import (
     UnsupportedArchitectureError,
 )
 from sparse_runtime.kernels import backends, load_cpu_library
-from sparse_runtime.kernels.token_paths import PathTable
-from sparse_runtime.sparse_ffn import path_table
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -56,15 +54,6 @@ def test_unsparsify_restores_bits_and_state_dict(tiny_model):
     assert list(tiny_model.state_dict()) == list(state)
     assert [name for name, _ in tiny_model.named_modules()] == modules
     assert [p.stride() for p in tiny_model.parameters()] == strides
-
-
-def test_limit_holds_beside_a_measured_choice(tiny_model):
-    """Calls above ``max_sparse_tokens`` are dense, though others of this shape are fastest sparse."""
-    sparsify(tiny_model, random_cluster_set(tiny_model, 0.85), max_sparse_tokens=4)
-    (ffn, *_) = sparse_modules(tiny_model)
-    table = path_table(ffn.cost, ffn.activation, ffn.router_up.dtype, (ffn._density, 0.0))
-    assert table.path(6, lambda size: {"sparse": lambda: None}) == "sparse"
-    assert ffn._path(6) != "sparse"
 
 
 def test_sparse_differs_at_real_sparsity_and_matches_at_full_density(tiny_model):
@@ -140,10 +129,10 @@ def test_cost_share_is_counted_from_the_sets(tiny_model):
         hidden, neurons = module.cost.hidden_size, module.cost.intermediate_size
         router = sum(
             t.numel()
-            for t in (module.router_down, module.router_up, module.router_bias)
+            for t in (module.router.down, module.router.up, module.router.bias)
             if t is not None
         )
-        sizes = set_sizes(module.active_sets).tolist()
+        sizes = set_sizes(module.tables.active_sets).tolist()
         for cluster, count in enumerate(module.cluster_counts.tolist()):
             rows = sizes[cluster]
             expected += count * ((rows * 3 * hidden + router) * 4 + (neurons + 7) // 8)
@@ -237,52 +226,87 @@ def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
     assert cost_report(tiny_model).sparse_tokens == 0
 
 
-@pytest.mark.parametrize("path", ["rows", "torch", "sparse"])
-def test_calls_of_several_tokens_take_the_measured_path(tiny_model, monkeypatch, path):
-    asked = []
-
-    def choose(table, num_tokens, candidates):
-        asked.append((num_tokens, sorted(candidates(num_tokens))))
-        for call in candidates(num_tokens).values():
-            assert call().shape == (num_tokens, 32)
-        return path
-
-    monkeypatch.setattr(PathTable, "path", choose)
-    expected = logits(tiny_model)
-    sparsify(tiny_model, random_cluster_set(tiny_model, 1.0))
+@pytest.mark.parametrize(
+    ("tokens", "path", "compiled"),
+    [(1, "sparse", False), (2, "sparse", False), (2, "sparse", True), (3, "rows", False)]
+    + [(3, "rows", True), (16, "rows", False), (17, "dense", False), (17, "dense", True)],
+)
+def test_what_a_call_does_follows_its_number_of_tokens(tiny_model, tokens, path, compiled):
+    if not load_cpu_library():
+        pytest.skip("libsparse_ffn_cpu.so is not built")
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    (ffn, *_) = sparse_modules(tiny_model)
+    x = torch.randn(tokens, 32, generator=torch.Generator().manual_seed(0))
+    call = torch.compile(ffn, fullgraph=True, backend="eager") if compiled else ffn
     with torch.inference_mode():
-        found = tiny_model(input_ids=IDS).logits
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert asked == [(6, ["rows", "sparse", "torch"])] * 3
+        alone = {"sparse": ffn.sparse, "rows": ffn.all_rows, "dense": ffn.dense}[path](x)
+        reset_cost(tiny_model)
+        assert torch.equal(call(x), alone)
     report = cost_report(tiny_model)
-    counted = report.sparse_tokens if path == "sparse" else report.dense_tokens
-    assert counted == 3 * IDS.numel()
-    # A long prompt is never sparse, whatever is fastest.
-    asked.clear()
-    logits(tiny_model, IDS.repeat(1, 12))
-    assert asked == [(72, ["rows", "torch"])] * 3
+    assert report.sparse_tokens == (tokens if path == "sparse" else 0)
+    assert report.dense_reasons == ({} if path == "sparse" else {"long call": tokens})
 
 
-def test_padding_tokens_are_left_out(tiny_model):
-    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5), prefill="sparse")
-    batch = torch.tensor([[0, 0, 0, 4, 8, 6], [5, 9, 2, 7, 1, 3]])
-    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
+def test_rule_can_be_set_and_is_shown(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.4)
+    for options, text in (
+        ({}, "calls of ≤ 2 tokens sparse, longer ones dense"),
+        ({"max_sparse_tokens": 1}, "calls of 1 token sparse, longer ones dense"),
+        ({"prefill": "sparse"}, "every call sparse"),
+    ):
+        sparsify(tiny_model, clusters, **options)
+        assert text in repr(tiny_model)
+        unsparsify(tiny_model)
+
+
+def test_without_looks_calls_of_any_size_agree(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+    ids = torch.randint(0, 256, (1, 24), generator=torch.Generator().manual_seed(3))
+    whole = logits(tiny_model, ids)
     with torch.inference_mode():
-        found = tiny_model(input_ids=batch, attention_mask=mask).logits
-        assert cost_report(tiny_model).sparse_tokens == 3 * 9
-        for module in sparse_modules(tiny_model):
-            module.padding = type(module.padding)()
-        expected = tiny_model(input_ids=batch, attention_mask=mask).logits
-    assert cost_report(tiny_model).sparse_tokens == 3 * (9 + 12)
-    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()])
+        for size in (1, 5, 7):
+            cache, parts = DynamicCache(config=tiny_model.config), []
+            for part in ids.split(size, dim=1):
+                parts.append(tiny_model(input_ids=part, past_key_values=cache).logits)
+            torch.testing.assert_close(torch.cat(parts, 1), whole, atol=2e-5, rtol=0)
 
 
-def test_unsparsify_removes_its_hook(tiny_model):
-    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5))
-    assert len(tiny_model._forward_pre_hooks) == 1
+def test_first_call_of_a_size_measures_nothing(tiny_model, monkeypatch):
+    """No clock decides what is computed: a call never times, and never touches the disk."""
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    for clock in ("perf_counter", "monotonic", "time"):
+        monkeypatch.setattr(f"time.{clock}", None)
+    for size in (1, 2, 3, 9, 40):
+        with torch.inference_mode():
+            sparse_modules(tiny_model)[0](torch.ones(size, 32))
+    assert cost_report(tiny_model).sparse_tokens == 3
+
+
+def test_scoring_with_a_default_model_says_that_it_ran_dense(tiny_model, recwarn):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    prompt = IDS.repeat(1, 5)
+    for _ in range(4):
+        tiny_model.generate(prompt, max_new_tokens=3, min_new_tokens=3, pad_token_id=0)
+    assert not [w for w in recwarn if "ran dense" in str(w.message)]
+    for _ in range(5):
+        logits(tiny_model, prompt)
+    (found,) = [str(w.message) for w in recwarn if "ran dense" in str(w.message)]
+    assert 'prefill="sparse"' in found
+
+
+def test_unsparsify_leaves_nothing_behind(tiny_model):
+    def traces():
+        return [
+            (type(m), sorted(m.__dict__), sorted(m._modules), sorted(m._buffers))
+            + tuple(len(m.__dict__[name]) for name in m.__dict__ if name.endswith("hooks"))
+            for m in tiny_model.modules()
+        ]
+
+    before = traces()
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.5), fast_linear=True)
+    assert traces() != before
     unsparsify(tiny_model)
-    assert not tiny_model._forward_pre_hooks
-    assert not tiny_model._forward_pre_hooks_with_kwargs
+    assert traces() == before
 
 
 def test_unknown_option(tiny_model):
@@ -347,10 +371,15 @@ def test_ffn_without_the_expected_linears(tiny_model):
 
 
 @pytest.mark.parametrize(
-    "options", [{"backend": "gpu9"}, {"prefill": "some"}, {"max_sparse_tokens": 0}]
+    "options",
+    [{"backend": "gpu9"}, {"prefill": "some"}, {"max_sparse_tokens": 0}]
+    + [{"max_sparse_tokens": 2.0}, {"max_sparse_tokens": True}, {"verify": "no"}]
+    + [{"budget": True}, {"budget": float("nan")}, {"strict": 1}, {"layer_budgets": {"0": 1.0}}],
+    ids=str,
 )
 def test_config_out_of_range(options):
-    with pytest.raises(ConfigError, match=next(iter(options))):
+    (name,) = options
+    with pytest.raises(ConfigError, match=name):
         SparseConfig(**options)
 
 

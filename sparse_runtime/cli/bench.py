@@ -9,16 +9,16 @@ import torch
 import typer
 
 from sparse_runtime.api import sparse_modules, sparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import BudgetOption, DeviceOption, DtypeOption, JsonOption
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
 from sparse_runtime.cli.tables import print_bench, print_rows
-from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model, parse_dtype
-from sparse_runtime.recut import recut
 
 ModelOrNoneArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")]
 ClustersOrNoneOption = Annotated[

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.cluster_set import check_output_folder as check_holds_artifact
 from sparse_runtime.cli.console import err, fail, out
 from sparse_runtime.cli.figures import check_output_folder, peak_memory_mib, write_figures
 from sparse_runtime.cli.options import (
@@ -25,8 +27,6 @@ from sparse_runtime.cli.options import (
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
 from sparse_runtime.cli.tables import artifact_summary, print_summary
-from sparse_runtime.cluster_set import ClusterSet
-from sparse_runtime.cluster_set import check_output_folder as check_holds_artifact
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:

@@ -9,6 +9,8 @@ import typer
 from rich.markup import escape
 from torch import Tensor
 
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
@@ -27,10 +29,8 @@ from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
 from sparse_runtime.cli.tables import print_curves, print_quality
 from sparse_runtime.cli.texts import held_out
-from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
-from sparse_runtime.recut import recut
 
 if TYPE_CHECKING:
     from sparse_runtime.eval.curves import Protocol

@@ -10,6 +10,7 @@ from rich.markup import escape
 from transformers import TextStreamer
 
 from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
@@ -24,7 +25,7 @@ from sparse_runtime.cli.options import (
     resolve_dtype,
 )
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
-from sparse_runtime.cluster_set import ClusterSet
+from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import BackendUnavailableError, ConfigError, SparseRuntimeError
 from sparse_runtime.kernels import resolve_backend
 from sparse_runtime.models import load_model
@@ -174,7 +175,7 @@ def generate_text(
         ``text``; ``prompt_tokens``; ``new_tokens``, without an end token; ``prompt_seconds`` up to the
         first new token; ``tokens_per_second`` from there on, None where no further one came;
         ``cost_share``, ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over
-        the layers, ``dense_reasons`` (reason -> such tokens) as far as they are known; and
+        the layers, ``dense_reasons`` (reason -> such tokens); and
         ``nothing_sparse``: why no token of the sparse variant ran sparse, None if one did.
     """
     from sparse_runtime.eval.timing import TokenClock
@@ -205,15 +206,17 @@ def generate_text(
             tokens = run()
     new_tokens = tokens[0, ids.shape[1] :].tolist()
     ended = bool(new_tokens) and new_tokens[-1] in _end_tokens(model)
-    steps = clock.steps
+    steps, report = clock.steps, cost_report(model)
     return {
         "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
         "prompt_tokens": ids.shape[1],
         "new_tokens": len(new_tokens) - ended,
         "prompt_seconds": clock.prompt_seconds,
         "tokens_per_second": len(steps) / sum(steps) if steps else None,
-        **_counts(model),
-        "nothing_sparse": _why_dense(model, len(steps)) if variant == "sparse" else None,
+        **_counts(report, len(sparse_modules(model))),
+        "nothing_sparse": (
+            _why_dense(model, report, decoded=bool(steps)) if variant == "sparse" else None
+        ),
     }
 
 
@@ -222,34 +225,30 @@ def _end_tokens(model: Any) -> list[int]:
     return [] if end is None else end if isinstance(end, list) else [end]
 
 
-def _counts(model: Any) -> dict[str, Any]:
+def _counts(report: CostReport, layers: int) -> dict[str, Any]:
     """What ran sparse and dense since the last reset, as tokens of the mean layer."""
-    report = cost_report(model)
-    layers = len(sparse_modules(model))
-    reasons = getattr(report, "dense_reasons", {})
     return {
         "cost_share": report.cost_share,
         "sparse_share_of_tokens": report.sparse_share_of_tokens,
         "sparse_tokens": report.sparse_tokens / layers,
         "dense_tokens": report.dense_tokens / layers,
-        "dense_reasons": {reason: tokens / layers for reason, tokens in reasons.items()},
+        "dense_reasons": {why: tokens / layers for why, tokens in report.dense_reasons.items()},
     }
 
 
-def _why_dense(model: Any, decoded: int) -> str | None:
+def _why_dense(model: Any, report: CostReport, *, decoded: bool) -> str | None:
     """Why no token ran sparse; None if one did."""
-    report = cost_report(model)
     if report.sparse_tokens:
         return None
-    if all(module.backend == "dense" for module in sparse_modules(model)):
+    if "no backend" in report.dense_reasons:
         try:
             resolve_backend("auto", model.device, model.dtype, strict=True)
         except BackendUnavailableError as error:
             return str(error)
     if not decoded:
         return "nothing was decoded after the first token, and prompts run dense"
-    reasons = ", ".join(getattr(report, "dense_reasons", {}))
-    return "every call ran dense" + (f" ({reasons})" if reasons else "")
+    problems = dict.fromkeys(module.problem for module in sparse_modules(model) if module.problem)
+    return ", ".join([*report.dense_reasons, *map(str, problems)])
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
@@ -38,9 +40,7 @@ from sparse_runtime.cli.ranges import (
 )
 from sparse_runtime.cli.tables import print_rows
 from sparse_runtime.cli.texts import fit_and_test, held_out
-from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.models import load_model
-from sparse_runtime.recut import recut
 
 
 def paper(

@@ -8,9 +8,9 @@ from typing import Any
 from rich.markup import escape
 from rich.table import Table
 
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cli.console import out
-from sparse_runtime.cluster_set import ClusterSet
 
 
 def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:

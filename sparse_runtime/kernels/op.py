@@ -1,4 +1,8 @@
-"""``sparse_ffn``: the one operation of this project, as a ``torch.library`` custom op."""
+"""The one operation of this project, a gated FFN over the neurons of a cluster, in three backends.
+
+``sparse_ffn`` takes cluster ids, ``routed_ffn`` finds them first and adds the compensation. Both take
+objects (``kernels/operands.py``) and flatten them here for torch.library.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +11,42 @@ from torch import Tensor
 
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.kernels.operands import (
+    ClusterTables,
+    Compensation,
+    Counters,
+    FFNWeights,
+    RouterWeights,
+)
+from sparse_runtime.kernels.reference import (
+    ACTIVATION_FUNCTIONS,
+    add_compensation,
+    routed_ids,
+    sparse_ffn_reference,
+)
 
 
 def sparse_ffn(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    sets: Tensor,
+    weights: FFNWeights,
+    tables: ClusterTables,
     cluster_ids: Tensor,
-    activation: str = "silu",
     *,
-    maybe_sets: Tensor | None = None,
-    low_bit: Tensor | None = None,
-    factors: Tensor | None = None,
     row_counts: Tensor | None = None,
     backend: str = "reference",
 ) -> Tensor:
     """Compute a gated FFN for each token over the neurons of its cluster only.
 
-    y_t = Σ_{i ∈ S_t} h_i(x_t) · w_down_t[i],    h_i(x) = act(w_gate[i]·x) · (w_up[i]·x)
+    y_t = Σ_{i ∈ S_t} h_i(x_t) · down_t[i],    h_i(x) = act(gate[i]·x) · (up[i]·x)
 
-    S_t is ``sets[cluster_ids[t]]``, plus, with verification, the neurons i of
-    ``maybe_sets[cluster_ids[t]]`` whose low-bit copy gives |h̃_i|·factors[i] > 1.
+    S_t is ``active_sets[cluster_ids[t]]``, plus the neurons i of ``maybe_sets[cluster_ids[t]]`` whose
+    low-bit copy gives |h̃_i|·factors[i] > 1.
 
     Args:
-        x: hidden states [n, H], bfloat16, float16 or float32.
-        w_gate: gate projection [I, H], dtype of ``x``.
-        w_up: up projection [I, H], dtype of ``x``.
-        w_down_t: transposed down projection [I, H], dtype of ``x``: a neuron is one row in all three.
-        sets: bitmaps [K, ⌈I/8⌉] uint8 (see :mod:`sparse_runtime.bitmaps`).
+        x: hidden states [n, H], of the weights' dtype.
+        weights: the neurons.
+        tables: sets of the clusters.
         cluster_ids: cluster of each token [n] int64, in [0, K).
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
-        maybe_sets: bitmaps [K, ⌈I/8⌉] uint8, or None. Neurons that are in ``sets`` too are computed.
-        low_bit: records [I, R] uint8 of :func:`sparse_runtime.kernels.low_bit.quantize_rows`.
-        factors: [I] float32.
         row_counts: incremented by the neurons computed and the neurons looked at, summed over
             tokens [2] int64, or None.
         backend: ``reference``, or ``triton`` for tensors on a GPU, all contiguous.
@@ -51,12 +55,11 @@ def sparse_ffn(
         y [n, H], dtype of ``x``. Zero for a token without any neuron.
 
     Raises:
-        ValueError: shapes, dtypes, devices or the activation do not fit together, or only some of
-            ``maybe_sets``, ``low_bit`` and ``factors`` are given.
+        ValueError: shapes, dtypes, devices or the activation do not fit together, or there are
+            ``maybe_sets`` without ``factors`` or low-bit copies.
         IndexError: a cluster id is out of range (CPU only; on a GPU it is not checked).
     """
-    _check_arguments(x, w_gate, w_up, w_down_t, sets, cluster_ids, activation)
-    _check_verification(x, w_gate, sets, maybe_sets, low_bit, factors, row_counts)
+    _check_arguments(x, weights, tables, cluster_ids, row_counts)
     if backend not in ("reference", "triton"):
         raise ValueError(f"backend is {backend!r}; expected 'reference' or 'triton'")
     operation = torch.ops.sparse_runtime.sparse_ffn
@@ -64,19 +67,86 @@ def sparse_ffn(
         from sparse_runtime.kernels import triton_ffn  # noqa: F401  (it registers the operation)
 
         operation = torch.ops.sparse_runtime.triton_sparse_ffn
-    return operation(
+    looks = tables.maybe_sets is not None
+    output: Tensor = operation(
         x,
-        w_gate,
-        w_up,
-        w_down_t,
-        sets,
+        weights.gate,
+        weights.up,
+        weights.down_t,
+        tables.active_sets,
         cluster_ids,
-        activation,
-        maybe_sets,
-        low_bit,
-        factors,
+        weights.activation,
+        tables.maybe_sets,
+        weights.low_bit if looks else None,
+        tables.factors,
         row_counts,
     )
+    return output
+
+
+def routed_ffn(
+    x: Tensor,
+    weights: FFNWeights,
+    tables: ClusterTables,
+    router: RouterWeights,
+    compensation: Compensation,
+    counters: Counters,
+    *,
+    backend: str,
+) -> Tensor:
+    """Route tokens, compute their clusters' neurons, and add what compensates for the others.
+
+    Arguments are checked by the backend, and by the fused ones as cheaply as they can.
+
+    Args:
+        x: hidden states [n, H], of the weights' dtype.
+        weights: the neurons.
+        tables: sets of the clusters.
+        router: of the weights' dtype.
+        compensation: of the weights' dtype.
+        counters: every call adds to them.
+        backend: ``cpu``, ``triton`` or ``reference``.
+
+    Returns:
+        y [n, H], dtype of ``x``.
+    """
+    if backend == "reference":
+        ids = routed_ids(x, router)
+        counters.clusters.scatter_add_(0, ids, torch.ones_like(ids))
+        output = sparse_ffn(x, weights, tables, ids, row_counts=counters.rows)
+        return add_compensation(output, x, ids, compensation)
+    ops = torch.ops.sparse_runtime
+    operation = ops.cpu_routed_ffn.default if backend == "cpu" else ops.triton_routed_ffn.default
+    looks = tables.maybe_sets is not None
+    result: Tensor = operation(
+        x,
+        weights.gate,
+        weights.up,
+        weights.down_t,
+        tables.active_sets,
+        router.down,
+        router.up,
+        router.bias,
+        compensation.cluster_bias,
+        counters.clusters,
+        weights.activation,
+        tables.maybe_sets,
+        weights.low_bit if looks else None,
+        tables.factors,
+        counters.rows,
+        compensation.correction_down,
+        compensation.correction_up,
+        *(() if backend == "cpu" else (counters.programs,)),
+    )
+    return result
+
+
+def dense_ffn(x: Tensor, weights: FFNWeights) -> Tensor:
+    """All neurons by the CPU kernels: y [n, H] of hidden states x [n, H] of the weights' dtype."""
+    output: Tensor = torch.ops.sparse_runtime.cpu_dense_ffn.default(
+        x, weights.gate, weights.up, weights.down_t, weights.activation
+    )
+    return output
 
 
 @torch.library.custom_op("sparse_runtime::sparse_ffn", mutates_args=("row_counts",))
@@ -95,15 +165,9 @@ def _sparse_ffn(
 ) -> Tensor:
     return sparse_ffn_reference(
         x,
-        w_gate,
-        w_up,
-        w_down_t,
-        sets,
+        FFNWeights(w_gate, w_up, w_down_t, activation, low_bit),
+        ClusterTables(sets, maybe_sets, factors),
         cluster_ids,
-        activation,
-        maybe_sets,
-        low_bit,
-        factors,
         row_counts,
     )
 
@@ -115,61 +179,47 @@ def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
 
 def _check_arguments(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    sets: Tensor,
+    weights: FFNWeights,
+    tables: ClusterTables,
     cluster_ids: Tensor,
-    activation: str,
-) -> None:
-    if activation not in ACTIVATION_FUNCTIONS:
-        raise ValueError(
-            f"activation is {activation!r}; expected one of {', '.join(ACTIVATION_FUNCTIONS)}"
-        )
-    if x.dim() != 2 or w_gate.dim() != 2:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)} and w_gate {tuple(w_gate.shape)}; expected [n, H], [I, H]"
-        )
-    num_neurons, hidden_size = w_gate.shape
-    expected = {
-        "x": (x, (x.shape[0], hidden_size), x.dtype),
-        "w_gate": (w_gate, (num_neurons, hidden_size), x.dtype),
-        "w_up": (w_up, (num_neurons, hidden_size), x.dtype),
-        "w_down_t": (w_down_t, (num_neurons, hidden_size), x.dtype),
-        "sets": (sets, (sets.shape[0], packed_size(num_neurons)), torch.uint8),
-        "cluster_ids": (cluster_ids, (x.shape[0],), torch.int64),
-    }
-    for name, (tensor, shape, dtype) in expected.items():
-        if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:
-            raise ValueError(
-                f"{name} is {tensor.dtype} {tuple(tensor.shape)} on {tensor.device}; expected "
-                f"{dtype} {shape} on {x.device}"
-            )
-
-
-def _check_verification(
-    x: Tensor,
-    w_gate: Tensor,
-    sets: Tensor,
-    maybe_sets: Tensor | None,
-    low_bit: Tensor | None,
-    factors: Tensor | None,
     row_counts: Tensor | None,
 ) -> None:
-    num_neurons, hidden_size = w_gate.shape
-    band = {
-        "maybe_sets": (maybe_sets, tuple(sets.shape), torch.uint8),
-        "low_bit": (low_bit, (num_neurons, record_size(hidden_size)), torch.uint8),
-        "factors": (factors, (num_neurons,), torch.float32),
-    }
-    given = [name for name, (tensor, *_) in band.items() if tensor is not None]
-    if given and len(given) < len(band):
-        missing = next(name for name in band if name not in given)
+    if weights.activation not in ACTIVATION_FUNCTIONS:
         raise ValueError(
-            f"{missing} is None, but {given[0]} is given; expected all of {', '.join(band)} or none"
+            f"activation is {weights.activation!r}; expected one of "
+            f"{', '.join(ACTIVATION_FUNCTIONS)}"
         )
-    counts = {"row_counts": (row_counts, (2,), torch.int64)}
-    for name, (tensor, shape, dtype) in (band | counts).items():
+    if x.dim() != 2 or weights.gate.dim() != 2:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)} and gate {tuple(weights.gate.shape)}; expected [n, H], "
+            "[I, H]"
+        )
+    neurons, hidden_size = weights.gate.shape
+    clusters = tables.active_sets.shape[0]
+    bitmaps = (clusters, packed_size(neurons))
+    records = (neurons, record_size(hidden_size))
+    expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
+        "x": (x, (x.shape[0], hidden_size), x.dtype),
+        "gate": (weights.gate, (neurons, hidden_size), x.dtype),
+        "up": (weights.up, (neurons, hidden_size), x.dtype),
+        "down_t": (weights.down_t, (neurons, hidden_size), x.dtype),
+        "active_sets": (tables.active_sets, bitmaps, torch.uint8),
+        "cluster_ids": (cluster_ids, (x.shape[0],), torch.int64),
+        "row_counts": (row_counts, (2,), torch.int64),
+        "maybe_sets": (tables.maybe_sets, bitmaps, torch.uint8),
+        "factors": (tables.factors, (neurons,), torch.float32),
+        "low_bit": (weights.low_bit, records, torch.uint8),
+    }
+    if tables.maybe_sets is not None or tables.factors is not None:
+        band = {name: expected[name][0] for name in ("maybe_sets", "factors", "low_bit")}
+        missing = [name for name, tensor in band.items() if tensor is None]
+        if missing:
+            given = next(name for name in band if name not in missing)
+            raise ValueError(
+                f"{missing[0]} is None, but {given} is given; expected all of {', '.join(band)}, or "
+                "neither maybe_sets nor factors"
+            )
+    for name, (tensor, shape, dtype) in expected.items():
         if tensor is None:
             continue
         if tuple(tensor.shape) != shape or tensor.dtype != dtype or tensor.device != x.device:

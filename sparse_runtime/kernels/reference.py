@@ -10,6 +10,12 @@ from torch import Tensor
 
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.kernels.low_bit import dequantize_rows, rounded_tokens
+from sparse_runtime.kernels.operands import (
+    ClusterTables,
+    Compensation,
+    FFNWeights,
+    RouterWeights,
+)
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -24,28 +30,47 @@ _GATHER_MAX_TOKENS = 8
 
 def sparse_ffn_reference(
     x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    sets: Tensor,
+    weights: FFNWeights,
+    tables: ClusterTables,
     cluster_ids: Tensor,
-    activation: str,
-    maybe_sets: Tensor | None = None,
-    low_bit: Tensor | None = None,
-    factors: Tensor | None = None,
     row_counts: Tensor | None = None,
 ) -> Tensor:
     """Compute y_t = Σ_i act(gate_i·x_t) (up_i·x_t) down_i over t's neurons; see ``sparse_ffn``."""
-    chosen = unpack_bits(sets[cluster_ids], w_gate.shape[0])
+    neurons = weights.gate.shape[0]
+    chosen = unpack_bits(tables.active_sets[cluster_ids], neurons)
     maybe = torch.zeros_like(chosen)
-    if maybe_sets is not None and low_bit is not None and factors is not None:
-        maybe = unpack_bits(maybe_sets[cluster_ids], w_gate.shape[0]) & ~chosen
-        chosen |= maybe & confirmed(x, low_bit, factors, activation)
+    if tables.maybe_sets is not None and tables.factors is not None:
+        assert weights.low_bit is not None
+        maybe = unpack_bits(tables.maybe_sets[cluster_ids], neurons) & ~chosen
+        chosen |= maybe & confirmed(x, weights.low_bit, tables.factors, weights.activation)
     if row_counts is not None:
         row_counts += torch.stack([chosen.sum(), maybe.sum()])
     if x.shape[0] > _GATHER_MAX_TOKENS:
-        return _masked(x, w_gate, w_up, w_down_t, chosen, activation)
-    return _gathered(x, w_gate, w_up, w_down_t, chosen, activation)
+        return gated_ffn(x, weights, chosen)
+    y = x.new_empty(x.shape)
+    for token in range(x.shape[0]):
+        rows = chosen[token].nonzero().squeeze(-1)
+        own = FFNWeights(
+            weights.gate.index_select(0, rows),
+            weights.up.index_select(0, rows),
+            weights.down_t.index_select(0, rows),
+            weights.activation,
+        )
+        y[token : token + 1] = gated_ffn(x[token : token + 1], own)
+    return y
+
+
+def gated_ffn(x: Tensor, weights: FFNWeights, chosen: Tensor | None = None) -> Tensor:
+    """The whole FFN of hidden states [n, H], or that of the neurons in a mask [n, I] bool."""
+    h = activations(x, weights.gate, weights.up, weights.activation)
+    if chosen is not None:
+        h = h.masked_fill(~chosen, 0)
+    return h @ weights.down_t
+
+
+def activations(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """h = act(gate·x) ⊙ (up·x): [n, I] of hidden states [n, H] and weights [I, H]."""
+    return ACTIVATION_FUNCTIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 
 def confirmed(x: Tensor, low_bit: Tensor, factors: Tensor, activation: str) -> Tensor:
@@ -54,38 +79,43 @@ def confirmed(x: Tensor, low_bit: Tensor, factors: Tensor, activation: str) -> T
     h̃ is the activation of 4-bit gate and up and of an 8-bit x, in float32.
     """
     gate, up = dequantize_rows(low_bit, x.shape[1])
-    rounded = rounded_tokens(x)
-    h = ACTIVATION_FUNCTIONS[activation](F.linear(rounded, gate)) * F.linear(rounded, up)
+    h = activations(rounded_tokens(x), gate, up, activation)
     return ~(h.abs() * factors <= 1)  # so that NaN is computed, not skipped
 
 
-def _masked(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    chosen: Tensor,
-    activation: str,
-) -> Tensor:
-    act = ACTIVATION_FUNCTIONS[activation]
-    h = act(F.linear(x, w_gate)) * F.linear(x, w_up)
-    return h.masked_fill_(~chosen, 0) @ w_down_t
+def router_logits(x: Tensor, down: Tensor | None, up: Tensor, bias: Tensor) -> Tensor:
+    """Cluster logits of hidden states.
+
+    Args:
+        x: hidden states [n, H].
+        down: first matrix of a low-rank router [r, H], or None for a linear one.
+        up: [K, r], or [K, H] for a linear router.
+        bias: [K].
+
+    Returns:
+        logits [n, K].
+    """
+    if down is not None:
+        x = F.linear(x, down)
+    return F.linear(x, up, bias)
 
 
-def _gathered(
-    x: Tensor,
-    w_gate: Tensor,
-    w_up: Tensor,
-    w_down_t: Tensor,
-    chosen: Tensor,
-    activation: str,
-) -> Tensor:
-    act = ACTIVATION_FUNCTIONS[activation]
-    y = x.new_empty(x.shape)
-    for token in range(x.shape[0]):
-        rows = chosen[token].nonzero().squeeze(-1)
-        one = x[token : token + 1]
-        gate = F.linear(one, w_gate.index_select(0, rows))
-        up = F.linear(one, w_up.index_select(0, rows))
-        y[token : token + 1] = (act(gate) * up) @ w_down_t.index_select(0, rows)
-    return y
+def routed_ids(x: Tensor, router: RouterWeights) -> Tensor:
+    """Cluster ids [n] int64 of hidden states [n, H]: argmax of the router's logits."""
+    return router_logits(x, router.down, router.up, router.bias).argmax(-1)
+
+
+def add_compensation(output: Tensor, x: Tensor, ids: Tensor, compensation: Compensation) -> Tensor:
+    """Add, in place, bias and correction for what the neurons of x's clusters leave out.
+
+    Args:
+        output: of the clusters' neurons [n, H].
+        x: hidden states [n, H].
+        ids: clusters [n] int64.
+        compensation: of the layer.
+    """
+    if compensation.cluster_bias is not None:
+        output += compensation.cluster_bias[ids]
+    if compensation.correction_down is not None and compensation.correction_up is not None:
+        output += F.linear(x, compensation.correction_down) @ compensation.correction_up
+    return output

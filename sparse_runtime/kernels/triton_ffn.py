@@ -24,6 +24,13 @@ from torch import Tensor
 
 from sparse_runtime.kernels import triton_kernels as kernels
 from sparse_runtime.kernels.low_bit import record_size
+from sparse_runtime.kernels.operands import (
+    ClusterTables,
+    Compensation,
+    Counters,
+    FFNWeights,
+    RouterWeights,
+)
 from sparse_runtime.kernels.triton_config import TritonConfig, config_for
 
 #: Whether the interpreter runs the kernels, as it was when they were defined.
@@ -145,23 +152,19 @@ def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
 
 def route_only(
     x: Tensor,
-    weights: tuple[Tensor, Tensor, Tensor],
-    sets: Tensor,
-    router_down: Tensor | None,
-    router_up: Tensor,
-    router_bias: Tensor,
-    cluster_counts: Tensor,
-    counters: Tensor,
-    correction_down: Tensor | None = None,
+    weights: FFNWeights,
+    tables: ClusterTables,
+    router: RouterWeights,
+    counters: Counters,
+    compensation: Compensation,
 ) -> None:
-    """The first launch of :func:`triton_routed_ffn` alone, to be timed; arguments as there.
-
-    ``weights`` are gate, up and transposed down.
-    """
-    call = _Call(x, *weights, sets, "silu", None, None, None)
-    call.counters = counters
-    call.correction = None if correction_down is None else (correction_down, correction_down)
-    call.route(router_down, router_up, router_bias, cluster_counts)
+    """The first launch of :func:`triton_routed_ffn` alone, to be timed; x is [n, H]."""
+    sets, down = tables.active_sets, compensation.correction_down
+    call = _Call(x, weights.gate, weights.up, weights.down_t, sets, "silu", None, None, None)
+    assert counters.programs is not None
+    call.counters = counters.programs
+    call.correction = None if down is None else (down, down)
+    call.route(router.down, router.up, router.bias, counters.clusters)
 
 
 class _Call:

@@ -7,7 +7,7 @@ import torch
 from helpers import random_centroids
 
 from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.bands import cut_bands
+from sparse_runtime.artifact.bands import cut_bands
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import FittedLayer, priced_loss

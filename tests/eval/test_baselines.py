@@ -6,10 +6,9 @@ from torch import nn
 
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.bitmaps import pack_bits
-from sparse_runtime.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.clusters.importance import importance_scorer
-from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.baselines import captured_states, fit_baseline, named_baselines
 from sparse_runtime.eval.deja_vu import DejaVu, DejaVuMasks, reduced_rank_start
@@ -25,7 +24,8 @@ from sparse_runtime.eval.neuron_sets import (
 from sparse_runtime.eval.paper_clusters import AwcPaper, PaperClusterMasks
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.eval.thresholds import Cats, CatsMasks, Teal, TealMasks, Wina, WinaMasks
-from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.predictors import new_router
 
 WINDOWS = torch.randint(0, 250, (12, 32), generator=torch.Generator().manual_seed(0))

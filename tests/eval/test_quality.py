@@ -11,7 +11,7 @@ from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.eval.perplexity import perplexity
 from sparse_runtime.eval.quality import evaluate_quality
-from sparse_runtime.predictors import router_logits
+from sparse_runtime.kernels import router_logits
 
 IDS = torch.randint(0, 250, (96,), generator=torch.Generator().manual_seed(0))
 

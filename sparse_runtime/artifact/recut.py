@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
-from sparse_runtime.bands import Bands, all_neurons, cut_bands
+from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
+from sparse_runtime.artifact.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.bitmaps import pack_bits
-from sparse_runtime.cluster_set import ClusterSet, LayerClusters
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 
@@ -30,7 +30,7 @@ def recut(
 ) -> ClusterSet:
     """Cut an artifact's active sets again for another budget.
 
-    One price of a computed neuron serves all layers and clusters (see ``sparse_runtime.bands``). A
+    One price of a computed neuron serves all layers and clusters (see ``artifact.bands``). A
     layer that would save less than it loses gets sets of all neurons, which run without a router.
 
     Args:

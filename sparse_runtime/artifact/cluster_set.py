@@ -18,8 +18,8 @@ from huggingface_hub import HfApi, snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.bands import LayerCentroids
 from sparse_runtime.bitmaps import packed_size, set_sizes
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.errors import (
@@ -28,7 +28,7 @@ from sparse_runtime.errors import (
     FingerprintMismatchError,
     OutputFolderError,
 )
-from sparse_runtime.fingerprint import model_fingerprint
+from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.version import __version__
 
 FORMAT = "sparse_runtime.clusters"

@@ -1,0 +1,1 @@
+"""What replaces a model's FFNs, and what it counts."""

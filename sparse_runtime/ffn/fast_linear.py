@@ -1,0 +1,81 @@
+"""Linear layers at the memory's speed in calls of few tokens, for what is left of a decode step.
+
+torch reads a bfloat16 weight at 0.3 to 0.7 of the memory's bandwidth when there is one token; the
+kernels of the sparse FFN read it at 0.9 and more. Nothing is copied and nothing is skipped: outputs
+differ by rounding only. Independent of sparsity, and reported apart from it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import TypeVar
+
+from torch import nn
+
+from sparse_runtime.errors import NothingMatchedError
+from sparse_runtime.ffn.patch import owners
+from sparse_runtime.kernels import cpu_problem
+from sparse_runtime.kernels.linear import FastLinear
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def fast_linear(model: ModelT) -> ModelT:
+    """Run a model's linear layers, those of its sparse FFNs apart, by the CPU kernels; in place.
+
+    ``sparsify(model, clusters, fast_linear=True)`` does the same, and ``unsparsify`` undoes that. On a
+    dense model this is all there is to do; undo it with :func:`slow_linear`.
+
+    Args:
+        model: on the CPU, in bfloat16, float16 or float32.
+
+    Returns:
+        The same model. Where the kernels cannot run it is left as it was, with a warning.
+
+    Raises:
+        NothingMatchedError: the model holds no plain ``nn.Linear`` outside its sparse FFNs.
+    """
+    swap(slow_linears(model, owners(model)))
+    return model
+
+
+def slow_linears(model: nn.Module, ffns: Iterable[nn.Module]) -> list[nn.Linear]:
+    """The linear layers that :func:`fast_linear` would swap: none of those inside ``ffns``.
+
+    Raises:
+        NothingMatchedError: there is none.
+    """
+    weight = next(model.parameters())
+    problem = cpu_problem(weight.device, weight.dtype)
+    if problem is not None:
+        warnings.warn(f"linear layers stay as they are: {problem}", stacklevel=3)
+        return []
+    inside = {id(linear) for ffn in ffns for linear in ffn.modules()}
+    linears = [m for m in model.modules() if id(m) not in inside]
+    found = [m for m in linears if type(m) is nn.Linear]
+    if not found and not any(type(m) is FastLinear for m in linears):
+        raise NothingMatchedError(
+            f"{type(model).__name__} holds no plain nn.Linear outside its FFNs; quantized and adapted "
+            "layers stay as they are"
+        )
+    return found
+
+
+def swap(linears: Iterable[nn.Linear]) -> None:
+    """Make linear layers fast. Not wrapped: names, state dict and hooks stay those of the layer."""
+    for linear in linears:
+        linear.__class__ = FastLinear
+
+
+def slow_linear(model: ModelT) -> ModelT:
+    """Undo :func:`fast_linear`, in place; nothing happens to a model without it."""
+    restore(m for m in model.modules() if type(m) is FastLinear)
+    return model
+
+
+def restore(linears: Iterable[nn.Module]) -> None:
+    """Undo :func:`swap` for those that are still fast."""
+    for linear in linears:
+        if type(linear) is FastLinear:
+            linear.__class__ = nn.Linear  # type: ignore[assignment]

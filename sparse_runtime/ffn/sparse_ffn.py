@@ -1,0 +1,447 @@
+"""The part of an FFN that makes it sparse: route each token, compute its cluster's neurons."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.artifact.cluster_set import LayerClusters
+from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import FFNCost, element_size
+from sparse_runtime.errors import BackendUnavailableError
+from sparse_runtime.ffn.model_state import ModelState
+from sparse_runtime.ffn.projections import Seen, projection_problem
+from sparse_runtime.ffn.rule import DENSE_REASONS, TokenRule, token_rule
+from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
+from sparse_runtime.kernels.linear import needs_gradient
+from sparse_runtime.kernels.low_bit import quantize_rows
+from sparse_runtime.kernels.operands import (
+    ClusterTables,
+    Compensation,
+    Counters,
+    FFNWeights,
+    RouterWeights,
+)
+from sparse_runtime.kernels.reference import add_compensation, routed_ids
+
+# One at a time: two threads may find the same changed weights.
+_ADOPTING = threading.RLock()
+_FLOAT_BUFFERS = (
+    "router_down",
+    "router_up",
+    "router_bias",
+    "cluster_bias",
+    "correction_down",
+    "correction_up",
+)
+
+
+_Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
+
+
+class SparseFFN(nn.Module):
+    """What ``sparsify`` adds to an FFN module, as its child ``sparse_ffn``.
+
+    The FFN stays the module it was, with its projections, names, hooks and state dict; its forward
+    calls this one (``sparse_runtime.ffn.patch``). Weights are read from the FFN's projections, and
+    every sparse call makes sure that they are still what the kernels take them for; otherwise the FFN
+    runs as it stands. Where weights were written to, what was derived from them is made anew.
+
+    The down projection is kept transposed in memory ([I, H] rows behind a [H, I] view), so that a
+    neuron is one contiguous row in all three matrices.
+
+    Attributes:
+        layer_index: of the decoder layer.
+        projections: names of gate, up and down in the FFN.
+        name: of the FFN in the model.
+        activation: of the FFN, by the kernels' name.
+        config: options of ``sparsify``.
+        backend: in use: ``cpu``, ``triton``, ``reference``, or ``dense`` for none.
+        rule: what calls do by their number of tokens.
+        cost: bytes of the layer.
+        density: mean share of the neurons that are computed whatever looks say.
+        looked_at: mean share of the neurons that are looked at.
+        problem: why the FFN runs as it stands; None if it does not, as far as is known.
+        cluster_counts: tokens routed to each cluster so far [K] int64.
+        row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64.
+        dense_counts: tokens that ran dense so far, by ``DENSE_REASONS`` int64.
+        route: hidden states [n, H] -> cluster ids [n] int64, instead of the router; see
+            :meth:`swapped`.
+    """
+
+    cluster_counts: Tensor
+    row_counts: Tensor
+    dense_counts: Tensor
+
+    def __init__(
+        self,
+        layer: FFNLayer,
+        clusters: LayerClusters,
+        config: SparseConfig,
+        state: ModelState,
+        *,
+        first: bool = False,
+    ) -> None:
+        super().__init__()
+        self._owner = (layer.mlp,)  # in a tuple: the FFN is the parent, not a child
+        self.projections = layer.projections
+        self.layer_index, self.name, self.activation = layer.index, layer.name, layer.activation
+        self.config = config
+        self.state = state
+        self._first = first
+        self._clusters = _own(clusters.collapsed(layer.intermediate_size))
+        self.cost = FFNCost(
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size,
+            extra_elements=self._clusters.extra_elements,
+            verified=clusters.maybe_sets is not None,
+        )
+        self.density = _mean_share(self._clusters.active_sets, layer.intermediate_size)
+        self.looked_at = _mean_share(self._clusters.maybe_sets, layer.intermediate_size)
+        self.route: Callable[[Tensor], Tensor] | None = None
+        self.problem: str | None = None
+        self._seen: Seen | None = None
+        self._operands: _Operands | None = None
+        self._placed: tuple[torch.device, torch.dtype] | None = None
+        self.backend = "dense"
+        self.rule = TokenRule(0)
+        with _plain_tensors():
+            self._place(layer.gate.weight.device, layer.gate.weight.dtype)
+            if self.backend != "dense":
+                self._look_at(layer.gate.weight, layer.up.weight)
+
+    # What the call does
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map hidden states [..., H] to the FFN's output [..., H]."""
+        num_tokens = hidden_states.numel() // self.cost.hidden_size
+        path, reason = self._path(hidden_states, num_tokens)
+        if reason is not None:
+            self.dense_counts[DENSE_REASONS.index(reason)] += num_tokens
+        if self._first and not torch.compiler.is_compiling():
+            self.state.note_call(num_tokens, long=reason == "long call" and path == "dense")
+        if path == "dense":
+            return self.dense(hidden_states)
+        x = hidden_states.reshape(num_tokens, self.cost.hidden_size)
+        router_up = self._buffers["router_up"]
+        assert router_up is not None
+        if x.dtype != router_up.dtype:
+            x = x.to(router_up.dtype)  # autocast to the weights' dtype: see _path
+        output = self.sparse(x) if path == "sparse" else self.all_rows(x)
+        return output.reshape(hidden_states.shape)
+
+    def sparse(self, x: Tensor) -> Tensor:
+        """Compute the neurons of each token's cluster: [n, H] of hidden states [n, H]."""
+        if self.route is None:
+            operands = self._operands
+            if operands is None or torch.compiler.is_compiling():
+                operands = self._flattened()
+            return routed_ffn(x, *operands, backend=self.backend)
+        ids = self.route(x)
+        self.cluster_counts.scatter_add_(0, ids, torch.ones_like(ids))
+        backend = "triton" if self.backend == "triton" else "reference"
+        output = sparse_ffn(
+            x, self.weights, self.tables, ids, row_counts=self.row_counts, backend=backend
+        )
+        return add_compensation(output, x, ids, self.compensation)
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        """All neurons by the CPU kernels: [n, H] of hidden states [n, H]."""
+        return dense_ffn(x, self.weights)
+
+    def dense(self, hidden_states: Tensor) -> Tensor:
+        """Run the FFN's own forward: [..., H] of hidden states [..., H]."""
+        output: Tensor = self._owner[0].dense_forward(hidden_states)  # type: ignore[operator]
+        return output
+
+    def cluster_ids(self, x: Tensor) -> Tensor:
+        """The router's clusters [n] int64 of hidden states [n, H]."""
+        return routed_ids(x, self.router)
+
+    def _path(self, hidden_states: Tensor, num_tokens: int) -> tuple[str, str | None]:
+        """``sparse``, ``rows`` or ``dense``, and the reason why a call is not sparse."""
+        if self.state.switch.depth > 0:
+            return "dense", "dense()"
+        if self.backend == "dense":
+            return "dense", "no backend" if self.problem is None else "patched"
+        path = self.rule.path(num_tokens)
+        if path == "dense":
+            return "dense", "long call"
+        if not self._is_intact():
+            return "dense", "patched"
+        gate, up, down = self._projection_weights()
+        if needs_gradient(hidden_states, gate, up, down):
+            self.state.warn_once(
+                "gradients",
+                "FFNs run dense where gradients are recorded: the sparse kernels have no backward. "
+                "Generate and score under torch.no_grad() or torch.inference_mode()",
+            )
+            return "dense", "gradients"
+        if not self._fits(hidden_states, gate):
+            return "dense", "autocast"
+        return path, None if path == "sparse" else "long call"
+
+    @staticmethod
+    def _fits(hidden_states: Tensor, weight: Tensor) -> bool:
+        """Whether F.linear would compute in the weights' dtype, on their device."""
+        device = weight.device.type
+        if torch.is_autocast_enabled(device):
+            fits = torch.get_autocast_dtype(device) == weight.dtype
+        else:
+            fits = hidden_states.dtype == weight.dtype
+        return fits and hidden_states.device == weight.device
+
+    # What it works on
+
+    @property
+    def tables(self) -> ClusterTables:
+        """Sets of the clusters."""
+        b = self._buffers
+        return ClusterTables(b["active_sets"], b["maybe_sets"], b["factors"])  # type: ignore[arg-type]
+
+    def _projection_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        modules = self._owner[0]._modules
+        gate, up, down = (modules[name]._parameters["weight"] for name in self.projections)  # type: ignore[union-attr]
+        return gate, up, down  # type: ignore[return-value]
+
+    @property
+    def weights(self) -> FFNWeights:
+        """The projections' weights and their low-bit copies."""
+        gate, up, down = self._projection_weights()
+        return FFNWeights(gate, up, down.t(), self.activation, self._buffers["low_bit"])
+
+    @property
+    def router(self) -> RouterWeights:
+        """The router."""
+        b = self._buffers
+        return RouterWeights(b["router_up"], b["router_bias"], b["router_down"])  # type: ignore[arg-type]
+
+    @property
+    def compensation(self) -> Compensation:
+        """Bias and correction for what is left out."""
+        b = self._buffers
+        return Compensation(b["cluster_bias"], b["correction_down"], b["correction_up"])
+
+    @property
+    def counters(self) -> Counters:
+        """What calls have read so far."""
+        b = self._buffers
+        return Counters(b["cluster_counts"], b["row_counts"], b["programs"])  # type: ignore[arg-type]
+
+    def _flattened(self) -> _Operands:
+        return self.weights, self.tables, self.router, self.compensation, self.counters
+
+    @contextmanager
+    def swapped(
+        self,
+        *,
+        route: Callable[[Tensor], Tensor] | None = None,
+        tables: ClusterTables | None = None,
+    ) -> Iterator[None]:
+        """Route by another function, or use other sets, inside the context; for evaluation.
+
+        Args:
+            route: hidden states [n, H] -> cluster ids [n] int64.
+            tables: sets of as many clusters.
+        """
+        names = ("active_sets", "maybe_sets", "factors")
+        before = self.route, [self._buffers[name] for name in names]
+        try:
+            self.route, self._operands = route, None
+            if tables is not None:
+                self._buffers.update({name: getattr(tables, name) for name in names})
+            yield
+        finally:
+            self.route, self._operands = before[0], None
+            self._buffers.update(zip(names, before[1], strict=True))
+
+    def reset_counts(self) -> None:
+        """Set the counters to zero."""
+        for counts in (self.cluster_counts, self.row_counts, self.dense_counts):
+            counts.zero_()
+
+    def extra_repr(self) -> str:
+        """Shown by ``print(model)``."""
+        clusters = self._clusters.active_sets.shape[0]
+        problem = self.problem or (self._seen.change() if self._seen else None)
+        stands = f", runs as it stands: {problem}" if problem else ""
+        return (
+            f"clusters={clusters}, mean_density={self.density:.3f}, looked_at={self.looked_at:.3f}, "
+            f"backend={self.backend}, {self.rule}{stands}"
+        )
+
+    # What it is derived from
+
+    def adopt(self) -> Seen | None:
+        """Take the projections as they are now: place tables beside them, make copies anew.
+
+        Where the kernels cannot stand in for them, the FFN runs as it stands from here on.
+        """
+        with _ADOPTING, _plain_tensors():
+            if self._seen is not None and not self._seen.stale:
+                return self._seen  # another thread was first
+            self._seen = self._operands = None
+            self.problem = projection_problem(self._owner[0], self.projections)
+            if self.problem is not None:
+                return None
+            gate, up, down = self._projection_weights()
+            try:
+                self._place(gate.device, gate.dtype)
+            except BackendUnavailableError as error:  # moved after sparsify
+                if self.config.strict:
+                    raise
+                self.backend, self.problem, self._placed = "dense", str(error), None
+            if self.backend == "dense":
+                down.data = down.data.contiguous()
+                self._buffers["low_bit"] = None
+                return None
+            down.data = down.data.t().contiguous().t()
+            self._look_at(gate, up)
+            seen = Seen.of(self._owner[0], self.projections, self)
+            self._operands = self._flattened()
+            self._seen = seen
+            return seen
+
+    def forget(self) -> None:
+        """Look at the projections anew in the next call: one of them was put in its place."""
+        self._seen = None
+
+    def release(self) -> None:
+        """Put the down projection back as it was."""
+        owner = self._owner[0]
+        if projection_problem(owner, self.projections) is None:
+            down = self._projection_weights()[2]
+            with _plain_tensors():
+                down.data = down.data.contiguous()
+
+    def _is_intact(self) -> bool:
+        """Whether the kernels may stand in for the projections; notices what was changed."""
+        if torch.compiler.is_compiling():
+            return self.problem is None and self._seen is not None and self._seen.change() is None
+        seen = self._seen
+        if seen is None or seen.stale:
+            seen = self.adopt()
+        reason = self.problem or "it is being changed" if seen is None else seen.change()
+        if reason is not None:
+            self._stand_back(reason)
+        return reason is None
+
+    def _stand_back(self, reason: str) -> None:
+        message = f"{self.name} runs as it stands (dense): {reason}"
+        if self.config.strict:
+            raise BackendUnavailableError(
+                f"{message}; undo that, merge adapters, or sparsify without strict"
+            )
+        self.state.warn_once(
+            "patched",
+            f"{message}. For its effect at sparse speed, undo it or merge it into the weights, and "
+            "call unsparsify and sparsify again",
+        )
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Put tables and counters beside weights of a device and dtype, and choose the backend."""
+        clusters, config = self._clusters, self.config
+        buffers = self._buffers
+        if self._placed == (device, dtype):
+            return
+        self.backend = resolve_backend(config.backend, device, dtype, strict=config.strict)
+        self.cost = replace(self.cost, element_size=element_size(dtype))
+        tensors: dict[str, Tensor | None] = {
+            name: getattr(clusters, name) for name in _FLOAT_BUFFERS
+        }
+        placed_tensors = {
+            name: None if tensor is None else tensor.to(device, dtype)
+            for name, tensor in tensors.items()
+        }
+        looks = clusters.maybe_sets is not None and self.backend != "dense"
+        placed_tensors |= {
+            "active_sets": clusters.active_sets.to(device),
+            "maybe_sets": clusters.maybe_sets.to(device) if looks else None,  # type: ignore[union-attr]
+            # The kernels want the factors in float32, whatever the weights are.
+            "factors": clusters.factors.to(device, torch.float32) if looks else None,  # type: ignore[union-attr]
+            "low_bit": None,
+            "programs": None,
+        }
+        sizes = {
+            "cluster_counts": clusters.num_clusters,
+            "row_counts": 2,
+            "dense_counts": len(DENSE_REASONS),
+        }
+        for name, size in sizes.items():
+            counts = buffers.get(name)
+            placed_tensors[name] = (
+                torch.zeros(size, dtype=torch.int64, device=device)
+                if counts is None
+                else counts.to(device)
+            )
+        bound = config.max_sparse_tokens
+        if self.backend == "triton":
+            from sparse_runtime.kernels.triton_config import config_for
+            from sparse_runtime.kernels.triton_ffn import num_counters
+
+            shape = (self.cost.hidden_size, self.cost.intermediate_size)
+            bound = bound or config_for(device, *shape, dtype).max_tokens
+            placed_tensors["programs"] = torch.zeros(
+                num_counters(shape[0]), dtype=torch.int32, device=device
+            )
+        for name, tensor in placed_tensors.items():
+            self.register_buffer(name, tensor, persistent=False)
+        self._placed = (device, dtype)
+        self.rule = token_rule(
+            self.backend, sparse_tokens=bound, every_call=config.prefill == "sparse"
+        )
+
+    def _look_at(self, gate: Tensor, up: Tensor) -> None:
+        """Make the low-bit copies of gate and up [I, H], if clusters leave neurons to a look."""
+        if self._buffers["maybe_sets"] is None:
+            return
+        records = quantize_rows(gate.detach(), up.detach())
+        before = self._buffers["low_bit"]
+        if before is not None and not torch.equal(before, records):
+            self.state.warn_once(
+                "changed weights",
+                f"weights of {self.name} have changed since sparsify; what is looked at was made "
+                "anew. The clusters are still those of the weights before: build them again if the "
+                "change is more than a small one",
+            )
+        self._buffers["low_bit"] = records
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy looks at its own projections.
+        return {**self.__dict__, "_seen": None, "_operands": None}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> SparseFFN:
+        # Tables follow the weights (adopt, called by the FFN's own _apply), in their own dtypes.
+        return self
+
+
+@contextmanager
+def _plain_tensors() -> Iterator[None]:
+    """Make tensors that outlive the caller's inference mode, and are not recorded."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def _own(clusters: LayerClusters) -> LayerClusters:
+    """Copies of what a call needs, on the CPU: the artifact's tensors are its owner's to change."""
+    names = {field.name for field in fields(clusters)} - {"static_set"}
+    tensors = {name: getattr(clusters, name) for name in names}
+    with _plain_tensors():
+        copies = {
+            name: tensor.detach().to("cpu", copy=True) if isinstance(tensor, Tensor) else None
+            for name, tensor in tensors.items()
+            if name not in ("centroids", "bias_shift")
+        }
+    return replace(clusters, **copies, centroids=None, bias_shift=None)  # type: ignore[arg-type]
+
+
+def _mean_share(sets: Tensor | None, num_neurons: int) -> float:
+    return 0.0 if sets is None else set_sizes(sets).float().mean().item() / num_neurons

@@ -1,0 +1,95 @@
+"""What the operation works on: tensors that belong together.
+
+They are flattened into single tensors in one place, ``kernels/op.py``, because torch.library knows only
+those.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class FFNWeights:
+    """An FFN's weights, a neuron being one row in each.
+
+    Attributes:
+        gate: gate projection [I, H], bfloat16, float16 or float32, as the next two.
+        up: up projection [I, H].
+        down_t: transposed down projection [I, H].
+        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        low_bit: records [I, R] uint8 of :func:`sparse_runtime.kernels.low_bit.quantize_rows` for
+            looks, or None.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down_t: Tensor
+    activation: str = "silu"
+    low_bit: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class ClusterTables:
+    """Which neurons each cluster computes.
+
+    Attributes:
+        active_sets: bitmaps [K, ⌈I/8⌉] uint8 (see :mod:`sparse_runtime.bitmaps`).
+        maybe_sets: bitmaps [K, ⌈I/8⌉] uint8 of the neurons that a look at their low-bit copies
+            decides on, or None. Neurons that are in ``active_sets`` too are computed.
+        factors: such a neuron is computed where |h̃|·factor > 1 [I] float32; None without
+            ``maybe_sets``.
+    """
+
+    active_sets: Tensor
+    maybe_sets: Tensor | None = None
+    factors: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class RouterWeights:
+    """A map from hidden states to cluster ids: argmax of up·(down·x) + bias, or of up·x + bias.
+
+    Attributes:
+        up: [K, r], or [K, H] without ``down``.
+        bias: [K].
+        down: [r, H] or None.
+    """
+
+    up: Tensor
+    bias: Tensor
+    down: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Compensation:
+    """Added to the output for what the neurons leave out.
+
+    Attributes:
+        cluster_bias: a vector for each cluster [K, H], or None.
+        correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x);
+            None without it.
+        correction_up: see ``correction_down``.
+    """
+
+    cluster_bias: Tensor | None = None
+    correction_down: Tensor | None = None
+    correction_up: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Counters:
+    """What calls have read so far; every call adds to them.
+
+    Attributes:
+        clusters: tokens of each cluster [K] int64.
+        rows: neurons computed and neurons looked at, over all tokens [2] int64.
+        programs: zeros that the Triton kernels count finished programs in, int32; None for other
+            backends.
+    """
+
+    clusters: Tensor
+    rows: Tensor
+    programs: Tensor | None = None
