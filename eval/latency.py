@@ -30,7 +30,7 @@ from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.baselines import captured_states
+from sparse_runtime.eval.ffn_checks import own_states
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
@@ -113,9 +113,7 @@ def bench(
     read_gbps = [bandwidth()]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
-    # A random model's routers would send its states to a few clusters, and confirm any share of them.
-    random = any(artifact.build.get("method") == "random" for artifact in clusters)
-    states = None if random else ffn_inputs(model, prompt)
+    states = own_states(model, clusters, prompt)
     mlps, predictions = [], []
     for number, run in enumerate(runs):
         sparsify(model, run.clusters)
@@ -158,15 +156,6 @@ def bench(
         "prompt_tokens": prompt_tokens,
         "host": host_record(),
     }
-
-
-def ffn_inputs(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
-    """Hidden states [n, H] that every FFN of a dense model sees of a text [1, n], by layer index."""
-    with captured_states(model, input_ids) as states:
-        return {
-            layer.index: states.layer(position, dtype=model.dtype)
-            for position, layer in enumerate(find_ffn_layers(model))
-        }
 
 
 class _Run:
