@@ -106,6 +106,11 @@ def verify_outputs(
                 # Routing is compared elsewhere. Of noise, two clusters' logits may be as good as equal:
                 # for one token the counters tell which was picked, for several most must agree.
                 ids = module.cluster_ids(x) if count > 1 else picked[:1]
+                if len(picked) == 0:
+                    raise SparseRuntimeError(
+                        f"layer {module.layer_index}, {count} tokens: none ran sparse, so there is "
+                        "nothing to time; please report this"
+                    )
                 expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
                 expected = add_compensation(expected, x, ids, module.compensation)
             errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)

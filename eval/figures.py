@@ -202,6 +202,7 @@ _MILLISECONDS = ("dense_eager", "dense_compiled", "sparse_eager", "sparse_compil
 #: What docs/benchmarks/gpu.md shows of ``bench --device cuda``.
 BENCH_GPU = {
     "copy_gbps": float,
+    "inputs": str,
     "host": {**HOST, "gpu": str, "cuda": (str, type(None))},
     "route": Rows({"us": float}),
     "ffn": Rows(

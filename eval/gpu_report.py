@@ -48,7 +48,8 @@ def report(figures: dict[str, Any] | None) -> str:
         versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
         machine = (
             f"{host['date']}, {host['gpu']}, CUDA {host['cuda']}; {versions}; commit "
-            f"{host['commit'] or 'unknown'}; a copy reaches {figures['copy_gbps']:.0f} GB/s."
+            f"{host['commit'] or 'unknown'}; a copy reaches {figures['copy_gbps']:.0f} GB/s. FFNs "
+            f"alone run on {figures['inputs']}."
         )
         parts.append(f"{escaped(machine)}\n\n{command_block(host)}")
     parts += [_implied(), _ffn(figures), _decode(figures)]

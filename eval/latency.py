@@ -18,7 +18,7 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -114,15 +114,9 @@ def bench(
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
     states = own_states(model, clusters, prompt)
-    mlps, predictions = [], []
     for number, run in enumerate(runs):
-        sparsify(model, run.clusters)
-        run.bytes = decode_bytes(model)
         # How many tokens pay is told once: it depends on the density less than on the machine.
-        counts = TOKEN_COUNTS if number == 0 else (1,)
-        mlps.append(bench_mlp(sparse_modules(model), states, token_counts=counts))
-        predictions.append(bench_prediction(sparse_modules(model), states))
-        unsparsify(model)
+        run.time_ffns(model, states, TOKEN_COUNTS if number == 0 else (1,))
     cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
         for repeat in range(repeats + 1):
@@ -139,10 +133,7 @@ def bench(
             if repeat == 0:  # it warms up
                 for run in runs:
                     run.seconds = {}
-    results = [
-        {**run.result(), "mlp": mlp, "prediction": prediction}
-        for run, mlp, prediction in zip(runs, mlps, predictions, strict=True)
-    ]
+    results = [run.result() for run in runs]
     return {
         "read_gbps": statistics.median(read_gbps),
         **results[0],
@@ -166,6 +157,7 @@ class _Run:
         self.seconds: dict[str, list[float]] = {}
         self.cost_share = 1.0
         self.bytes = (0, 0)
+        self.ffns: dict[str, Any] = {}
 
     def add(self, name: str, seconds: Sequence[float]) -> None:
         self.seconds.setdefault(name, []).extend(seconds)
@@ -173,6 +165,17 @@ class _Run:
     def wants_prefill(self, variant: str) -> bool:
         """Whether a prefill is still worth its time: with large models, two or three are enough."""
         return sum(self.seconds.get(f"prefill {variant}", [])) < _PREFILL_SECONDS
+
+    def time_ffns(
+        self, model: Any, states: Mapping[int, Tensor] | None, token_counts: Sequence[int]
+    ) -> None:
+        """Time FFNs alone, and what a prediction takes."""
+        sparsify(model, self.clusters)
+        self.bytes = decode_bytes(model)
+        modules = sparse_modules(model)
+        self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
+        self.ffns["prediction"] = bench_prediction(modules, states)
+        unsparsify(model)
 
     def time_sparse(self, model: Any, prompt: Tensor, cache: Any, new_tokens: int) -> None:
         if self.wants_prefill("sparse"):
@@ -199,6 +202,7 @@ class _Run:
         ceiling = total / sparse_total
         speedup = medians["dense"] / medians["sparse"]
         return {
+            **self.ffns,
             "cost_share": self.cost_share,
             "prefill": {
                 **_milliseconds(prefill),

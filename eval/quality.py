@@ -24,7 +24,7 @@ from sparse_runtime.clusters.importance import ImportanceScorer, importance_scor
 from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.eval.forwards import dense_prompts
-from sparse_runtime.eval.perplexity import score_text
+from sparse_runtime.eval.perplexity import TextScore, score_text
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels import ClusterTables, router_logits
@@ -100,24 +100,13 @@ def evaluate_quality(
                 scores["static"] = score_text(model, tokens, description="static", **options)
     finally:
         unsparsify(model)
-    divergence = {name: score.mean_divergence for name, score in scores.items()}
-    agreement = {name: score.agreement for name, score in scores.items()}
-    scores = {"dense": reference, **scores}
-    perplexity = {name: score.perplexity for name, score in scores.items()}
     return {
-        "kl": divergence["sparse"],
-        "top1": agreement["sparse"],
-        "ratio": perplexity["sparse"] / perplexity["dense"],
+        **_comparison(scores, reference),
         "cost_share": cost.cost_share,
-        "divergence": divergence,
-        "agreement": agreement,
-        "perplexity": perplexity,
         "tokens": len(tokens),
         "window": window,
         "stride": window if stride is None else stride,
         "prompt_tokens": prompt_tokens,
-        "scored": scores["dense"].scored,
-        "nll": {name: score.nll for name, score in scores.items()},
         "layers": [
             {
                 "index": index,
@@ -126,6 +115,24 @@ def evaluate_quality(
             }
             for index, (scorer, counts) in sorted(scored.items())
         ],
+    }
+
+
+def _comparison(scores: dict[str, TextScore], dense: TextScore) -> dict[str, Any]:
+    """How far runs are from the dense one."""
+    divergence = {name: score.mean_divergence for name, score in scores.items()}
+    agreement = {name: score.agreement for name, score in scores.items()}
+    scores = {"dense": dense, **scores}
+    perplexity = {name: score.perplexity for name, score in scores.items()}
+    return {
+        "kl": divergence["sparse"],
+        "top1": agreement["sparse"],
+        "ratio": perplexity["sparse"] / perplexity["dense"],
+        "divergence": divergence,
+        "agreement": agreement,
+        "perplexity": perplexity,
+        "scored": dense.scored,
+        "nll": {name: score.nll for name, score in scores.items()},
     }
 
 

@@ -83,6 +83,10 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     assert "tokens/s after the first" in out
     assert "tokens ran sparse" in out
 
+    check_bench(run, tiny_folder, built, file)
+
+
+def check_bench(run, tiny_folder, built, file):
     code, out, err = run(
         "bench", tiny_folder, "--clusters", built, "--prompt-tokens", 20, "--new-tokens", 3,
         "--repeats", 1, "--batches", "2", "--json", file,

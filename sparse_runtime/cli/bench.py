@@ -104,10 +104,8 @@ def bench(
         from sparse_runtime.eval.gpu_latency import bench_gpu
 
         figures = bench_gpu(loaded.to(device), artifacts, batches=sizes or [1, 8], **options)
-        print_rows(
-            f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s",
-            figures["ffn"],
-        )
+        title = f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s"
+        print_rows(title, figures["ffn"])
         print_rows("decode", figures["decode"])
     write_figures(json_file, record | figures)
 

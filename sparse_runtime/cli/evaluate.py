@@ -37,6 +37,28 @@ if TYPE_CHECKING:
 
 _CALIBRATION_TOKENS = 16_384
 
+BaselinesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Beside other methods at the same budgets: all, or some of oracle,teal,wina,cats,"
+        "deja-vu,griffin,awc-paper,static,random."
+    ),
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text for --baselines, as --data; if not given, what the artifact was built on.",
+        metavar="SOURCE",
+    ),
+]
+CalibrationTokensOrNoneOption = Annotated[
+    int | None,
+    typer.Option(
+        callback=POSITIVE.callback,
+        help=f"Tokens of calibration text for --baselines; {_CALIBRATION_TOKENS} if not given.",
+    ),
+]
+
 
 def evaluate(
     model: ModelArgument,
@@ -63,50 +85,25 @@ def evaluate(
         typer.Option(help="Compare these cost shares, with commas, with looks and without."),
     ] = None,
     verify: VerifyOption = None,
-    baselines: Annotated[
-        str | None,
-        typer.Option(
-            help="Beside other methods at the same budgets: all, or some of oracle,teal,wina,cats,"
-            "deja-vu,griffin,awc-paper,static,random."
-        ),
-    ] = None,
-    calibration: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Text for --baselines, as --data; if not given, what the artifact was built on.",
-            metavar="SOURCE",
-        ),
-    ] = None,
-    calibration_tokens: Annotated[
-        int | None,
-        typer.Option(
-            callback=POSITIVE.callback,
-            help=f"Tokens of calibration text for --baselines; {_CALIBRATION_TOKENS} if not given.",
-        ),
-    ] = None,
+    baselines: BaselinesOption = None,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOrNoneOption = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Distance from the dense model and coverage on held-out text, all tokens sparse after a prompt."""
-    from sparse_runtime.clusters.data import parse_source
-    from sparse_runtime.eval.baselines import named_baselines
     from sparse_runtime.eval.curves import Protocol
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.perplexity import check_windows
 
-    if budget is not None and budgets is not None:
-        raise ConfigError("--budget and --budgets are both given; expected one of them")
-    for option, value in (("calibration", calibration), ("calibration-tokens", calibration_tokens)):
-        if value and baselines is None:
-            raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
     check_windows(window, stride or window, prompt_tokens)
     shares = None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE)
     names = baselines.split(",") if baselines is not None else []
-    named_baselines(names)  # a wrong name shows before the model is loaded
     sources = data or ["wikitext2"]
-    for source in [*sources, *(calibration or [])]:
-        parse_source(source)
+    for_baselines = {"calibration": calibration, "calibration-tokens": calibration_tokens}
+    _check_options(budget, budgets, names, for_baselines)
+    _check_names(names, [*sources, *(calibration or [])])
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
@@ -121,13 +118,9 @@ def evaluate(
     else:
         windows = None
         if names:
+            limits = (calibration_tokens or _CALIBRATION_TOKENS, window)
             windows, record["calibration"] = _calibration(
-                artifact,
-                calibration or [],
-                tokenizer,
-                calibration_tokens or _CALIBRATION_TOKENS,
-                window,
-                loaded,
+                artifact, calibration or [], tokenizer, *limits, loaded
             )
         record |= _curves(
             loaded,
@@ -140,6 +133,27 @@ def evaluate(
             protocol=protocol,
         )
     write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _check_options(
+    budget: float | None, budgets: str | None, baselines: Sequence[str], for_them: dict[str, Any]
+) -> None:
+    """Refuse options that do not go together. Raises ConfigError."""
+    if budget is not None and budgets is not None:
+        raise ConfigError("--budget and --budgets are both given; expected one of them")
+    for option, value in for_them.items():
+        if value and not baselines:
+            raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
+
+
+def _check_names(baselines: Sequence[str], sources: Sequence[str]) -> None:
+    """Refuse wrong names before the model is loaded. Raises ConfigError."""
+    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.eval.baselines import named_baselines
+
+    named_baselines(baselines)
+    for source in sources:
+        parse_source(source)
 
 
 def _quality(

@@ -38,7 +38,7 @@ from sparse_runtime.cli.ranges import (
     SHARE,
     parse_numbers,
 )
-from sparse_runtime.cli.tables import print_rows
+from sparse_runtime.cli.tables import print_rows, shown
 from sparse_runtime.cli.texts import fit_and_test, held_out
 from sparse_runtime.models import load_model
 
@@ -111,20 +111,23 @@ def paper(
             progress=progress,
             **options,
         )
-        figures = result["perplexity"]
-        out.print(
-            f"perplexity: dense {figures['dense']:.2f}, thresholds only "
-            f"{figures['thresholds_only']:.2f}; under separate masks:"
-        )
-        rows = []
-        for row in figures["masks"]:
-            scores = {
-                f"{name} coverage": values["coverage"]
-                for name, values in row["projections"].items()
-            }
-            rows.append({name: row[name] for name in ("density", "perplexity", "ratio")} | scores)
-        print_rows("", rows)
+        _print_masks(result["perplexity"])
     write_figures(json_file, {**result, "host": host_record(loaded.device)})
+
+
+def _print_masks(figures: dict[str, Any]) -> None:
+    """Print the figures of ``paper_perplexity``."""
+    out.print(
+        f"perplexity: dense {figures['dense']:.2f}, thresholds only "
+        f"{figures['thresholds_only']:.2f}; under separate masks:"
+    )
+    rows = []
+    for row in figures["masks"]:
+        scores = {
+            f"{name} coverage": values["coverage"] for name, values in row["projections"].items()
+        }
+        rows.append({name: row[name] for name in ("density", "perplexity", "ratio")} | scores)
+    print_rows("", rows)
 
 
 def ablate(
@@ -281,8 +284,8 @@ def tasks(
     table = Table("task", "metric", "documents", "dense", "sparse")
     for row in result["rows"]:
         table.add_row(
-            row["task"],
-            row["metric"],
+            shown(row["task"]),
+            shown(row["metric"]),
             str(row["documents"]),
             *(
                 f"{row[side]:.3f}"

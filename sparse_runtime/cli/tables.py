@@ -11,6 +11,7 @@ from rich.table import Table
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cli.console import out
+from sparse_runtime.printable import printable
 
 
 def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
@@ -145,7 +146,14 @@ def print_curves(curves: dict[str, Any]) -> None:
             table.add_row(row["method"] + looks, *(cell(row) for cell in columns.values()))
         out.print(table)
     for row in curves["left_out"]:
-        out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
+        out.print(
+            f"{row['method']} is left out at budget {row['budget']:g}: {shown(row['reason'])}"
+        )
+
+
+def shown(value: Any) -> str:
+    """A value from an artifact or a file, without a terminal's commands and Rich's markup."""
+    return escape(printable(str(value)))
 
 
 def _number(value: float | None) -> str:
@@ -155,7 +163,7 @@ def _number(value: float | None) -> str:
 def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:
     prompt = protocol["prompt_tokens"]
     dense_part = f", after a dense prompt of {prompt}" if prompt else ""
-    return f"{escape(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
+    return f"{shown(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -164,7 +172,11 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             *(
-                "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+                "–"
+                if value is None
+                else f"{value:.3f}"
+                if isinstance(value, float)
+                else shown(value)
                 for value in row.values()
             )
         )
@@ -176,7 +188,7 @@ def print_bench(name: str, result: dict[str, Any]) -> None:
     for run in result["runs"]:
         mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
         out.print(
-            f"[bold]{escape(name)}[/bold], density {mlp['density']:.2f}, cost share "
+            f"[bold]{shown(name)}[/bold], density {mlp['density']:.2f}, cost share "
             f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
         )
         out.print(

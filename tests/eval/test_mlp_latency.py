@@ -18,7 +18,7 @@ def test_outputs_are_checked_against_the_reference(tiny_model):
     clusters = random_cluster_set(tiny_model, 0.5)
     for layer in clusters.layers.values():
         layer.cluster_bias = torch.ones(6, 32)
-    sparsify(tiny_model, clusters, backend="cpu")
+    sparsify(tiny_model, clusters, backend="cpu", prefill="sparse")
     modules = sparse_modules(tiny_model)
     verify_outputs(modules)
     verify_outputs(modules, SparseFFN.sparse)
@@ -34,7 +34,8 @@ def test_outputs_are_checked_against_the_reference(tiny_model):
     for run, message in (
         (uncompensated, "layer 1, 1 tokens: the sparse FFN is"),
         (one_neuron_less, "layer 0, 5 tokens: the sparse FFN is"),
-        (lambda module, x: torch.zeros_like(x), "layer 0, 1 tokens"),
+        (lambda module, x: 0 * module.sparse(x), "layer 0, 1 tokens: the sparse FFN is 1.000"),
+        (lambda module, x: module.dense(x), "layer 0, 1 tokens: none ran sparse"),
     ):
         with pytest.raises(SparseRuntimeError, match=message):
             verify_outputs(modules, run)

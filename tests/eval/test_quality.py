@@ -52,7 +52,7 @@ def test_distances_agree_with_logits_by_hand(tiny_model):
     assert result["top1"] == result["agreement"]["sparse"] == pytest.approx(agreed, abs=1e-6)
     assert set(result["divergence"]) == {"sparse", "oracle_ids", "static"}
     assert min(result["divergence"].values()) > 0.01
-    assert list(result)[:4] == ["kl", "top1", "ratio", "cost_share"]
+    assert list(result)[:3] == ["kl", "top1", "ratio"]
 
 
 def test_oracle_ids_recover_a_perfect_cluster(tiny_model):
