@@ -5,13 +5,14 @@ python -m sparse_runtime.eval.bench_report OUTPUT.md FIGURES.json…
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.eval.markdown import markdown_table
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.figures import BENCH_DOCUMENT, read_figures
+from sparse_runtime.eval.markdown import command_block, escaped, markdown_table
 
 _VARIANTS = {
     "dense": "dense, as transformers runs it",
@@ -34,7 +35,7 @@ def report(results: Sequence[dict[str, Any]]) -> str:
     """Markdown of several results of ``bench``."""
     parts = [_INTRODUCTION]
     for result in results:
-        parts += [f"## {_title(result)}\n", _host(result["host"])]
+        parts += [f"## {escaped(_title(result))}\n", _host(result["host"])]
         for run in result["runs"]:
             parts += [_mlp(run), _decode(run, result["prompt_tokens"])]
         parts.append(_prediction(result["runs"][0]["prediction"]))
@@ -60,10 +61,9 @@ def _title(result: dict[str, Any]) -> str:
 
 def _host(host: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
-    return (
-        f"{host['date']}, {host['cpu']}, {host['threads']} threads; {versions}; commit "
-        f"{host['commit']}.\n\n    {host['command']}\n"
-    )
+    machine = f"{host['date']}, {host['cpu']}, {host['threads']} threads; {versions}; commit "
+    machine += f"{host['commit'] or 'unknown'}."
+    return f"{escaped(machine)}\n\n{command_block(host)}"
 
 
 def _mlp(run: dict[str, Any]) -> str:
@@ -124,7 +124,7 @@ def _prediction(prediction: dict[str, Any]) -> str:
         ("prediction, one token", "µs", "of the dense FFN", "KiB read"),
         (
             (
-                row["name"],
+                escaped(row["name"]),
                 f"{1e3 * row['ms']:.0f}",
                 f"{row['share']:.1%}",
                 f"{row['bytes'] / 1024:.0f}",
@@ -148,7 +148,7 @@ def _tokens(rows: Sequence[dict[str, Any]]) -> str:
                     for name in ("dense_ms", "prepacked_ms", "all_rows_ms", "sparse_ms")
                 ),
                 f"{row['chosen_ms']:.2f}" if "chosen_ms" in row else "",
-                row.get("path", "sparse"),
+                escaped(row.get("path", "sparse")),
             )
             for row in rows
         ),
@@ -173,7 +173,10 @@ def _batches(rows: Sequence[dict[str, Any]]) -> str:
 def main() -> None:
     """Write the report named first from the JSON files named after it."""
     output, *files = map(Path, sys.argv[1:])
-    results = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    try:
+        results = [read_figures(file, BENCH_DOCUMENT, "bench") for file in files]
+    except SparseRuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report(results), encoding="utf-8")
 

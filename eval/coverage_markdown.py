@@ -5,11 +5,12 @@ python -m sparse_runtime.eval.coverage_markdown FIGURES.json OUTPUT.md
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.figures import PAPER, read_figures
 from sparse_runtime.eval.markdown import records_table, run_line
 
 _INTRODUCTION = """# Coverage in the paper's setting
@@ -36,7 +37,10 @@ def coverage_markdown(figures: dict[str, Any]) -> str:
 def main() -> None:
     """Write the document named on the command line."""
     figures, document = map(Path, sys.argv[1:])
-    text = coverage_markdown(json.loads(figures.read_text(encoding="utf-8")))
+    try:
+        text = coverage_markdown(read_figures(figures, PAPER, "paper MODEL --compare"))
+    except SparseRuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     document.write_text(text, encoding="utf-8")
 
 

@@ -18,6 +18,7 @@ from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
+from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.data import (
     CalibrationText,
     DataSource,
@@ -170,21 +171,10 @@ def evaluate_curves(
     if methods and calibration is not None:
         with captured_states(model, calibration, progress=protocol.progress) as states:
             for method in methods:
-                possible = []
-                for budget in budgets:
-                    reason = _reason_against(method, budget, find_ffn_layers(model), protocol)
-                    if reason is None:
-                        possible.append(budget)
-                    else:
-                        left_out.append({"method": method.name, "budget": budget, "reason": reason})
-                if not possible:
-                    continue
-                started = time.perf_counter()
-                fitted = fit_baseline(model, method, states, possible, progress=protocol.progress)
-                seconds[method.name] = time.perf_counter() - started
-                for budget, rows in zip(possible, fitted, strict=True):
-                    for name, masks in rows.items():
-                        _add_baseline(model, name, masks, curves, budget, protocol)
+                reasons, taken = _fit_and_add(model, method, states, curves, budgets, protocol)
+                left_out += reasons
+                if taken is not None:
+                    seconds[method.name] = taken
     return {
         "window": protocol.window,
         "stride": protocol.window if protocol.stride is None else protocol.stride,
@@ -193,6 +183,34 @@ def evaluate_curves(
         "left_out": left_out,
         "fit_seconds": seconds,
     }
+
+
+def _fit_and_add(
+    model: nn.Module,
+    method: Baseline,
+    states: HiddenStates,
+    curves: list[_Curve],
+    budgets: Sequence[float],
+    protocol: Protocol,
+) -> tuple[list[dict[str, Any]], float | None]:
+    """Add a baseline's rows; the budgets it cannot meet, and seconds of its fit if there was one."""
+    layers = find_ffn_layers(model)
+    reasons = {budget: _reason_against(method, budget, layers, protocol) for budget in budgets}
+    left_out = [
+        {"method": method.name, "budget": budget, "reason": reason}
+        for budget, reason in reasons.items()
+        if reason is not None
+    ]
+    possible = [budget for budget in budgets if reasons[budget] is None]
+    if not possible:
+        return left_out, None
+    started = time.perf_counter()
+    fitted = fit_baseline(model, method, states, possible, progress=protocol.progress)
+    seconds = time.perf_counter() - started
+    for budget, rows in zip(possible, fitted, strict=True):
+        for name, masks in rows.items():
+            _add_baseline(model, name, masks, curves, budget, protocol)
+    return left_out, seconds
 
 
 def _reason_against(

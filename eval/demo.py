@@ -45,7 +45,8 @@ def run_demo(
         folder: where the artifact is kept.
         console: prints the continuations.
         progress: draws bars.
-        generate: the command line's generation, ``(model, tokenizer, prompt, variant, …) -> figures``.
+        generate: continues a text, ``(model, tokenizer, prompt, variant, max_new_tokens=…) ->
+            figures``.
         dtype: of the model.
 
     Returns:
@@ -67,12 +68,11 @@ def run_demo(
     generations = []
     sparsify(model, clusters)
     for prompt in PROMPTS:
-        # One unmeasured run: the first call of a length sets up threads, caches and the fastest path.
-        generate(model, tokenizer, prompt, "sparse", stream=False, max_new_tokens=4)
+        # Unmeasured runs: the first call of a length sets up threads, caches and the fastest path.
+        for variant in ("dense", "sparse"):
+            generate(model, tokenizer, prompt, variant, max_new_tokens=4)
         runs = {
-            variant: generate(
-                model, tokenizer, prompt, variant, stream=False, max_new_tokens=_NEW_TOKENS
-            )
+            variant: generate(model, tokenizer, prompt, variant, max_new_tokens=_NEW_TOKENS)
             for variant in ("dense", "sparse")
         }
         _print_side_by_side(console, prompt, runs)
@@ -103,6 +103,9 @@ def _print_side_by_side(console: Console, prompt: str, runs: dict[str, dict[str,
     for variant, run in runs.items():
         share = 1.0 if variant == "dense" else run["cost_share"]
         rate = run["tokens_per_second"]
-        table.add_column(f"{variant}: {rate:.1f} tokens/s, FFN cost share {share:.2f}", ratio=1)
+        speed = "no rate" if rate is None else f"{rate:.1f} tokens/s"
+        table.add_column(f"{variant}: {speed}, FFN cost share {share:.2f}", ratio=1)
     table.add_row(*(escape(run["text"].strip()) for run in runs.values()))
     console.print(table)
+    if runs["sparse"]["nothing_sparse"]:
+        console.print(escape(f"nothing ran sparse: {runs['sparse']['nothing_sparse']}"))

@@ -8,29 +8,23 @@ weights in the cache, and variants take turns. On a CPU the same code runs witho
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
+from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
-from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.ffn_checks import DenseFFN, own_states, tokens_for, verify_outputs
 from sparse_runtime.eval.host import host_record
+from sparse_runtime.eval.timing import in_turns, wall_seconds
 from sparse_runtime.ffn.counts import count_cost, read_counts
 from sparse_runtime.ffn.patch import owners
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.kernels.reference import (
-    ACTIVATION_FUNCTIONS,
-    add_compensation,
-    sparse_ffn_reference,
-)
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # Layers of the FFN measurements: 2.8 GB of Mistral's, far beyond any cache.
@@ -67,8 +61,9 @@ def bench_gpu(
         progress: reports one unit per measurement.
 
     Returns:
-        ``copy_gbps`` (bytes read and written); ``ffn``: rows of ``cost_share``, ``batch``, ``bytes``
-        that a token reads, and microseconds of one FFN ``dense_eager``, ``dense_graph``,
+        ``copy_gbps`` (bytes read and written); ``inputs``, what FFNs alone run on: the model's own
+        hidden states, or noise for random clusters; ``ffn``: rows of ``cost_share``, ``batch``,
+        ``bytes`` that a token reads, and microseconds of one FFN ``dense_eager``, ``dense_graph``,
         ``sparse_eager`` and ``sparse_graph``, ``speedup`` of the graphs and, for one token, ``gbps``
         and its ``bandwidth_share``; ``route``: microseconds of router and look-up; ``decode``: rows
         with milliseconds per step and the ``speedup`` of compiled over compiled; ``host``.
@@ -80,7 +75,13 @@ def bench_gpu(
     progress = progress or SilentProgress()
     device = next(model.parameters()).device
     result: dict[str, Any] = {"copy_gbps": copy_bandwidth(device), "ffn": [], "route": []}
-    dense_ffns = [_DenseFFN(layer) for layer in find_ffn_layers(model)[:_LAYERS]]
+    prompt = random_prompt(model, 1, prompt_tokens)
+    states = own_states(model, clusters, prompt)
+    result["inputs"] = "noise" if states is None else "the model's states"
+    dense_ffns = [
+        DenseFFN(layer.gate.weight, layer.up.weight, layer.down.weight, layer.activation)
+        for layer in find_ffn_layers(model)[:_LAYERS]
+    ]
     measurements = len(clusters) * (len(batches) + len(decode_batches)) + len(decode_batches)
     with progress.task("gpu", measurements) as advance:
         dense_steps: dict[int, dict[str, list[float]]] = {}
@@ -92,8 +93,9 @@ def bench_gpu(
             modules = sparse_modules(model)
             verify_outputs(modules[:2])
             for batch in batches:
+                inputs = [tokens_for(module, batch, states) for module in modules[:_LAYERS]]
                 result["ffn"].append(
-                    _bench_ffn(modules[:_LAYERS], dense_ffns, batch, repeats, result["copy_gbps"])
+                    _bench_ffn(modules[:_LAYERS], dense_ffns, inputs, repeats, result["copy_gbps"])
                 )
                 advance(1)
             result["route"].append(_bench_route(modules[:_LAYERS], repeats))
@@ -118,29 +120,34 @@ _DECODE = SparseConfig(backend="triton", check_fingerprint=False)
 _ALL_SPARSE = replace(_DECODE, prefill="sparse")
 
 
+def random_prompt(model: Any, batch: int, length: int) -> Tensor:
+    """Random tokens [batch, length] on the model's device."""
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    return prompt.to(model.device)
+
+
 def copy_bandwidth(device: torch.device) -> float:
     """GB/s (10⁹ bytes, read and written) of a copy far beyond the caches."""
     size = _COPY_BYTES if device.type == "cuda" else 2**20
     source = torch.ones(size, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    seconds = in_turns({"copy": lambda: target.copy_(source)}, device, 10)["copy"]
+    seconds = on_device({"copy": lambda: target.copy_(source)}, device, 10)["copy"]
     return 2 * size / seconds / 1e9
 
 
-def in_turns(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
-    """Median seconds of each call, all in turns, after one round that warms up."""
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats + 1):
-        for name, call in calls.items():
-            taken[name].append(_seconds(call, device))
-    return {name: statistics.median(seconds[1:]) for name, seconds in taken.items()}
+def on_device(calls: dict[str, Call], device: torch.device, repeats: int) -> dict[str, float]:
+    """Median seconds of each call, all in turns."""
+    return in_turns(
+        {name: lambda _, call=call: call for name, call in calls.items()},  # type: ignore[misc]
+        repeats,
+        seconds=lambda call: _seconds(call, device),
+    )
 
 
 def _seconds(call: Call, device: torch.device) -> float:
     if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return time.perf_counter() - started
+        return wall_seconds(call)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     call()
@@ -165,69 +172,22 @@ def captured(call: Call, device: torch.device) -> Call:
     return graph.replay
 
 
-class _DenseFFN:
-    """A dense FFN in torch's own layout; the sparse one keeps down transposed."""
-
-    def __init__(self, layer: FFNLayer) -> None:
-        self._gate, self._up = layer.gate.weight.detach(), layer.up.weight.detach()
-        self._down = layer.down.weight.detach().clone(memory_format=torch.contiguous_format)
-        self._activation = ACTIVATION_FUNCTIONS[layer.activation]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        h = self._activation(F.linear(x, self._gate)) * F.linear(x, self._up)
-        return F.linear(h, self._down)
-
-
-def verify_outputs(modules: Sequence[SparseFFN]) -> None:
-    """Compare FFNs with the reference, for one token and for several.
-
-    Raises:
-        SparseRuntimeError: they are not the same.
-    """
-    for module in modules:
-        for batch in (1, 5):
-            x = tokens_for(module, batch)
-            with torch.inference_mode():
-                before = module.cluster_counts.clone()
-                found = module(x).float()
-                picked = (module.cluster_counts - before).nonzero().flatten()
-                # Routing is compared elsewhere: near ties fall as rounding wants.
-                ids = module.cluster_ids(x) if batch > 1 else picked[:1]
-                expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
-                expected = add_compensation(expected, x, ids, module.compensation)
-            errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
-            error = errors.median().item()
-            if not error < 0.02:
-                raise SparseRuntimeError(
-                    f"layer {module.layer_index}, {batch} tokens: the sparse FFN is {error:.3f} "
-                    "(relative) away from the reference; expected less than 0.02. Its speed means "
-                    "nothing; please report this"
-                )
-
-
-def tokens_for(module: SparseFFN, count: int) -> Tensor:
-    """Random hidden states [count, H] for an FFN, of the size that a norm leaves."""
-    generator = torch.Generator().manual_seed(module.layer_index)
-    x = torch.randn(count, module.cost.hidden_size, generator=generator)
-    return x.to(module.router.up)
-
-
 def _bench_ffn(
     modules: Sequence[SparseFFN],
-    dense: Sequence[_DenseFFN],
-    batch: int,
+    dense: Sequence[DenseFFN],
+    inputs: Sequence[Tensor],
     repeats: int,
     copy_gbps: float,
 ) -> dict[str, Any]:
-    x = tokens_for(modules[0], batch)
-    device = x.device
+    """Time FFNs, sparse and dense, each on its own hidden states [n, H]."""
+    batch, device = len(inputs[0]), inputs[0].device
 
     def run_sparse() -> None:
-        for module in modules:
+        for module, x in zip(modules, inputs, strict=True):
             module(x)
 
     def run_dense() -> None:
-        for ffn in dense:
+        for ffn, x in zip(dense, inputs, strict=True):
             ffn(x)
 
     with torch.inference_mode():
@@ -239,7 +199,7 @@ def _bench_ffn(
         }
         for module in modules:
             module.reset_counts()
-        seconds = in_turns(calls, device, repeats)
+        seconds = on_device(calls, device, repeats)
     micro = {name: 1e6 * value / len(modules) for name, value in seconds.items()}
     counts = [read_counts(module) for module in modules]
     tokens = sum(count.sparse_tokens for count in counts)
@@ -277,7 +237,7 @@ def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]
             )
 
     with torch.inference_mode():
-        seconds = in_turns({"route": captured(run, x.device)}, x.device, repeats)["route"]
+        seconds = on_device({"route": captured(run, x.device)}, x.device, repeats)["route"]
     return {"us": 1e6 * seconds / len(modules)}
 
 
@@ -308,10 +268,9 @@ def _decode_step(model: Any, run: Any, batch: int, prompt_tokens: int, new_token
     device = next(model.parameters()).device
     length = prompt_tokens + new_tokens + 8
     cache = StaticCache(config=model.config, max_cache_len=length)
-    generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, prompt_tokens), generator=generator)
+    prompt = random_prompt(model, batch, prompt_tokens)
     with torch.inference_mode():
-        logits = model(input_ids=prompt.to(device), past_key_values=cache, use_cache=True).logits
+        logits = model(input_ids=prompt, past_key_values=cache, use_cache=True).logits
     token = logits[:, -1:].argmax(-1)
 
     def step() -> None:

@@ -5,15 +5,16 @@ python -m sparse_runtime.eval.gpu_report OUTPUT.md [FIGURES.json]
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.figures import BENCH_GPU, read_figures
 from sparse_runtime.eval.gpu_latency import DECODE_BATCHES
-from sparse_runtime.eval.markdown import markdown_table
+from sparse_runtime.eval.markdown import command_block, escaped, markdown_table
 from sparse_runtime.eval.shapes import SHAPES
 
 #: Read bandwidth that implied times are for: about what an H200 reaches of its 4.8 TB/s.
@@ -45,11 +46,12 @@ def report(figures: dict[str, Any] | None) -> str:
     else:
         host = figures["host"]
         versions = ", ".join(f"{name} {number}" for name, number in host["versions"].items())
-        parts.append(
+        machine = (
             f"{host['date']}, {host['gpu']}, CUDA {host['cuda']}; {versions}; commit "
-            f"{host['commit']}; a copy reaches {figures['copy_gbps']:.0f} GB/s.\n\n"
-            f"    {host['command']}\n"
+            f"{host['commit'] or 'unknown'}; a copy reaches {figures['copy_gbps']:.0f} GB/s. FFNs "
+            f"alone run on {figures['inputs']}."
         )
+        parts.append(f"{escaped(machine)}\n\n{command_block(host)}")
     parts += [_implied(), _ffn(figures), _decode(figures)]
     return "\n".join(parts)
 
@@ -144,7 +146,10 @@ def _micro(size: float) -> str:
 def main() -> None:
     """Write the document named first, from the figures named after it if any."""
     output, *files = map(Path, sys.argv[1:])
-    figures = json.loads(files[0].read_text(encoding="utf-8")) if files else None
+    try:
+        figures = read_figures(files[0], BENCH_GPU, "bench --device cuda") if files else None
+    except SparseRuntimeError as error:
+        raise SystemExit(f"error: {error}") from None
     output.parent.mkdir(parents=True, exist_ok=True)
     output.write_text(report(figures), encoding="utf-8")
 

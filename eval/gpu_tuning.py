@@ -9,7 +9,8 @@ from typing import Any
 import torch
 
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.gpu_latency import captured, in_turns, tokens_for, verify_outputs
+from sparse_runtime.eval.ffn_checks import tokens_for, verify_outputs
+from sparse_runtime.eval.gpu_latency import captured, on_device
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.triton_config import TritonConfig, remember
 from sparse_runtime.kernels.triton_ffn import forced_config
@@ -129,7 +130,7 @@ def _seconds(
                     # Too much shared memory, or too many registers.
                     if "out of resource" not in str(error):
                         raise
-        taken = in_turns(calls, x.device, repeats)
+        taken = on_device(calls, x.device, repeats)
     return [taken.get(str(number), float("inf")) / len(modules) for number in range(len(configs))]
 
 
@@ -153,7 +154,7 @@ def _switch_over(modules: Sequence[SparseFFN], config: TritonConfig, repeats: in
 
         sparse = _seconds(modules, [config], tokens, repeats)[0]
         with torch.inference_mode():
-            seconds = in_turns({"dense": captured(dense, x.device)}, x.device, repeats)["dense"]
+            seconds = on_device({"dense": captured(dense, x.device)}, x.device, repeats)["dense"]
         if sparse * len(modules) > seconds:
             break
         largest = tokens

@@ -18,6 +18,8 @@ import torch
 from sparse_runtime.hardware import cpu_name
 from sparse_runtime.kernels import load_cpu_library
 
+# Of this project's own pyproject.toml.
+_PROJECT = 'name = "sparse-runtime"'
 _PACKAGES = ("sparse-runtime", "torch", "transformers", "accelerate", "safetensors")
 
 
@@ -84,14 +86,25 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the checkout this code runs from; None when installed elsewhere."""
+    """Commit of the checkout this code runs from; None when installed elsewhere.
+
+    An environment inside somebody else's repository has that one's commit, which says nothing here.
+    """
     folder = Path(__file__).resolve().parent
+    top = _git(folder, "rev-parse", "--show-toplevel")
+    if top is None:
+        return None
+    try:
+        project = (Path(top) / "pyproject.toml").read_text(encoding="utf-8")
+    except OSError:
+        return None
+    return _git(folder, "describe", "--always", "--dirty") if _PROJECT in project else None
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
     try:
         result = subprocess.run(
-            ["git", "-C", str(folder), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=True,
+            ["git", "-C", str(folder), *arguments], capture_output=True, text=True, check=True
         )
     except (OSError, subprocess.CalledProcessError):
         return None

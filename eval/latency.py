@@ -18,41 +18,27 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.generation.streamers import BaseStreamer
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.baselines import captured_states
+from sparse_runtime.eval.ffn_checks import own_states
 from sparse_runtime.eval.host import ReadBandwidth, host_record
 from sparse_runtime.eval.mlp_latency import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.prediction_latency import bench_prediction
+from sparse_runtime.eval.timing import TokenClock
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _PREFILL_SECONDS = 60.0
-
-
-class TokenClock(BaseStreamer):
-    """A streamer that notes when each token arrives."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def put(self, value: Tensor) -> None:
-        """Called by ``generate`` with the prompt, then with each new token."""
-        self.times.append(time.perf_counter())
-
-    def end(self) -> None:
-        """Called when generation ends."""
 
 
 def time_prefill(model: Any, input_ids: Tensor) -> tuple[float, Any]:
@@ -85,8 +71,7 @@ def time_decode(model: Any, input_ids: Tensor, cache: Any, new_tokens: int) -> l
             streamer=clock,
             pad_token_id=model.generation_config.pad_token_id or 0,
         )
-    _, first, *rest = clock.times
-    return [b - a for a, b in zip([first, *rest], rest, strict=False)]
+    return clock.steps
 
 
 def bench(
@@ -128,18 +113,10 @@ def bench(
     read_gbps = [bandwidth()]
     memory: dict[str, float] = {}
     runs = [_Run(artifact) for artifact in clusters]
-    # A random model's routers would send its states to a few clusters, and confirm any share of them.
-    random = any(artifact.build.get("method") == "random" for artifact in clusters)
-    states = None if random else ffn_inputs(model, prompt)
-    mlps, predictions = [], []
+    states = own_states(model, clusters, prompt)
     for number, run in enumerate(runs):
-        sparsify(model, run.clusters)
-        run.bytes = decode_bytes(model)
         # How many tokens pay is told once: it depends on the density less than on the machine.
-        counts = TOKEN_COUNTS if number == 0 else (1,)
-        mlps.append(bench_mlp(sparse_modules(model), states, token_counts=counts))
-        predictions.append(bench_prediction(sparse_modules(model), states))
-        unsparsify(model)
+        run.time_ffns(model, states, TOKEN_COUNTS if number == 0 else (1,))
     cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
         for repeat in range(repeats + 1):
@@ -156,10 +133,7 @@ def bench(
             if repeat == 0:  # it warms up
                 for run in runs:
                     run.seconds = {}
-    results = [
-        {**run.result(), "mlp": mlp, "prediction": prediction}
-        for run, mlp, prediction in zip(runs, mlps, predictions, strict=True)
-    ]
+    results = [run.result() for run in runs]
     return {
         "read_gbps": statistics.median(read_gbps),
         **results[0],
@@ -175,15 +149,6 @@ def bench(
     }
 
 
-def ffn_inputs(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
-    """Hidden states [n, H] that every FFN of a dense model sees of a text [1, n], by layer index."""
-    with captured_states(model, input_ids) as states:
-        return {
-            layer.index: states.layer(position, dtype=model.dtype)
-            for position, layer in enumerate(find_ffn_layers(model))
-        }
-
-
 class _Run:
     """Times of one artifact, and of the dense runs beside it."""
 
@@ -192,6 +157,7 @@ class _Run:
         self.seconds: dict[str, list[float]] = {}
         self.cost_share = 1.0
         self.bytes = (0, 0)
+        self.ffns: dict[str, Any] = {}
 
     def add(self, name: str, seconds: Sequence[float]) -> None:
         self.seconds.setdefault(name, []).extend(seconds)
@@ -199,6 +165,17 @@ class _Run:
     def wants_prefill(self, variant: str) -> bool:
         """Whether a prefill is still worth its time: with large models, two or three are enough."""
         return sum(self.seconds.get(f"prefill {variant}", [])) < _PREFILL_SECONDS
+
+    def time_ffns(
+        self, model: Any, states: Mapping[int, Tensor] | None, token_counts: Sequence[int]
+    ) -> None:
+        """Time FFNs alone, and what a prediction takes."""
+        sparsify(model, self.clusters)
+        self.bytes = decode_bytes(model)
+        modules = sparse_modules(model)
+        self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
+        self.ffns["prediction"] = bench_prediction(modules, states)
+        unsparsify(model)
 
     def time_sparse(self, model: Any, prompt: Tensor, cache: Any, new_tokens: int) -> None:
         if self.wants_prefill("sparse"):
@@ -225,6 +202,7 @@ class _Run:
         ceiling = total / sparse_total
         speedup = medians["dense"] / medians["sparse"]
         return {
+            **self.ffns,
             "cost_share": self.cost_share,
             "prefill": {
                 **_milliseconds(prefill),

@@ -5,9 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+# What Markdown or the HTML inside it would read as a sign; underscores inside words are none.
+_SIGNS = str.maketrans({sign: f"\\{sign}" for sign in "\\`*[]|~#"} | {"<": "&lt;", "&": "&amp;"})
+
+
+def escaped(text: str) -> str:
+    """Text out of a file of figures, to stand in Markdown as it is; also in a table's cell."""
+    return " ".join(text.translate(_SIGNS).split())
+
 
 def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table of cells that are text already."""
+    """A table of cells that are Markdown already."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
@@ -19,7 +27,7 @@ def records_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str
         (
             [
                 "–" if row[name] is None else f"{row[name]:.3f}" if isinstance(row[name], float)
-                else str(row[name])
+                else escaped(str(row[name]))
                 for name in columns
             ]
             for row in rows
@@ -29,7 +37,11 @@ def records_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str
 
 def run_line(host: dict[str, Any]) -> str:
     """When and where figures were made, and by which command, from a ``host_record``."""
-    return (
-        f"{host['date']}, {host['cpu']}, {host['threads']} threads, torch "
-        f"{host['versions']['torch']}, commit {host['commit']}.\n\n    {host['command']}\n"
-    )
+    machine = f"{host['date']}, {host['cpu']}, {host['threads']} threads, torch "
+    machine += f"{host['versions']['torch']}, commit {host['commit'] or 'unknown'}."
+    return f"{escaped(machine)}\n\n{command_block(host)}"
+
+
+def command_block(host: dict[str, Any]) -> str:
+    """The command of a ``host_record``, indented as code, where no sign has a meaning."""
+    return f"    {' '.join(host['command'].split())}\n"

@@ -7,23 +7,17 @@ decode step. All variants take turns in one run, and the read bandwidth is measu
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.ffn_checks import DenseFFN, drawn_tokens, verify_outputs
 from sparse_runtime.eval.host import ReadBandwidth
+from sparse_runtime.eval.timing import in_turns
 from sparse_runtime.ffn.counts import read_counts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.kernels.reference import (
-    ACTIVATION_FUNCTIONS,
-    add_compensation,
-    sparse_ffn_reference,
-)
 
 # Layers that calls rotate over, at least; together they are beyond every cache, and copied.
 _LAYERS = 2
@@ -65,10 +59,10 @@ def bench_mlp(
         SparseRuntimeError: the sparse FFN's outputs are not those of the reference.
     """
     layers = bench_layers(modules)
-    _verify(layers[:_LAYERS])
-    dense = [_DenseFFN(module) for module in layers]
+    verify_outputs(layers[:_LAYERS], SparseFFN.sparse)
+    dense = [_PrepackedFFN(module) for module in layers]
     variants: dict[str, Variant] = {
-        "dense": lambda i, x: dense[i].linear(x),
+        "dense": lambda i, x: dense[i](x),
         "all_rows": lambda i, x: layers[i].all_rows(x),
         "sparse": lambda i, x: layers[i].sparse(x),
     }
@@ -82,7 +76,7 @@ def bench_mlp(
         rounds = repeats if num_tokens == 1 else max(1, repeats // 4)
         for module in layers:
             module.reset_counts()
-        seconds, read_gbps = in_turns(calls, layers, num_tokens, rounds, states)
+        seconds, read_gbps = over_layers(calls, layers, num_tokens, rounds, states)
         milliseconds = {f"{name}_ms": 1e3 * value for name, value in seconds.items()}
         if num_tokens == 1:
             result |= _one_token(seconds, layers, statistics.median(read_gbps))
@@ -126,7 +120,7 @@ def _one_token(
     }
 
 
-def in_turns(
+def over_layers(
     calls: dict[str, Variant],
     layers: Sequence[SparseFFN],
     num_tokens: int,
@@ -139,35 +133,34 @@ def in_turns(
     :func:`bench_mlp`.
     """
     generator = torch.Generator().manual_seed(num_tokens)
-    repeats = -(-repeats // len(layers)) * len(layers)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    read_gbps = []
+    read_gbps: list[float] = []
     bandwidth = ReadBandwidth()
+
+    def prepared(position: int, call: Variant) -> Callable[[int], Callable[[], Any]]:
+        def prepare(number: int) -> Callable[[], Any]:
+            # Each on another layer, whose weights no recent call has left in the caches.
+            layer = (number + position * len(layers) // len(calls)) % len(layers)
+            module = layers[layer]
+            if states is None:
+                x = _spread_tokens(module, num_tokens, generator)
+            else:
+                x = drawn_tokens(states[module.layer_index], num_tokens, generator)
+            return lambda: call(layer, x)
+
+        return prepare
+
+    def read(number: int) -> None:
+        if number % 4 == 0:
+            read_gbps.append(bandwidth())
+
     with torch.inference_mode():
-        for repeat in range(repeats + 1):
-            if repeat % 4 == 0:
-                read_gbps.append(bandwidth())
-            for position, (name, call) in enumerate(calls.items()):
-                # Each on another layer, whose weights no recent call has left in the caches.
-                layer = (repeat + position * len(layers) // len(calls)) % len(layers)
-                taken = seconds[name]
-                if len(taken) >= 4 and min(taken) > _SLOW_SECONDS:
-                    continue
-                module = layers[layer]
-                if states is None:
-                    x = _spread_tokens(module, num_tokens, generator)
-                else:
-                    x = _drawn_tokens(states[module.layer_index], num_tokens, generator)
-                started = time.perf_counter()
-                call(layer, x)
-                taken.append(time.perf_counter() - started)
-    return {name: statistics.median(taken[1:]) for name, taken in seconds.items()}, read_gbps
-
-
-def _drawn_tokens(states: Tensor, num_tokens: int, generator: torch.Generator) -> Tensor:
-    """Rows of states, each once as long as there are enough."""
-    order = torch.randperm(len(states), generator=generator)
-    return states[order.repeat(-(-num_tokens // len(order)))[:num_tokens]]
+        seconds = in_turns(
+            {name: prepared(position, call) for position, (name, call) in enumerate(calls.items())},
+            -(-repeats // len(layers)) * len(layers),
+            before_round=read,
+            slow_seconds=_SLOW_SECONDS,
+        )
+    return seconds, read_gbps
 
 
 def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generator) -> Tensor:
@@ -191,50 +184,24 @@ def _spread_tokens(module: SparseFFN, num_tokens: int, generator: torch.Generato
     return x.to(router.up.dtype)
 
 
-def _verify(layers: Sequence[SparseFFN]) -> None:
-    """Compare sparse FFNs with the reference before anything is timed."""
-    for module in layers:
-        generator = torch.Generator().manual_seed(module.layer_index)
-        x = torch.randn(1, module.cost.hidden_size, generator=generator).to(module.router.up.dtype)
-        with torch.inference_mode():
-            before = module.cluster_counts.clone()
-            found = module.sparse(x).float()
-            # Not module.cluster_ids(x): of noise, two clusters' logits may be as good as equal.
-            ids = (module.cluster_counts - before).nonzero().flatten()
-            expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
-            expected = add_compensation(expected, x, ids, module.compensation)
-            error = (found - expected).norm() / expected.norm()
-        if not error < 0.02:
-            raise SparseRuntimeError(
-                f"layer {module.layer_index}: the sparse FFN is {error:.3f} (relative) away from the "
-                "reference; expected less than 0.02. Its speed means nothing; please report this"
-            )
-
-
-class _DenseFFN:
-    """A dense FFN of a sparse one's weights in torch's own layouts."""
+class _PrepackedFFN(DenseFFN):
+    """A dense FFN of a sparse one's weights, also in oneDNN's layout where it has bfloat16."""
 
     def __init__(self, module: SparseFFN) -> None:
         weights = module.weights
-        gate, up = weights.gate.detach(), weights.up.detach()
-        self.weights = (gate, up, weights.down_t.detach().t().contiguous())
+        super().__init__(weights.gate, weights.up, weights.down_t.t(), module.activation)
         self.packed: tuple[Tensor, ...] | None = None
-        self._activation: Callable[[Tensor], Tensor] = ACTIVATION_FUNCTIONS[module.activation]
-        if gate.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if weights.gate.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # What torch.compile with freezing does to a linear layer's weight.
             self.packed = tuple(
                 torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in self.weights
             )
 
-    def linear(self, x: Tensor) -> Tensor:
-        gate, up, down = self.weights
-        return F.linear(self._activation(F.linear(x, gate)) * F.linear(x, up), down)
-
     def prepacked(self, x: Tensor) -> Tensor:
         assert self.packed is not None
         gate, up, down = self.packed
         return _packed_linear(
-            self._activation(_packed_linear(x, gate)) * _packed_linear(x, up), down
+            self.activation(_packed_linear(x, gate)) * _packed_linear(x, up), down
         )
 
 

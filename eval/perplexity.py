@@ -77,15 +77,7 @@ def text_windows(
         ConfigError: ``window``, ``stride`` or ``prompt_tokens`` is out of range.
         DataError: the text is shorter than one window.
     """
-    if window < 2:
-        raise ConfigError(f"window is {window}; expected 2 tokens or more")
-    if not 1 <= stride <= window:
-        raise ConfigError(f"stride is {stride}; expected 1 to the window, {window}")
-    if not 0 <= prompt_tokens <= window - 2:
-        raise ConfigError(
-            f"prompt_tokens is {prompt_tokens}; expected 0 to {window - 2}, so that a window of "
-            f"{window} holds two tokens more"
-        )
+    check_windows(window, stride, prompt_tokens)
     if len(tokens) < window:
         raise DataError(
             f"the text has {len(tokens)} tokens, fewer than one window of {window}; give a longer "
@@ -102,6 +94,19 @@ def text_windows(
         if end == len(tokens):
             break
     return windows
+
+
+def check_windows(window: int, stride: int, prompt_tokens: int = 0) -> None:
+    """Refuse arguments of :func:`text_windows` that fit no text. Raises ConfigError."""
+    if window < 2:
+        raise ConfigError(f"window is {window}; expected 2 tokens or more")
+    if not 1 <= stride <= window:
+        raise ConfigError(f"stride is {stride}; expected 1 to the window, {window}")
+    if not 0 <= prompt_tokens <= window - 2:
+        raise ConfigError(
+            f"prompt_tokens is {prompt_tokens}; expected 0 to {window - 2}, so that a window of "
+            f"{window} holds two tokens more"
+        )
 
 
 @torch.inference_mode()

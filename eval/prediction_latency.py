@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.cost import router_parameter_count
-from sparse_runtime.eval.mlp_latency import Variant, bench_layers, in_turns
+from sparse_runtime.eval.mlp_latency import Variant, bench_layers, over_layers
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
@@ -79,7 +79,7 @@ def bench_prediction(
         "per-neuron predictor": per_neuron,
         "dense gate": dense_gate,
     }
-    seconds, _ = in_turns(variants, layers, 1, repeats, states)
+    seconds, _ = over_layers(variants, layers, 1, repeats, states)
     weights = layers[0].router
     elements = {
         "router": router_parameter_count(

@@ -1,4 +1,4 @@
-"""Quality of a sparse model: perplexity, coverage and precision on held-out text.
+"""Quality of a sparse model: distance from the dense one, perplexity, coverage on held-out text.
 
 Four runs over the same text, every token through the sparse path (or every one after a prompt): dense;
 sparse by the router's ids; sparse by oracle ids (the clusters whose sets cover the tokens' true
@@ -24,7 +24,7 @@ from sparse_runtime.clusters.importance import ImportanceScorer, importance_scor
 from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.eval.forwards import dense_prompts
-from sparse_runtime.eval.perplexity import score_text
+from sparse_runtime.eval.perplexity import TextScore, score_text
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels import ClusterTables, router_logits
@@ -60,10 +60,13 @@ def evaluate_quality(
         progress: reports one unit per window of each run.
 
     Returns:
-        ``perplexity`` (``dense``, ``sparse``, ``oracle_ids``, ``static``), ``ratio`` (sparse ÷
-        dense), ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
-        dtype (beside larger weights low-bit copies would seem cheaper), ``nll`` (of each run, the
-        windows' negative log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,
+        Of the sparse run, ``kl`` (to the dense model, in nats per token), ``top1`` (share of the
+        tokens with the dense model's likeliest next token), ``ratio`` (perplexity ÷ dense) and
+        ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
+        dtype (beside larger weights low-bit copies would seem cheaper); of each run (``dense``,
+        ``sparse``, ``oracle_ids``, ``static``) ``perplexity`` and, but for ``dense``,
+        ``divergence`` (KL) and ``agreement`` (top-1); ``nll`` (of each run, the windows' negative
+        log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,
         ``window``, ``stride``, ``prompt_tokens`` and, per layer, the scores of :class:`SetScorer` on
         the states of the sparse model and ``confidence``: shares of the tokens whose router gives its
         choice a probability of 0 to 0.1, 0.1 to 0.2, … 0.9 to 1.
@@ -80,7 +83,9 @@ def evaluate_quality(
     sparsify(model, clusters, config=EVALUATION)
     try:
         with dense(model):
-            scores = {"dense": score_text(model, tokens, description="dense", **options)}
+            reference = score_text(model, tokens, description="dense", keep=True, **options)
+        options["reference"] = reference
+        scores = {}
         reset_cost(model)
         with dense_prompts(model, prompt_tokens):
             with _scored(model, clusters, scorers) as scored:
@@ -95,17 +100,13 @@ def evaluate_quality(
                 scores["static"] = score_text(model, tokens, description="static", **options)
     finally:
         unsparsify(model)
-    figures = {name: score.perplexity for name, score in scores.items()}
     return {
-        "perplexity": figures,
-        "ratio": figures["sparse"] / figures["dense"],
+        **_comparison(scores, reference),
         "cost_share": cost.cost_share,
         "tokens": len(tokens),
         "window": window,
         "stride": window if stride is None else stride,
         "prompt_tokens": prompt_tokens,
-        "scored": scores["dense"].scored,
-        "nll": {name: score.nll for name, score in scores.items()},
         "layers": [
             {
                 "index": index,
@@ -114,6 +115,24 @@ def evaluate_quality(
             }
             for index, (scorer, counts) in sorted(scored.items())
         ],
+    }
+
+
+def _comparison(scores: dict[str, TextScore], dense: TextScore) -> dict[str, Any]:
+    """How far runs are from the dense one."""
+    divergence = {name: score.mean_divergence for name, score in scores.items()}
+    agreement = {name: score.agreement for name, score in scores.items()}
+    scores = {"dense": dense, **scores}
+    perplexity = {name: score.perplexity for name, score in scores.items()}
+    return {
+        "kl": divergence["sparse"],
+        "top1": agreement["sparse"],
+        "ratio": perplexity["sparse"] / perplexity["dense"],
+        "divergence": divergence,
+        "agreement": agreement,
+        "perplexity": perplexity,
+        "scored": dense.scored,
+        "nll": {name: score.nll for name, score in scores.items()},
     }
 
 

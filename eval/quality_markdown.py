@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
-from sparse_runtime.eval.markdown import markdown_table, records_table, run_line
+from sparse_runtime.eval.markdown import escaped, markdown_table, records_table, run_line
 from sparse_runtime.eval.run_folder import CURVE_FILES, RunFolder, method_label
 
 #: What stands between these lines of README is written by this module.
@@ -20,10 +20,10 @@ START, END = "<!-- quality: written by make report -->", "<!-- /quality -->"
 _INTRODUCTION = """# Quality
 
 Written by `make report`. Every token runs sparsely unless a prompt is named. *Cost share*: FFN bytes
-read ÷ dense FFN's, everything counted. *÷ dense*: perplexity ratio, with its 95 % bootstrap interval
-over the text's windows; it says how far another text of this kind could differ, not another build.
-*KL*: to the dense model, in nats per token. *Top-1*: share of the tokens with the dense model's
-likeliest next token. Opponents are fitted on the same calibration text, without fine-tuning; the
+read ÷ dense FFN's, everything counted. *KL*: to the dense model, in nats per token. *Top-1*: share of
+the tokens with the dense model's likeliest next token. *÷ dense*: perplexity ratio, with its 95 %
+bootstrap interval over the text's windows; it says how far another text of this kind could differ,
+not another build. Opponents are fitted on the same calibration text, without fine-tuning; the
 *oracle* knows each token's neurons.
 """
 
@@ -33,8 +33,8 @@ def quality_markdown(run: RunFolder) -> str:
     parts = [_INTRODUCTION]
     parts += [run_line(run.figures[file]["host"]) for file in CURVE_FILES if file in run.figures]
     for title, result in run.curves().items():
-        parts += [f"## {title}\n", _curves(result)]
-    parts += [f"{sentence}\n" for sentence in run.left_out()]
+        parts += [f"## {escaped(title)}\n", _curves(result)]
+    parts += [f"{escaped(sentence)}\n" for sentence in run.left_out()]
     for name, (title, columns) in _OTHERS.items():
         figures = run.figures.get(name)
         if figures is not None:
@@ -71,24 +71,24 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
         raise DataError(f"the run has no quality.json with a budget of {budget:g}")
     result = curves[title]
     dense = result["dense"]["perplexity"]
-    lines = [["dense", "1.00", "1.000", "", "0", "1"]]
-    for row in sorted(rows, key=lambda row: row["ratio"]):
-        label = method_label(row)
+    lines = [["dense", "0", "1", "1", "", "1"]]
+    for row in sorted(rows, key=lambda row: row["divergence"]):
+        label = escaped(method_label(row))
         label = f"**{label}**" if row["method"] == "clusters" else label
-        lines.append([label, f"{row['cost_share']:.2f}", *_quality(row)])
-    columns = ["FFN cost share", "perplexity ÷ dense", "95 %", "KL", "top-1"]
-    host = figures["host"]
-    return (
-        f"{markdown_table(['every token sparse', *columns], lines)}\n{figures['model']}, {title}, "
-        f"{result['tokens']} tokens in windows of {figures['window']}, dense perplexity {dense:.2f}, "
-        f"{figures['dtype']}, {host['date']}.\n{_other_texts(curves, title, columns, budget)}"
+        lines.append([label, *_quality(row), f"{row['cost_share']:.2f}"])
+    columns = ["KL", "top-1", "perplexity ÷ dense", "95 %", "FFN cost share"]
+    measured = (
+        f"{figures['model']}, {title}, {result['tokens']} tokens in windows of {figures['window']}, "
+        f"dense perplexity {dense:.2f}, {figures['dtype']}, {figures['host']['date']}."
     )
+    table = markdown_table(["every token sparse", *columns], lines)
+    return f"{table}\n{escaped(measured)}\n{_other_texts(curves, title, columns, budget)}"
 
 
 def _other_texts(curves: dict[str, Any], first: str, columns: Sequence[str], budget: float) -> str:
     """Clusters with looks on all texts and protocols but the first; nothing if there are none."""
     lines = [
-        [title, f"{row['cost_share']:.2f}", *_quality(row)]
+        [escaped(title), *_quality(row), f"{row['cost_share']:.2f}"]
         for title, result in curves.items()
         for row in result["rows"]
         if title != first and row["budget"] == budget and row["verify"]
@@ -110,21 +110,21 @@ def replaced(text: str, table: str) -> str:
 
 
 def _curves(result: dict[str, Any]) -> str:
-    header = ["method", "budget", "cost share", "perplexity", "÷ dense", "95 %", "KL", "top-1"]
-    lines = [["dense", "", "1", f"{result['dense']['perplexity']:.2f}", "1", "", "0", "1"]]
+    header = ["method", "budget", "KL", "top-1", "÷ dense", "95 %", "cost share", "perplexity"]
+    lines = [["dense", "", "0", "1", "1", "", "1", f"{result['dense']['perplexity']:.2f}"]]
     for row in result["rows"]:
-        costs = [f"{row['budget']:g}", f"{row['cost_share']:.3f}", f"{row['perplexity']:.2f}"]
-        lines.append([method_label(row), *costs, *_quality(row)])
+        further = [f"{row['cost_share']:.3f}", f"{row['perplexity']:.2f}"]
+        lines.append([escaped(method_label(row)), f"{row['budget']:g}", *_quality(row), *further])
     return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
 def _quality(row: dict[str, Any]) -> list[str]:
     low, high = row["interval"]
     return [
-        _ratio(row["ratio"]),
-        f"{_ratio(low)}–{_ratio(high)}",
         f"{row['divergence']:.3f}",
         f"{row['agreement']:.3f}",
+        _ratio(row["ratio"]),
+        f"{_ratio(low)}–{_ratio(high)}",
     ]
 
 

@@ -6,7 +6,6 @@ Any may be missing; what is shown follows from what is there.
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,21 +14,22 @@ from typing import Any
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.format import CONFIG_FILE
 from sparse_runtime.errors import DataError
+from sparse_runtime.eval import figures
 
 _CURVES = "eval MODEL --clusters DIR --budgets … --baselines"
 #: Files of ``evaluate_curves``; their rows on the same text stand together.
 CURVE_FILES = ("quality", "predictors", "domains", "decode_only")
-#: File -> the command that writes it, and a key that tells its figures from another command's.
-FILES = {
-    "eval": ("eval MODEL --clusters DIR", "layers"),
-    "quality": (f"{_CURVES} …", "results"),
-    "predictors": (f"{_CURVES} deja-vu,awc-paper", "results"),
-    "domains": (f"{_CURVES} … --data … --data …", "results"),
-    "decode_only": (f"{_CURVES} … --prompt-tokens 256", "results"),
-    "ablation": ("ablate MODEL", "rows"),
-    "paper": ("paper MODEL --compare", "coverage"),
-    "tasks": ("tasks MODEL --clusters DIR", "rows"),
-    "bench": ("bench MODEL --clusters DIR", "runs"),
+#: File -> the command that writes it, and what it must hold.
+FILES: dict[str, tuple[str, dict[str, Any]]] = {
+    "eval": ("eval MODEL --clusters DIR", figures.EVAL),
+    "quality": (f"{_CURVES} …", figures.CURVES),
+    "predictors": (f"{_CURVES} deja-vu,awc-paper", figures.CURVES),
+    "domains": (f"{_CURVES} … --data … --data …", figures.CURVES),
+    "decode_only": (f"{_CURVES} … --prompt-tokens 256", figures.CURVES),
+    "ablation": ("ablate MODEL", figures.ABLATION),
+    "paper": ("paper MODEL --compare", figures.PAPER),
+    "tasks": ("tasks MODEL --clusters DIR", figures.TASKS),
+    "bench": ("bench MODEL --clusters DIR", figures.BENCH),
 }
 CLUSTERS_FOLDER = "clusters"
 
@@ -68,12 +68,12 @@ class RunFolder:
         Raises:
             DataError: there is no figure at all, or a file is not what its name says.
         """
-        figures = {}
-        for name, (command, key) in FILES.items():
+        found = {}
+        for name, (command, shape) in FILES.items():
             file = folder / f"{name}.json"
             if file.is_file():
-                figures[name] = _figures(file, command, key)
-        if not figures:
+                found[name] = figures.read_figures(file, shape, command)
+        if not found:
             names = ", ".join(f"{name}.json" for name in FILES)
             raise DataError(
                 f"{str(folder)!r} holds no figures; expected one or more of {names}, as "
@@ -81,7 +81,7 @@ class RunFolder:
             )
         path = folder / CLUSTERS_FOLDER
         clusters = ClusterSet.from_pretrained(path) if (path / CONFIG_FILE).is_file() else None
-        return cls(figures, clusters)
+        return cls(found, clusters)
 
     def curves(self) -> dict[str, dict[str, Any]]:
         """Results on one text each, by name of text and protocol.
@@ -91,10 +91,10 @@ class RunFolder:
         """
         merged: dict[str, dict[str, Any]] = {}
         for file in CURVE_FILES:
-            figures = self.figures.get(file, {"results": []})
-            prompt = figures.get("prompt_tokens")
+            of_file = self.figures.get(file, {"results": []})
+            prompt = of_file.get("prompt_tokens")
             protocol = f", after a dense prompt of {prompt} tokens" if prompt else ""
-            for result in figures["results"]:
+            for result in of_file["results"]:
                 name = f"{text_name(result['data'])}{protocol}"
                 first = merged.setdefault(name, {**result, "rows": []})
                 if result["scored"] != first["scored"] or not math.isclose(
@@ -136,16 +136,3 @@ def _method_name(row: dict[str, Any]) -> str:
 def text_name(source: str) -> str:
     """A source of text, or a model, without its folder and options."""
     return Path(source.partition(",")[0]).name
-
-
-def _figures(file: Path, command: str, key: str) -> dict[str, Any]:
-    try:
-        figures = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{str(file)!r} cannot be read as JSON: {error}") from None
-    if not isinstance(figures, dict) or key not in figures:
-        raise DataError(
-            f"{str(file)!r} has no {key!r}; expected what 'sparse-runtime {command}' writes with "
-            "--json"
-        )
-    return figures

@@ -18,16 +18,16 @@ _shorter = reprlib.Repr()
 _shorter.maxstring = _shorter.maxother = _LONGEST // 2
 
 
-def printable(value: object) -> str:
-    """A value as one short line: no escape sequences, control or format characters, 200 characters.
+def printable(value: object, *, longest: int = _LONGEST) -> str:
+    """A value as one line: no escape sequences, control or format characters, ``longest`` characters.
 
     A lone surrogate and a character that turns the direction of text become ``�``, white space of any
     kind one space.
     """
     text = _ESCAPES.sub("", value if isinstance(value, str) else shown(value))
-    text = " ".join(text[: 2 * _LONGEST].split())
+    text = " ".join(text[: 2 * longest].split())
     text = "".join(symbol if symbol.isprintable() else "�" for symbol in text)
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def markup(value: object) -> str:

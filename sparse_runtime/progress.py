@@ -6,16 +6,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-
 #: Moves a bar on by a number of units.
 Advance = Callable[[float], None]
 
@@ -35,24 +25,3 @@ class SilentProgress:
     def task(self, description: str, total: float) -> Iterator[Advance]:
         """Open a bar that is not drawn."""
         yield lambda units: None
-
-
-class RichProgress:
-    """Draws one line per task on stderr, with elapsed and remaining time."""
-
-    def __init__(self, console: Console) -> None:
-        self._console = console
-
-    @contextmanager
-    def task(self, description: str, total: float) -> Iterator[Advance]:
-        """Open a bar of ``total`` units."""
-        with Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            console=self._console,
-        ) as bars:
-            bar = bars.add_task(description, total=total)
-            yield lambda units: bars.advance(bar, units)

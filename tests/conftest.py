@@ -49,6 +49,25 @@ def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
     return folder
 
 
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Run a command line; return exit code, stdout and stderr."""
+
+    def call(*arguments):
+        from sparse_runtime import cli
+
+        monkeypatch.setattr("sys.argv", ["sparse-runtime", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit_:
+            cli.main()
+        captured = capsys.readouterr()
+        return exit_.value.code or 0, captured.out, captured.err
+
+    from sparse_runtime.cli.console import out as console
+
+    monkeypatch.setattr(console, "width", 200)
+    return call
+
+
 @pytest.fixture(scope="session")
 def demo_model():
     """SmolLM2-135M as a Mistral in float32, with its tokenizer."""

@@ -18,6 +18,7 @@ if DEVICE == "cpu" and not triton_ffn.INTERPRETED:
     pytest.skip("no GPU, and TRITON_INTERPRET was not set", allow_module_level=True)
 
 from sparse_runtime.eval import gpu_latency, gpu_report, gpu_tuning  # noqa: E402
+from sparse_runtime.eval.ffn_checks import verify_outputs  # noqa: E402
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def test_benchmark_and_its_report(model, tmp_path, monkeypatch):
         assert row["speedup"] == pytest.approx(row["dense_compiled"] / row["sparse_compiled"])
         assert 0.3 < row["cost_share"] < 0.5
     assert len(result["route"]) == 1
+    assert result["inputs"] == "noise"  # of random clusters
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name])
 
@@ -85,12 +87,9 @@ def test_report_without_figures(tmp_path, monkeypatch):
 def test_wrong_outputs_are_found(model):
     sparsify(model, random_cluster_set(model, 0.5), backend="triton", prefill="sparse")
     modules = sparse_modules(model)
-    gpu_latency.verify_outputs(modules)
-    modules[1].cluster_bias = torch.ones(6, 32, device=DEVICE)
-    gpu_latency.verify_outputs(modules)
-    modules[1].compensated = lambda output, x, ids: output
-    with pytest.raises(SparseRuntimeError, match="layer 1, 1 tokens: the sparse FFN is"):
-        gpu_latency.verify_outputs(modules)
+    verify_outputs(modules)
+    with pytest.raises(SparseRuntimeError, match="layer 0, 1 tokens: the sparse FFN is"):
+        verify_outputs(modules, lambda module, x: 1.1 * module(x))
 
 
 def test_tuning(model, cache, monkeypatch):

@@ -35,6 +35,26 @@ def test_figures_agree_with_runs_by_hand(tiny_model):
     assert len({round(value, 6) for value in figures.values()}) == 4
 
 
+def test_distances_agree_with_logits_by_hand(tiny_model):
+    clusters = random_cluster_set(tiny_model, 0.4)
+    result = evaluate_quality(tiny_model, clusters, IDS, window=32)
+
+    def log_probabilities():
+        with torch.inference_mode():
+            return tiny_model(IDS.view(3, 32)).logits[:, :-1].flatten(0, 1).log_softmax(-1)
+
+    dense = log_probabilities()
+    sparsify(tiny_model, clusters, config=SparseConfig(prefill="sparse", backend="reference"))
+    sparse = log_probabilities()
+    expected = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
+    agreed = (dense.argmax(-1) == sparse.argmax(-1)).float().mean().item()
+    assert result["kl"] == result["divergence"]["sparse"] == pytest.approx(expected, rel=1e-4)
+    assert result["top1"] == result["agreement"]["sparse"] == pytest.approx(agreed, abs=1e-6)
+    assert set(result["divergence"]) == {"sparse", "oracle_ids", "static"}
+    assert min(result["divergence"].values()) > 0.01
+    assert list(result)[:3] == ["kl", "top1", "ratio"]
+
+
 def test_oracle_ids_recover_a_perfect_cluster(tiny_model):
     """With half of the neurons dead, the oracle always picks the one cluster of the others."""
     layers = find_ffn_layers(tiny_model)

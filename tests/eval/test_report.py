@@ -1,6 +1,8 @@
 """The report of a run made by the commands on a tiny model, also in a real browser."""
 
 import json
+import random
+import re
 import shutil
 import xml.etree.ElementTree as ElementTree
 from html.parser import HTMLParser
@@ -10,12 +12,12 @@ import torch
 from helpers import cuttable_cluster_set, make_tiny_model
 
 from sparse_runtime import cli
-from sparse_runtime.eval import ablation, coverage_markdown, quality_markdown
+from sparse_runtime.eval import ablation, bench_report, coverage_markdown, quality_markdown, report
 from sparse_runtime.eval.ablation import Setting
 from sparse_runtime.eval.plots import make_plots
 from sparse_runtime.eval.run_folder import FILES, RunFolder
 
-pytest.importorskip("matplotlib")
+mpl = pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 # Tests run as root in containers, without a network.
 CHROMIUM_OPTIONS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
@@ -169,7 +171,7 @@ def test_report_in_a_browser(command, run_folder):
             assert page.evaluate(broken) == 0
             table = page.locator("#methods table").first
             header = table.locator("th button", has_text="÷ dense")
-            column = "rows => rows.map(row => parseFloat(row.cells[6].dataset.value))"
+            column = "rows => rows.map(row => parseFloat(row.cells[4].dataset.value))"
             for click, reverse in ((1, False), (2, True)):
                 header.click()
                 values = table.locator("tbody tr").evaluate_all(column)
@@ -177,7 +179,7 @@ def test_report_in_a_browser(command, run_folder):
                 assert len(set(values)) > 2
             table.locator("th button", has_text="looked at").click()
             shown = table.locator("tbody tr").evaluate_all(
-                "rows => rows.map(row => row.cells[4].dataset.value)"
+                "rows => rows.map(row => row.cells[9].dataset.value)"
             )
             assert shown[-1] == ""  # what is no number goes last
             assert complaints == []
@@ -222,6 +224,122 @@ def test_bad_folders(command, tmp_path):
     assert not (tmp_path / "report.html").exists()
 
 
+def leaves(value, path=""):
+    """Paths to every string and number of JSON, as keys to follow."""
+    entries = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, entry in entries:
+        if isinstance(entry, (dict, list)) and entry:
+            yield from ((key, *rest) for rest in leaves(entry))
+        else:
+            yield (key,)
+
+
+def changed(value, path, change):
+    for key in path[:-1]:
+        value = value[key]
+    value[path[-1]] = change(value[path[-1]]) if change else value.pop(path[-1])
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_half_a_file_is_named_with_its_key(command, run_folder, name, monkeypatch):
+    """Whatever is missing or of another kind: a page, or one line with file and key."""
+    # Figures are made, as all of the page is, and not saved: that is what takes time.
+    monkeypatch.setattr(report, "make_plots", lambda run: iter(list(make_plots(run))[:0]))
+    file = run_folder / f"{name}.json"
+    whole = file.read_text()
+    for other in run_folder.glob("*.json"):
+        if other != file:
+            other.unlink()
+    shutil.rmtree(run_folder / "clusters")
+    shape = FILES[name][1]
+    for key in (key for key in shape if not key.endswith("?")):
+        figures = json.loads(whole)
+        del figures[key]
+        file.write_text(json.dumps(figures))
+        code, _, err = command("report", run_folder)
+        assert (code, f"{name}.json' has no '{key}'" in err) == (1, True), err
+        for wrong in (["a list"], {"an": "object"}, "text", float("nan"), None, 10**400, []):
+            file.write_text(json.dumps(json.loads(whole) | {key: wrong}))
+            code, _, err = command("report", run_folder)
+            assert code == 0 or f"{name}.json' has '{key}" in err or f"has no '{key}." in err, err
+            assert "report it if the input was right" not in err
+    # Deep inside: every leaf that the shape names is checked, or not used.
+    paths = list(leaves(json.loads(whole)))
+    generator = random.Random(0)
+    for path in generator.sample(paths, min(60, len(paths))):
+        figures = json.loads(whole)
+        changed(figures, path, lambda value: {"wrong": value})
+        file.write_text(json.dumps(figures))
+        code, _, err = command("report", run_folder)
+        assert code == 0 or (f"{name}.json' has '" in err and f"{path[-1]}" in err), err
+
+
+HOSTILE = "<script>alert(1)</script> | `code` $x$ **b** [red]\x1b]8;;http://e\x07 \u202e"
+
+
+def test_strings_from_strangers_are_shown_not_obeyed(command, run_folder, tmp_path, monkeypatch):
+    """Every string of every file is hostile; pages and documents only show it."""
+
+    def hostile(value, key=None):
+        if isinstance(value, dict):
+            return {name: hostile(entry, name) for name, entry in value.items()}
+        if isinstance(value, list):
+            return [hostile(entry) for entry in value]
+        kept = key in ("data", "factor") or not isinstance(value, str)
+        # Names that are compared between files stay apart from each other.
+        return f"{HOSTILE} {value}" if not kept or key == "data" else value
+
+    for file in run_folder.glob("*.json"):
+        file.write_text(json.dumps(hostile(json.loads(file.read_text()))))
+    code, _, err = command("report", run_folder)
+    assert code == 0, err
+    text = (run_folder / "report.html").read_text()
+    page = Page(text)
+    assert [tag for tag, _ in page.tags].count("script") == 1
+    assert "<script>alert" not in text
+    assert any("<script>alert(1)" in part for part in page.text)
+    assert not {"\x1b", "\x07", "\u202e"} & set(text)
+    for svg in (run_folder / "figures").glob("*.svg"):
+        ElementTree.parse(svg)
+
+    document, readme = tmp_path / "quality.md", tmp_path / "README.md"
+    readme.write_text(f"{quality_markdown.START}\n{quality_markdown.END}\n")
+    coverage = tmp_path / "coverage.md"
+    bench = tmp_path / "cpu.md"
+    for module, arguments in (
+        (quality_markdown, (run_folder, document, readme)),
+        (coverage_markdown, (run_folder / "paper.json", coverage)),
+        (bench_report, (bench, run_folder / "bench.json")),
+    ):
+        monkeypatch.setattr("sys.argv", [module.__name__, *map(str, arguments)])
+        module.main()
+    for file in (document, readme, coverage, bench):
+        lines = file.read_text().splitlines()
+        assert any("alert(1)" in line for line in lines)
+        outside = [line for line in lines if not line.startswith("    ")]  # of indented code
+        assert not any("<script" in line for line in outside)
+        assert not any(re.search(r"(?<!\\)`code", line) for line in outside)
+        previous = 0
+        for line in outside:
+            cells = len(re.findall(r"(?<!\\)\|", line))
+            assert previous in (0, cells) or not cells, line
+            previous = cells
+
+
+def test_dollar_signs_are_no_formula(run_folder):
+    """Of an odd number Matplotlib would make none, of an even one a formula that does not parse."""
+    figures = json.loads((run_folder / "quality.json").read_text())
+    figures["results"][0]["data"] = r"a$\frac{$ b.txt"
+    (run_folder / "quality.json").write_text(json.dumps(figures))
+    for name in ("predictors", "domains", "decode_only"):
+        (run_folder / f"{name}.json").unlink()
+    figures["results"][0]["rows"][0]["method"] = r"$\frac{$"
+    (run_folder / "quality.json").write_text(json.dumps(figures))
+    with mpl.rc_context():
+        for plot in make_plots(RunFolder.read(run_folder)):
+            plot.figure.canvas.draw()
+
+
 def test_runs_that_do_not_fit_together(command, run_folder):
     figures = json.loads((run_folder / "predictors.json").read_text())
     figures["results"][0]["dense"]["perplexity"] *= 1.1
@@ -253,9 +371,11 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     )
     table = cells[2:others]
     assert len(table) == 1 + len(rows)
-    ratios = [float(line.split("|")[3]) for line in table[1:]]
-    assert ratios == sorted(ratios)
-    assert ratios == pytest.approx(sorted(row["ratio"] for row in rows), abs=5e-4)
+    header = [cell.strip() for cell in cells[0].split("|")[1:-1]]
+    assert header[1:4] == ["KL", "top-1", "perplexity ÷ dense"]
+    distances = [float(line.split("|")[2]) for line in table[1:]]
+    assert distances == sorted(distances)
+    assert distances == pytest.approx(sorted(row["divergence"] for row in rows), abs=5e-4)
     names = [line.split("|")[1].strip() for line in cells[others + 2 :]]
     assert names == ["other.txt", "text.txt, after a dense prompt of 16 tokens"]
     text = document.read_text()

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.bitmaps import set_sizes
+from sparse_runtime.cli.console import out
 from sparse_runtime.printable import markup
-
-out = Console(highlight=False)
 
 
 def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
@@ -111,24 +108,30 @@ def _score(value: Any) -> str:
 def print_quality(source: str, result: dict[str, Any]) -> None:
     """Print the figures of ``evaluate_quality`` on one text."""
     table = Table(title=_text_title(source, result["tokens"], result))
-    for column in ("neurons chosen", "perplexity", "÷ dense"):
+    for column in ("neurons chosen", "KL", "top-1", "÷ dense", "cost share", "perplexity"):
         table.add_column(column, justify="left" if column == "neurons chosen" else "right")
+    perplexity = result["perplexity"]
+    table.add_row("all (dense)", "0", "1", "1", "1", f"{perplexity['dense']:.2f}")
     names = {
-        "dense": "all (dense)",
         "sparse": "by the router (sparse)",
         "oracle_ids": "by oracle ids (best coverage)",
         "static": "one static set (floor)",
     }
-    dense_perplexity = result["perplexity"]["dense"]
     for key, name in names.items():
-        value = result["perplexity"][key]
-        table.add_row(name, f"{value:.2f}", f"{value / dense_perplexity:.3f}")
+        table.add_row(
+            name,
+            f"{result['divergence'][key]:.3f}",
+            f"{result['agreement'][key]:.3f}",
+            f"{perplexity[key] / perplexity['dense']:.3f}",
+            f"{result['cost_share']:.3f}" if key == "sparse" else "",
+            f"{perplexity[key]:.2f}",
+        )
     out.print(table)
     layers = result["layers"]
     scores = ("density", "coverage", "chance", "static_coverage", "oracle_coverage", "precision")
     mean = {name: sum(entry[name] for entry in layers) / len(layers) for name in scores}
     out.print(
-        f"cost share {result['cost_share']:.3f}; mean over layers: density {mean['density']:.3f}, "
+        f"mean over layers: density {mean['density']:.3f}, "
         f"coverage {mean['coverage']:.3f} (chance {mean['chance']:.3f}, static "
         f"{mean['static_coverage']:.3f}, oracle ids {mean['oracle_coverage']:.3f}), precision "
         f"{mean['precision']:.3f}"
@@ -138,11 +141,11 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
 # Heading -> what stands under it. In a narrow terminal the second group is left to --json.
 _CURVE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "budget": lambda row: f"{row['budget']:g}",
-    "cost share": lambda row: f"{row['cost_share']:.3f}",
-    "÷ dense": lambda row: f"{row['ratio']:.3f}",
-    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
     "KL": lambda row: f"{row['divergence']:.3f}",
     "top-1": lambda row: f"{row['agreement']:.3f}",
+    "÷ dense": lambda row: f"{row['ratio']:.3f}",
+    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
+    "cost share": lambda row: f"{row['cost_share']:.3f}",
 }
 _WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
@@ -168,7 +171,14 @@ def print_curves(curves: dict[str, Any]) -> None:
             table.add_row(row["method"] + looks, *(cell(row) for cell in columns.values()))
         out.print(table)
     for row in curves["left_out"]:
-        out.print(f"{row['method']} is left out at budget {row['budget']:g}: {row['reason']}")
+        out.print(
+            f"{row['method']} is left out at budget {row['budget']:g}: {shown(row['reason'])}"
+        )
+
+
+def shown(value: Any) -> str:
+    """A value from an artifact or a file, without a terminal's commands and Rich's markup."""
+    return markup(str(value))
 
 
 def _number(value: float | None) -> str:
@@ -178,7 +188,7 @@ def _number(value: float | None) -> str:
 def _text_title(source: str, tokens: int, protocol: dict[str, Any]) -> str:
     prompt = protocol["prompt_tokens"]
     dense_part = f", after a dense prompt of {prompt}" if prompt else ""
-    return f"{escape(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
+    return f"{shown(source)}: {tokens} tokens, window {protocol['window']}{dense_part}"
 
 
 def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
@@ -187,7 +197,11 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         table.add_row(
             *(
-                "–" if value is None else f"{value:.3f}" if isinstance(value, float) else str(value)
+                "–"
+                if value is None
+                else f"{value:.3f}"
+                if isinstance(value, float)
+                else shown(value)
                 for value in row.values()
             )
         )
@@ -199,7 +213,7 @@ def print_bench(name: str, result: dict[str, Any]) -> None:
     for run in result["runs"]:
         mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
         out.print(
-            f"[bold]{escape(name)}[/bold], density {mlp['density']:.2f}, cost share "
+            f"[bold]{shown(name)}[/bold], density {mlp['density']:.2f}, cost share "
             f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
         )
         out.print(

@@ -1,0 +1,180 @@
+"""``bench`` and ``tune``: latency on this machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from sparse_runtime.api import sparse_modules, sparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
+from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.figures import write_figures
+from sparse_runtime.cli.options import BudgetOption, DeviceOption, DtypeOption, JsonOption
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
+from sparse_runtime.cli.tables import print_bench, print_rows
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.models import load_model, parse_dtype
+
+ModelOrNoneArgument = Annotated[str | None, typer.Argument(metavar="[MODEL]", help="As elsewhere.")]
+ClustersOrNoneOption = Annotated[
+    str | None, typer.Option("--clusters", help="Cluster artifact.", metavar="DIR")
+]
+ShapeOption = Annotated[
+    str | None, typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m.")
+]
+
+# About what the demo model's clusters look at, for a budget of 0.4 to 0.5.
+_LOOKED_AT = 0.65
+
+
+def bench(
+    model: ModelOrNoneArgument = None,
+    clusters: ClustersOrNoneOption = None,
+    shape: ShapeOption = None,
+    layers: Annotated[
+        int | None, typer.Option(callback=POSITIVE.callback, help="Layers of --shape.")
+    ] = None,
+    density: Annotated[
+        str | None,
+        typer.Option(help="Densities of --shape's random sets, with commas; 0.5 if not given."),
+    ] = None,
+    budget: BudgetOption = None,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="With or without looks at low-bit copies, whatever the artifact has; of --shape: also "
+            "sets that low-bit copies decide on."
+        ),
+    ] = None,
+    prompt_tokens: Annotated[
+        int, typer.Option(callback=TWO_OR_MORE.callback, help="Prompt length.")
+    ] = 128,
+    new_tokens: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Decode steps per run.")
+    ] = 16,
+    repeats: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Runs of each variant.")
+    ] = 5,
+    batches: Annotated[
+        str | None,
+        typer.Option(
+            help="Further batch sizes to decode, with commas; on a GPU, tokens per call of an FFN, "
+            "and 1 and 8 are decoded."
+        ),
+    ] = None,
+    dtype: DtypeOption = "bfloat16",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """FFN, prefill and decode latency, sparse beside dense in one run."""
+    sizes = [] if batches is None else parse_numbers("--batches", batches, int, POSITIVE)
+    options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    options |= {"repeats": repeats, "progress": RichProgress(err)}
+    if shape is not None:
+        if model is not None or clusters is not None:
+            raise ConfigError(
+                "--shape makes its own model and clusters; leave MODEL and --clusters"
+            )
+        if budget is not None:
+            raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
+        densities = parse_numbers("--density", density or "0.5", float, SHARE)
+        loaded, artifacts = _of_shape(
+            shape, layers, densities, parse_dtype(dtype), looks=bool(verify)
+        )
+    else:
+        if model is None or clusters is None:
+            raise ConfigError("give MODEL and --clusters DIR, or --shape")
+        for option, value in (("--layers", layers), ("--density", density)):
+            if value is not None:
+                raise ConfigError(f"{option} is for --shape, and MODEL is given; leave it out")
+        loaded, artifact = _of_artifact(model, clusters, budget, verify, dtype, device)
+        artifacts = [artifact]
+    record = {"model": shape or model, "clusters": clusters, "budget": budget, "verify": verify}
+    if (device or "cpu").startswith("cpu"):
+        from sparse_runtime.eval.latency import bench as bench_cpu
+
+        figures = bench_cpu(loaded, artifacts, batches=sizes, **options)
+        print_bench(shape or str(model), figures)
+    else:
+        from sparse_runtime.eval.gpu_latency import bench_gpu
+
+        figures = bench_gpu(loaded.to(device), artifacts, batches=sizes or [1, 8], **options)
+        title = f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s"
+        print_rows(title, figures["ffn"])
+        print_rows("decode", figures["decode"])
+    write_figures(json_file, record | figures)
+
+
+def _of_shape(
+    shape: str, layers: int | None, densities: Sequence[float], dtype: torch.dtype, *, looks: bool
+) -> tuple[Any, list[ClusterSet]]:
+    """A model with random weights, and random clusters of several densities."""
+    from sparse_runtime.eval.shapes import random_clusters, random_model
+
+    model = random_model(shape, layers=layers, dtype=dtype)
+    return model, [
+        random_clusters(model, density=share, looked=looked)
+        for share in densities
+        for looked in ([0.0, _LOOKED_AT] if looks else [0.0])
+    ]
+
+
+def _of_artifact(
+    name: str,
+    clusters: str,
+    budget: float | None,
+    verify: bool | None,
+    dtype: str,
+    device: str | None,
+) -> tuple[Any, ClusterSet]:
+    """A model, and an artifact as users hold it who generate: without centroids."""
+    cut = budget is not None or verify is not None
+    artifact = ClusterSet.from_pretrained(clusters, centroids=cut)
+    model, _ = load_model(name, dtype=parse_dtype(dtype), device=device)
+    if cut:
+        artifact = recut(model, artifact, budget=budget, verify=verify)
+        for layer in artifact.layers.values():
+            layer.centroids = None
+    return model, artifact
+
+
+def tune(
+    model: ModelOrNoneArgument = None,
+    clusters: ClustersOrNoneOption = None,
+    shape: ShapeOption = None,
+    layers: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Layers to measure on.")
+    ] = 8,
+    dtype: DtypeOption = "bfloat16",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, …")] = "cuda",
+    json_file: JsonOption = None,
+) -> None:
+    """Measure block sizes of the GPU kernels for this card and shape; kept in the user's cache."""
+    from sparse_runtime.eval.shapes import random_clusters, random_model
+
+    if (shape is None) == (model is None) or (model is None) != (clusters is None):
+        raise ConfigError("give MODEL and --clusters DIR, or --shape")
+    if not device.startswith("cuda") or not torch.cuda.is_available():
+        raise ConfigError(
+            f"--device is {device!r}; expected a GPU, and torch finds "
+            f"{torch.cuda.device_count()} of them. The CPU's kernels need no tuning"
+        )
+    if shape is not None:
+        loaded: Any = random_model(shape, layers=layers, dtype=parse_dtype(dtype)).to(device)
+        artifact = random_clusters(loaded, density=0.5, looked=_LOOKED_AT)
+    else:
+        loaded, _ = load_model(str(model), dtype=parse_dtype(dtype), device=device)
+        artifact = ClusterSet.from_pretrained(str(clusters))
+    from sparse_runtime.eval.gpu_tuning import tune as run_tune
+
+    sparsify(loaded, artifact, backend="triton", prefill="sparse")
+    result = run_tune(sparse_modules(loaded)[:layers], progress=RichProgress(err))
+    out.print(f"one FFN: {result['before_us']:.1f} → {result['after_us']:.1f} µs")
+    for name, value in result["config"].items():
+        out.print(f"{name} {value}")
+    write_figures(json_file, result)

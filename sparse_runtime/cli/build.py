@@ -1,0 +1,161 @@
+"""``build`` and ``inspect``: make an artifact, and show what one holds."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.folders import check_output_folder as check_holds_artifact
+from sparse_runtime.cli.console import err, fail, out
+from sparse_runtime.cli.figures import check_output_folder, peak_memory_mib, write_figures
+from sparse_runtime.cli.options import (
+    AutoDtypeOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    NewBudgetOption,
+    PercentileOption,
+    SeedOption,
+    WindowOption,
+    resolve_dtype,
+)
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
+from sparse_runtime.cli.tables import artifact_summary, print_summary
+from sparse_runtime.models import load_model
+
+if TYPE_CHECKING:
+    from sparse_runtime.clusters import BuildConfig
+
+
+def build(
+    model: ModelArgument,
+    output: Annotated[
+        Path,
+        typer.Option(
+            "-o",
+            "--output",
+            help="Folder of the artifact.",
+            callback=check_output_folder,
+        ),
+    ],
+    data: DataOption = None,
+    method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
+    importance: Annotated[str, typer.Option(help="fisher, norm or binary.")] = "fisher",
+    allocation: Annotated[
+        str, typer.Option(help="Budget over layers: global (one price) or uniform.")
+    ] = "global",
+    verify: Annotated[
+        bool, typer.Option(help="Leave some neurons to a look at low-bit copies.")
+    ] = True,
+    loop_weights: Annotated[
+        bool, typer.Option(help="Weigh layers by what they leave out of the sparse model.")
+    ] = True,
+    distill: Annotated[
+        int,
+        typer.Option(
+            callback=NOT_NEGATIVE.callback,
+            help="Steps that tune biases and corrections by the dense model; 0: none.",
+        ),
+    ] = 60,
+    correction_rank: Annotated[
+        int, typer.Option(callback=NOT_NEGATIVE.callback, help="Of the distilled correction.")
+    ] = 16,
+    clusters: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
+    ] = 256,
+    budget: NewBudgetOption = 0.5,
+    router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
+    max_tokens: Annotated[
+        int, typer.Option(callback=NOT_NEGATIVE.callback, help="Calibration tokens; 0 for all.")
+    ] = 65_536,
+    window: WindowOption = 512,
+    seed: SeedOption = 0,
+    memory_mib: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Bound on buffers; above it, files.")
+    ] = 1024,
+    percentile: PercentileOption = 50.0,
+    paper_init: Annotated[str, typer.Option(help="awc-paper: random or kmeans++.")] = "random",
+    paper_pooled: Annotated[
+        bool, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
+    ] = False,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Build clusters and routers for a model from calibration text; resumable."""
+    from sparse_runtime.clusters import BuildConfig
+
+    config = BuildConfig(
+        method=method,  # type: ignore[arg-type]
+        importance=importance,  # type: ignore[arg-type]
+        allocation=allocation,  # type: ignore[arg-type]
+        verify=verify,
+        loop_weights=loop_weights,
+        distill=distill,
+        correction_rank=correction_rank,
+        num_clusters=clusters,
+        budget=budget,
+        router=router,
+        max_tokens=max_tokens or None,
+        window=window,
+        seed=seed,
+        memory_mib=memory_mib,
+        percentile=percentile,
+        paper_init=paper_init,  # type: ignore[arg-type]
+        paper_pooled=paper_pooled,
+    )
+    summary = _build(model, output, data or ["wikitext2"], config, dtype, device)
+    write_figures(json_file, summary)
+
+
+def _build(
+    model: str,
+    output: Path,
+    data: list[str],
+    config: BuildConfig,
+    dtype: str,
+    device: str | None,
+) -> dict[str, Any]:
+    """Build and say what came of it; the same as JSON."""
+    from sparse_runtime.clusters import build_clusters
+    from sparse_runtime.clusters.data import parse_source
+
+    check_holds_artifact(output)
+    for source in data:
+        parse_source(source)
+    started = time.perf_counter()
+    loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    try:
+        artifact = build_clusters(
+            loaded,
+            tokenizer,
+            data,
+            config,
+            output=output,
+            model_name=model,
+            progress=RichProgress(err),
+        )
+    except KeyboardInterrupt:
+        fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
+    seconds, peak = time.perf_counter() - started, peak_memory_mib()
+    summary = artifact_summary(artifact)
+    print_summary(str(output), summary)
+    memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
+    out.print(f"{seconds:.0f} s in all{memory}")
+    return summary | {"seconds_total": seconds, "peak_memory_mib": peak}
+
+
+def inspect(
+    clusters: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id.")],
+    json_file: JsonOption = None,
+) -> None:
+    """Show what an artifact holds."""
+    summary = artifact_summary(ClusterSet.from_pretrained(clusters))
+    print_summary(clusters, summary)
+    write_figures(json_file, summary)

@@ -1,0 +1,17 @@
+"""Where the command line prints."""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from rich.console import Console
+from rich.markup import escape
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    """Print an error in one line on stderr and leave with an exit code."""
+    err.print(f"[bold red]error:[/bold red] {escape(message)}", soft_wrap=True)
+    raise SystemExit(code)

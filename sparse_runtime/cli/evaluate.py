@@ -1,0 +1,209 @@
+"""``eval``: quality of a sparse model on held-out text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from torch import Tensor
+
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
+from sparse_runtime.cli.console import err
+from sparse_runtime.cli.figures import write_figures
+from sparse_runtime.cli.options import (
+    AutoDtypeOption,
+    BudgetOption,
+    ClustersOption,
+    DataOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    VerifyOption,
+    WindowOption,
+    resolve_dtype,
+)
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
+from sparse_runtime.cli.tables import print_curves, print_quality
+from sparse_runtime.cli.texts import held_out
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.models import load_model
+
+if TYPE_CHECKING:
+    from sparse_runtime.eval.curves import Protocol
+
+_CALIBRATION_TOKENS = 16_384
+
+BaselinesOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Beside other methods at the same budgets: all, or some of oracle,teal,wina,cats,"
+        "deja-vu,griffin,awc-paper,static,random."
+    ),
+]
+CalibrationOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Text for --baselines, as --data; if not given, what the artifact was built on.",
+        metavar="SOURCE",
+    ),
+]
+CalibrationTokensOrNoneOption = Annotated[
+    int | None,
+    typer.Option(
+        callback=POSITIVE.callback,
+        help=f"Tokens of calibration text for --baselines; {_CALIBRATION_TOKENS} if not given.",
+    ),
+]
+
+
+def evaluate(
+    model: ModelArgument,
+    clusters: ClustersOption,
+    data: DataOption = None,
+    max_tokens: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Tokens of text.")
+    ] = 32_768,
+    window: WindowOption = 512,
+    stride: Annotated[
+        int,
+        typer.Option(callback=NOT_NEGATIVE.callback, help="Distance of windows; 0: the window."),
+    ] = 0,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            callback=NOT_NEGATIVE.callback,
+            help="First tokens of each window that run dense and are not scored, as a prompt.",
+        ),
+    ] = 0,
+    budget: BudgetOption = None,
+    budgets: Annotated[
+        str | None,
+        typer.Option(help="Compare these cost shares, with commas, with looks and without."),
+    ] = None,
+    verify: VerifyOption = None,
+    baselines: BaselinesOption = None,
+    calibration: CalibrationOption = None,
+    calibration_tokens: CalibrationTokensOrNoneOption = None,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Distance from the dense model and coverage on held-out text, all tokens sparse after a prompt."""
+    from sparse_runtime.eval.curves import Protocol
+    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.perplexity import check_windows
+
+    check_windows(window, stride or window, prompt_tokens)
+    shares = None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE)
+    names = baselines.split(",") if baselines is not None else []
+    sources = data or ["wikitext2"]
+    for_baselines = {"calibration": calibration, "calibration-tokens": calibration_tokens}
+    _check_options(budget, budgets, names, for_baselines)
+    _check_names(names, [*sources, *(calibration or [])])
+    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
+    loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    artifact.check_model(loaded)
+    texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
+    protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
+    record: dict[str, Any] = {"model": model, "clusters": clusters}
+    record["dtype"] = str(loaded.dtype).removeprefix("torch.")
+    if shares is None and not names:
+        if budget is not None or verify is not None:
+            artifact = recut(loaded, artifact, budget=budget, verify=verify)
+        record |= _quality(loaded, artifact, texts, protocol)
+    else:
+        windows = None
+        if names:
+            limits = (calibration_tokens or _CALIBRATION_TOKENS, window)
+            windows, record["calibration"] = _calibration(
+                artifact, calibration or [], tokenizer, *limits, loaded
+            )
+        record |= _curves(
+            loaded,
+            artifact,
+            texts,
+            budgets=shares or [artifact.budget if budget is None else budget],
+            verify=[True, False] if verify is None else [verify],
+            baselines=names,
+            calibration=windows,
+            protocol=protocol,
+        )
+    write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _check_options(
+    budget: float | None, budgets: str | None, baselines: Sequence[str], for_them: dict[str, Any]
+) -> None:
+    """Refuse options that do not go together. Raises ConfigError."""
+    if budget is not None and budgets is not None:
+        raise ConfigError("--budget and --budgets are both given; expected one of them")
+    for option, value in for_them.items():
+        if value and not baselines:
+            raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
+
+
+def _check_names(baselines: Sequence[str], sources: Sequence[str]) -> None:
+    """Refuse wrong names before the model is loaded. Raises ConfigError."""
+    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.eval.baselines import named_baselines
+
+    named_baselines(baselines)
+    for source in sources:
+        parse_source(source)
+
+
+def _quality(
+    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], protocol: Protocol
+) -> dict[str, Any]:
+    """Figures of an artifact as it is; those of further texts under ``others``."""
+    from sparse_runtime.eval.quality import evaluate_quality
+
+    results = []
+    for source, tokens in texts:
+        result = evaluate_quality(
+            model,
+            artifact,
+            tokens,
+            window=protocol.window,
+            stride=protocol.stride,
+            prompt_tokens=protocol.prompt_tokens,
+            progress=protocol.progress,
+        )
+        print_quality(source, result)
+        results.append({"data": source, **result})
+    further = {"others": results[1:]} if len(results) > 1 else {}
+    return {**results[0], **further}
+
+
+def _curves(
+    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], **options: Any
+) -> dict[str, Any]:
+    """Figures over budgets and methods."""
+    from sparse_runtime.eval.curves import evaluate_curves
+
+    curves = evaluate_curves(model, artifact, texts, **options)
+    print_curves(curves)
+    return curves
+
+
+def _calibration(
+    artifact: ClusterSet,
+    specs: Sequence[str],
+    tokenizer: Any,
+    max_tokens: int,
+    window: int,
+    model: Any,
+) -> tuple[Tensor, dict[str, Any]]:
+    """Windows that baselines are fitted on, and their record; says if they are not the artifact's."""
+    from sparse_runtime.eval.curves import baseline_calibration
+
+    text, reason = baseline_calibration(
+        artifact, specs, tokenizer, max_tokens=max_tokens, window=window, model=model
+    )
+    if reason is not None:
+        err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
+    return text.windows, text.record

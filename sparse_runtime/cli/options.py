@@ -1,0 +1,86 @@
+"""Options and arguments that commands share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from sparse_runtime.cli.figures import check_output_file
+from sparse_runtime.cli.ranges import PERCENTAGE, POSITIVE, SEED, SHARE, TWO_OR_MORE
+from sparse_runtime.models import parse_dtype
+
+ModelArgument = Annotated[
+    str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'demo' (SmolLM2-135M).")
+]
+ClustersOption = Annotated[
+    str, typer.Option("--clusters", help="Cluster artifact: folder or Hub id.", metavar="DIR")
+]
+JsonOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--json",
+        help="Write the figures to this file.",
+        metavar="FILE",
+        callback=check_output_file,
+    ),
+]
+DtypeOption = Annotated[str, typer.Option(help="bfloat16, float16 or float32.")]
+AutoDtypeOption = Annotated[
+    str,
+    typer.Option(
+        help="bfloat16, float16, float32, or auto: bfloat16 where the device computes in it, else "
+        "float32, which is three times faster on such a CPU."
+    ),
+]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, … [default: cpu]")]
+DataOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--data",
+        help="Text: a .txt or .jsonl file, wikitext2, c4, a Hub data set, pydoc, or self. May be "
+        "given again; each may end in ,weight=W ,key=A+B ,split=S.",
+        metavar="SOURCE",
+    ),
+]
+TestOption = Annotated[
+    str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+]
+BudgetOption = Annotated[
+    float | None,
+    typer.Option(
+        help="Cut the sets for this cost share instead of their own.", callback=SHARE.callback
+    ),
+]
+VerifyOption = Annotated[
+    bool | None,
+    typer.Option(help="With or without looks at low-bit copies, whatever the artifact has."),
+]
+NewBudgetOption = Annotated[
+    float, typer.Option(help="Mean cost share, router included.", callback=SHARE.callback)
+]
+SeedOption = Annotated[
+    int, typer.Option(help="Of everything that is drawn.", callback=SEED.callback)
+]
+PercentileOption = Annotated[
+    float, typer.Option(help="Threshold of binary patterns.", callback=PERCENTAGE.callback)
+]
+WindowOption = Annotated[
+    int, typer.Option(callback=TWO_OR_MORE.callback, help="Tokens per window.")
+]
+CalibrationTokensOption = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Calibration tokens.")
+]
+TestTokensOption = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Tokens of the held-out text.")
+]
+
+
+def resolve_dtype(text: str, device: str | None) -> torch.dtype:
+    """The dtype of ``--dtype``; ``auto`` is what the device computes in."""
+    if text != "auto":
+        return parse_dtype(text)
+    native = not (device or "cpu").startswith("cpu") or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native else torch.float32

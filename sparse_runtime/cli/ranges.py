@@ -1,0 +1,63 @@
+"""Ranges of numeric options, checked before anything is loaded. NaN is in none of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+
+from sparse_runtime.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Range:
+    """Values that an option may have.
+
+    Args:
+        words: what is expected.
+        holds: whether a value is one of them.
+    """
+
+    words: str
+    holds: Callable[[float], bool]
+
+    def check(self, option: str, value: float) -> None:
+        """Refuse a value outside. Raises ConfigError."""
+        if not self.holds(value):
+            raise ConfigError(f"{option} is {value}; expected {self.words}")
+
+    def callback(self, param: typer.CallbackParam, value: float | None) -> float | None:
+        """Check an option's value; for ``typer.Option(callback=…)``."""
+        if value is not None:
+            self.check(param.opts[0], value)
+        return value
+
+
+SHARE = Range("a share above 0 and at most 1", lambda value: 0 < value <= 1)
+INNER_SHARE = Range("a share between 0 and 1", lambda value: 0 < value < 1)
+PERCENTAGE = Range("a percentage between 0 and 100", lambda value: 0 < value < 100)
+POSITIVE = Range("1 or more", lambda value: value >= 1)
+SEED = Range("0 to 2³² − 1", lambda value: 0 <= value < 2**32)
+TWO_OR_MORE = Range("2 or more", lambda value: value >= 2)
+NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
+
+
+def parse_numbers(option: str, text: str, kind: type, range_: Range) -> list[Any]:
+    """Numbers separated by commas.
+
+    Raises:
+        ConfigError: they are none, or one is out of range.
+    """
+    try:
+        values = [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise ConfigError(
+            f"{option} is {text!r}; expected numbers separated by commas, such as "
+            + ("256,1024" if kind is int else "0.6,0.7")
+        ) from None
+    for value in values:
+        range_.check(option, value)
+    return values

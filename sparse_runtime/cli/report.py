@@ -1,0 +1,77 @@
+"""``report`` and ``demo``: a page about a run, and a run on the bundled model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from sparse_runtime.atomic import write_json
+from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.figures import (
+    check_output_file,
+    check_output_folder,
+    write_figures,
+)
+from sparse_runtime.cli.generate import encode_prompt, generate_text
+from sparse_runtime.cli.options import JsonOption, resolve_dtype
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.tables import print_quality
+
+
+def report(
+    folder: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DIR",
+            help="Folder with figures that other commands wrote with --json: eval.json, quality.json "
+            "and decode_only.json (eval --budgets), ablation.json, paper.json, tasks.json, "
+            "bench.json; an artifact in clusters/.",
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "-o",
+            "--output",
+            help="HTML file. [default: DIR/report.html]",
+            callback=check_output_file,
+        ),
+    ] = None,
+) -> None:
+    """One self-contained HTML page with tables and plots; every plot as PNG and SVG beside it."""
+    from sparse_runtime.eval.report import FIGURES_FOLDER, write_report
+    from sparse_runtime.eval.run_folder import RunFolder
+
+    page = output or folder / "report.html"
+    check_output_folder(page.parent / FIGURES_FOLDER)
+    write_report(RunFolder.read(folder), page)
+    out.print(escape(f"report in {page}, its figures in {page.parent / FIGURES_FOLDER}"))
+
+
+def demo(
+    output: Annotated[
+        Path,
+        typer.Option("-o", "--output", help="Folder to work in.", callback=check_output_folder),
+    ] = Path("runs/demo"),
+    json_file: JsonOption = None,
+) -> None:
+    """Build, generate and judge on the bundled small model; a second run reuses the artifact."""
+    from sparse_runtime.eval.demo import run_demo
+
+    dtype = resolve_dtype("auto", None)
+    result = run_demo(output, out, RichProgress(err), _continuation, dtype)
+    print_quality("pydoc, held-out topics", result["quality"])
+    write_json(output / "demo.json", result)
+    write_figures(json_file, result)
+    out.print(escape(f"artifact in {output / 'clusters'}, figures in {output / 'demo.json'}"))
+
+
+def _continuation(
+    model: Any, tokenizer: Any, prompt: str, variant: str, **options: Any
+) -> dict[str, Any]:
+    """Continue a text without a chat template."""
+    inputs = encode_prompt(tokenizer, prompt, raw=True)
+    return generate_text(model, tokenizer, inputs, variant, **options)

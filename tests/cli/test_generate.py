@@ -1,0 +1,127 @@
+"""``generate`` on a tiny chat model: templates, rates, and what ran sparse."""
+
+import copy
+import json
+import shutil
+
+import pytest
+from helpers import random_cluster_set
+
+from sparse_runtime.cli import generate
+
+CHAT = (
+    "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+@pytest.fixture
+def answer(run, tiny_model, tiny_tokenizer, tmp_path):
+    """Generate from a tiny chat model; exit code, output, errors and figures."""
+
+    def call(*options, template=CHAT, end=257):
+        folder, clusters, file = (tmp_path / name for name in ("chat", "clusters", "figures.json"))
+        shutil.rmtree(folder, ignore_errors=True)
+        tokenizer = copy.deepcopy(tiny_tokenizer)
+        tokenizer.chat_template = template
+        tokenizer.save_pretrained(folder)
+        tiny_model.generation_config.eos_token_id = end
+        tiny_model.save_pretrained(folder)
+        random_cluster_set(tiny_model, 0.4).save_pretrained(clusters)
+        command = ["generate", folder, "--clusters", clusters, "--prompt", "alpha", "--json", file]
+        file.unlink(missing_ok=True)
+        code, out, err = run(*command, "--dtype", "float32", "--max-new-tokens", 6, *options)
+        return code, out, err, json.loads(file.read_text()) if file.exists() else None
+
+    return call
+
+
+def test_generate_applies_the_chat_template(answer, tiny_tokenizer):
+    code, out, err, chat = answer()
+    assert code == 0, err
+    assert chat["chat"]
+    assert "alpha" not in out  # an answer stands alone
+    code, out, err, raw = answer("--raw")
+    assert code == 0, err
+    assert not raw["chat"]
+    assert "alpha" in out
+    for record, text in ((chat, "[user]alpha[assistant]"), (raw, "alpha")):
+        expected = len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"])
+        assert record["sparse"]["prompt_tokens"] == expected
+    assert chat["sparse"]["text"] != raw["sparse"]["text"]
+    # A tokenizer without a template has nothing to apply.
+    code, out, err, plain = answer(template=None)
+    assert code == 0, err
+    assert not plain["chat"]
+    assert plain["sparse"]["text"] == raw["sparse"]["text"]
+
+
+def test_a_template_that_refuses_is_named_with_the_remedy(answer):
+    for template in (
+        "{{ raise_exception('no users') }}",
+        "{% for",
+        "{{ messages.nothing.at_all }}",
+    ):
+        code, _, err, figures = answer(template=template)
+        assert code == 2
+        assert "chat template cannot be applied" in err
+        assert "--raw continues the text without it" in err
+        assert figures is None
+    assert answer("--raw", template="{% for")[0] == 0
+
+
+def test_rates_are_of_decode_steps(answer):
+    code, out, err, figures = answer("--max-new-tokens", 1)
+    assert code == 0, err
+    assert "one token, so no rate" in out
+    assert figures["sparse"]["tokens_per_second"] is None
+    assert "nothing ran sparse: nothing was decoded" in err or figures["sparse"]["sparse_tokens"]
+    code, out, err, figures = answer(end=list(range(260)))
+    assert code == 0, err
+    assert "ended at once" in out
+    assert "tokens/s" not in out
+    assert figures["sparse"]["new_tokens"] == 0
+    code, out, err, figures = answer()
+    assert code == 0, err
+    assert figures["sparse"]["tokens_per_second"] > 0
+    assert figures["sparse"]["prompt_seconds"] > 0
+    counted = figures["sparse"]["sparse_tokens"] + figures["sparse"]["dense_tokens"]
+    # The last token is not run.
+    assert counted == figures["sparse"]["prompt_tokens"] + figures["sparse"]["new_tokens"] - 1
+    assert "tokens/s after the first" in out
+
+
+def test_a_comparison_warms_up(answer, monkeypatch):
+    calls = []
+    original = generate.generate_text
+
+    def noted(*arguments, **options):
+        calls.append((arguments[3], options.get("printer") is not None))
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(generate, "generate_text", noted)
+    assert answer("--compare")[0] == 0
+    assert calls == [("dense", False), ("sparse", False), ("dense", True), ("sparse", True)]
+
+
+def test_nothing_ran_sparse_is_said_with_the_reason(answer, monkeypatch):
+    """As installed without a compiler."""
+    monkeypatch.setattr("sparse_runtime.kernels.backends.load_cpu_library", lambda: False)
+    code, out, err, figures = answer()
+    assert code == 0
+    assert "cost share 1.000; 0 tokens ran sparse" in out
+    said = [line for line in err.splitlines() if line.startswith("nothing ran sparse: ")]
+    assert len(said) == 1
+    assert "is not there" in said[0]
+    assert "is not there" in figures["sparse"]["nothing_sparse"]
+    code, _, err, _ = answer("--strict")
+    assert code == 1
+    assert "cannot run" in err
+    assert "is not there" in err
+
+
+def test_strict_fails_where_nothing_ran_sparse(answer):
+    code, _, err, figures = answer("--strict")
+    assert code == 0, err
+    code, _, err, figures = answer("--strict", "--max-new-tokens", 1)
+    assert (code == 1) == (figures["sparse"]["sparse_tokens"] == 0)

@@ -1,0 +1,168 @@
+"""What the commands refuse: in one line, with the exit code, before anything is loaded."""
+
+import sys
+import typing
+
+import pytest
+import typer
+
+from sparse_runtime import ClusterSet
+from sparse_runtime.cli import app as app_module
+from sparse_runtime.cli import bench, build, evaluate, figures, generate, studies, texts
+
+# What each command needs besides the option under test; nothing of it exists.
+NEEDED = {
+    "build": ["model", "-o", "OUT"],
+    "generate": ["model", "--clusters", "no", "--prompt", "x"],
+    "eval": ["model", "--clusters", "no"],
+    "paper": ["model"],
+    "ablate": ["model"],
+    "ingredients": ["model"],
+    "tasks": ["model", "--clusters", "no", "--task", "x"],
+    "bench": ["model", "--clusters", "no"],
+    "tune": ["--shape", "mistral-7b"],
+    "inspect": ["no"],
+    "report": ["no"],
+    "demo": ["-o", "OUT"],
+}
+
+
+def commands():
+    return typer.main.get_command(app_module.app).commands
+
+
+def one_line(err):
+    """The error, which is all there is on stderr."""
+    lines = [line for line in err.split("\n") if line and "Writing model shards" not in line]
+    assert len(lines) == 1, err
+    return lines[0]
+
+
+@pytest.fixture
+def nothing_loads(monkeypatch):
+    """Whatever is loaded raises: what is refused is to be refused before."""
+
+    def loads(*arguments, **options):
+        raise AssertionError("something was loaded")
+
+    for module in (build, evaluate, generate, studies, texts, bench):
+        monkeypatch.setattr(module, "load_model", loads)
+    for name in ("random_model", "random_clusters"):
+        monkeypatch.setattr(f"sparse_runtime.eval.shapes.{name}", loads)
+    monkeypatch.setattr(ClusterSet, "from_pretrained", loads)
+
+
+def test_every_command_is_known_here():
+    assert set(NEEDED) == set(commands())
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_numbers_out_of_range_are_refused_before_the_work(run, nothing_loads, name, tmp_path):
+    needed = [tmp_path / "out" if word == "OUT" else word for word in NEEDED[name]]
+    function = next(
+        c.callback
+        for c in app_module.app.registered_commands
+        if name in (c.name, c.callback.__name__)
+    )
+    types = typing.get_type_hints(function)
+    for option in commands()[name].params:
+        kinds = {types.get(option.name), *typing.get_args(types.get(option.name))}
+        values = ["-5", "x"] if int in kinds else []
+        values += ["nan", "-1", "inf", "x"] if float in kinds else []
+        for value in values:
+            code, _, err = run(name, *needed, option.opts[-1], value)
+            message = one_line(err)
+            assert code == 2, (option.opts, value, err)
+            assert option.opts[-1] in message
+            assert "something was loaded" not in message
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "value"),
+    [
+        ("eval", "--budgets", "0.5,nan"),
+        ("eval", "--budgets", "0.5,1.5"),
+        ("eval", "--budgets", "0.5;0.6"),
+        ("bench", "--batches", "0"),
+        ("bench", "--batches", "1,-2"),
+        ("paper", "--clusters", "4,0"),
+        ("paper", "--densities", "nan"),
+        ("paper", "--layers", "-1"),
+        ("ablate", "--percentiles", "1.0"),
+        ("ablate", "--sparsities", "0"),
+        ("ablate", "--seeds", "-1"),
+        ("ablate", "--clusters", "0"),
+        ("ingredients", "--seeds", "1,x"),
+    ],
+)
+def test_lists_out_of_range_are_refused_before_the_work(run, nothing_loads, command, option, value):
+    code, _, err = run(command, *NEEDED[command], option, value)
+    assert code == 2
+    assert one_line(err).startswith(f"error: {option} is ")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--calibration-tokens", "640"], "--calibration-tokens is given without --baselines"),
+        (["--calibration", "x.txt"], "--calibration is given without --baselines"),
+        (["--budget", "0.5", "--budgets", "0.4"], "--budget and --budgets are both given"),
+        (["--baselines", "teel"], "'teel'"),
+        (["--stride", "600"], "stride is 600; expected 1 to the window, 512"),
+        (["--prompt-tokens", "511"], "prompt_tokens is 511; expected 0 to 510"),
+        (["--data", "x.txt,speed=1"], "option 'speed=1' is not known"),
+    ],
+    ids=str,
+)
+def test_eval_options_that_do_not_go_together(run, nothing_loads, options, message):
+    code, _, err = run("eval", *NEEDED["eval"], *options)
+    assert code == 2
+    assert message in one_line(err)
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_outputs_that_cannot_be_written_are_refused_before_the_work(
+    run, nothing_loads, name, tmp_path
+):
+    file = tmp_path / "file"
+    file.write_text("")
+    outputs = [
+        option for option in commands()[name].params if option.name in ("json_file", "output")
+    ]
+    assert outputs
+    for option in outputs:
+        needed = NEEDED[name]
+        if option.name == "output" and "-o" in needed:
+            needed = needed[: needed.index("-o")]
+        needed = [tmp_path / "out" if word == "OUT" else word for word in needed]
+        for place in (
+            file / "deep" / "x.json",
+            *([tmp_path] if option.name == "json_file" else []),
+        ):
+            code, _, err = run(name, *needed, option.opts[-1], place)
+            message = one_line(err)
+            assert code == 1
+            assert str(place) in message
+            assert "something was loaded" not in message
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_usage_errors_are_one_line(run):
+    code, out, err = run("eval", "demo")
+    assert (code, out) == (2, "")
+    assert one_line(err) == "error: Missing option '--clusters'; see sparse-runtime eval --help"
+    code, _, err = run("nonsense")
+    assert code == 2
+    assert "No such command 'nonsense'" in one_line(err)
+    code, out, err = run()
+    assert code == 2
+    assert "generate" in out
+    assert err == ""
+
+
+def test_peak_memory_without_the_module_for_it(monkeypatch):
+    """As on Windows."""
+    assert figures.peak_memory_mib() > 1
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert figures.peak_memory_mib() is None
