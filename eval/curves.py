@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.cluster_set import ClusterSet
-from sparse_runtime.clusters.data import (
+from sparse_runtime.clusters.text import (
     CalibrationText,
     DataSource,
     calibration_windows,
     parse_source,
+    recorded_source,
 )
 from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError
@@ -309,12 +310,7 @@ def baseline_calibration(
     reason = "its build record names no sources"
     if recorded:
         try:
-            return read(
-                [
-                    DataSource(source["name"], source["weight"], split=source["split"])
-                    for source in recorded
-                ]
-            ), None
+            return read([recorded_source(entry) for entry in recorded]), None
         except DataError as error:
             reason = str(error)
     try:

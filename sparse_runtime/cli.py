@@ -38,7 +38,7 @@ from sparse_runtime.tables import (
 from sparse_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from sparse_runtime.clusters.data import CalibrationText
+    from sparse_runtime.clusters.text import CalibrationText, DataSource
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -69,13 +69,17 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Text: a .txt or .jsonl file, wikitext2, c4, a Hub data set, pydoc, or self. May be "
-        "given again; each may end in ,weight=W ,key=A+B ,split=S.",
+        help="Text: a file (.txt, .jsonl, .json, .csv, .parquet, also compressed), a folder of such, "
+        "wikitext2, c4, a Hub data set, pydoc, or self. May be given again; each may end in ,weight=W "
+        ",key=A+B (fields; A.B inside one) ,split=S (Hub only).",
         metavar="SOURCE",
     ),
 ]
 TestOption = Annotated[
-    str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+    str | None,
+    typer.Option(
+        help="Held-out text; if not given, the data's test split, or text that is split off."
+    ),
 ]
 BudgetOption = Annotated[
     float | None, typer.Option(help="Cut the sets for this cost share instead of their own.")
@@ -293,6 +297,8 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
     texts = [(source, _held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
+    for source, tokens in texts:
+        _warn_of_overlap(source, tokens, artifact.build.get("data", {}))
     progress = RichProgress(err)
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
@@ -310,6 +316,9 @@ def evaluate(
             if reason is not None:
                 err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
             windows, record["calibration"] = text.windows, text.record
+            if calibration:
+                for source, tokens in texts:
+                    _warn_of_overlap(source, tokens, text.record)
         curves = evaluate_curves(
             loaded,
             artifact,
@@ -503,7 +512,7 @@ def ingredients(
 ) -> None:
     """What each ingredient of a build brings in the running model: alone, together, left out."""
     from sparse_runtime.clusters import BuildConfig
-    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.clusters.text import parse_source
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.ingredients import measure_ingredients
 
@@ -516,13 +525,15 @@ def ingredients(
         window=window,
     )
     of_builds = _numbers("--seeds", seeds, int)
-    sources = data or ["wikitext2"]
+    sources = [parse_source(source) for source in data or ["wikitext2"]]
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
-    tokens = _held_out(test or sources[0], tokenizer, test_tokens, loaded)
+    sources, tokens = _held_out_of(
+        sources, test, tokenizer, max_tokens, test_tokens, window, loaded
+    )
     measured = measure_ingredients(
         loaded,
         tokenizer,
-        [parse_source(source) for source in sources],
+        sources,
         tokens,
         config=config,
         seeds=of_builds,
@@ -796,28 +807,59 @@ def _fit_and_test(
     device: str | None,
 ) -> tuple[Any, CalibrationText, torch.Tensor, torch.Tensor]:
     """A model, calibration text, and the tokens of held-out text, also as windows [W, window]."""
-    from sparse_runtime.clusters.data import calibration_windows, parse_source
+    from sparse_runtime.clusters.text import calibration_windows, parse_source
 
-    sources = data or ["wikitext2"]
+    sources = [parse_source(source) for source in data or ["wikitext2"]]
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
-    text = calibration_windows(
-        [parse_source(source) for source in sources],
-        tokenizer,
-        max_tokens=max_tokens,
-        window=window,
-        seed=seed,
-        model=loaded,
+    sources, tokens = _held_out_of(
+        sources, test, tokenizer, max_tokens, test_tokens, window, loaded, seed
     )
-    tokens = _held_out(test or sources[0], tokenizer, test_tokens, loaded)
+    text = calibration_windows(
+        sources, tokenizer, max_tokens=max_tokens, window=window, seed=seed, model=loaded
+    )
+    _warn_of_overlap(test or sources[0].name, tokens, text.record)
     whole = len(tokens) // window
     if whole == 0:
         raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
     return loaded, text, tokens, tokens[: whole * window].view(whole, window)
 
 
+def _held_out_of(
+    sources: list[DataSource],
+    test: str | None,
+    tokenizer: Any,
+    max_tokens: int,
+    test_tokens: int,
+    window: int,
+    model: Any,
+    seed: int = 0,
+) -> tuple[list[DataSource], torch.Tensor]:
+    """Sources to calibrate on, and the tokens of --test, or of the first source's held-out text."""
+    from sparse_runtime.clusters.text import hold_out
+
+    if test is not None:
+        return sources, _held_out(test, tokenizer, test_tokens, model)
+    return hold_out(
+        sources,
+        tokenizer,
+        max_tokens=max_tokens,
+        test_tokens=test_tokens,
+        window=window,
+        seed=seed,
+        model=model,
+    )
+
+
+def _warn_of_overlap(name: str, tokens: torch.Tensor, record: dict[str, Any]) -> None:
+    from sparse_runtime.clusters.text import overlap_warning
+
+    if message := overlap_warning(name, tokens, record):
+        err.print(escape(f"warning: {message}"), soft_wrap=True)
+
+
 def _held_out(source: str, tokenizer: Any, max_tokens: int, model: Any) -> torch.Tensor:
     """First tokens of held-out text [n]."""
-    from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.clusters.text import parse_source, token_stream
 
     return token_stream(
         parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=model
