@@ -72,7 +72,7 @@ def _chosen(record: dict[str, Any], where: str, tokenizer: Any) -> str | None:
     if messages is None:
         raise DataError(
             f"{where} has a {_kind(value)} under {key!r}; expected text or a conversation. Name the "
-            "field of its text with ,key=A or ,key=A.B (strings of a list are joined)"
+            f"field of its text: ,key={key} joins the strings of a list, ,key=A.B is a field inside"
         )
     return _rendered(messages, where, tokenizer, key)
 
@@ -117,6 +117,8 @@ def _value_text(value: Any, key: str, where: str, tokenizer: Any) -> str:
     messages = _messages(value, where)
     if messages is not None:
         return _rendered(messages, where, tokenizer, key)
+    if isinstance(value, dict) and value.get("type") == "text":
+        return _value_text(value.get("text"), key, where, tokenizer)  # a part of a message
     if isinstance(value, list):
         return "\n".join(
             part for item in value if (part := _value_text(item, key, where, tokenizer))

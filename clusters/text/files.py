@@ -51,8 +51,9 @@ class TextFile:
             except UnicodeDecodeError as error:
                 pending = len(error.object) - len(block)
                 lines += error.object[: error.start].count(b"\n")
+                at = size - pending + error.start
                 raise DataError(
-                    f"{self.path}, line {lines} is not UTF-8 text: byte {size - pending + error.start} is "
+                    f"{self.path}, line {lines} is not UTF-8 text: byte {at} is "
                     f"{error.object[error.start]:#04x}; convert it to UTF-8"
                 ) from error
             if text:

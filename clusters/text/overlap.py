@@ -15,6 +15,8 @@ _KEPT = 128
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
 # Set phrases (licences, headings) are shared by texts that have nothing else in common.
 _NOTEWORTHY = 0.1
+# A single phrase that two texts share is not a text they share.
+_FEWEST_FOUND = 3
 
 
 def sketch(tokens: Tensor) -> str:
@@ -34,6 +36,7 @@ def overlap(tokens: Tensor, record: Mapping[str, Any]) -> dict[str, float]:
 
     Of the text's runs of 16 tokens, those whose hash is in the range that the source's sketch covers
     are looked up in it: an estimate from about 128 × len(tokens) ÷ (tokens of the source) lookups.
+    Fewer than 3 that are found count as none, so that a text 50 times shorter goes unnoticed.
 
     Args:
         tokens: [n] int64.
@@ -53,7 +56,8 @@ def overlap(tokens: Tensor, record: Mapping[str, Any]) -> dict[str, float]:
         )
         # Fewer than the sketch can hold are all that there are.
         within = found[found <= kept[-1]] if len(kept) == _KEPT else found
-        share = float(np.isin(within, kept).mean()) if len(within) else 0.0
+        hits = int(np.isin(within, kept).sum())
+        share = hits / len(within) if hits >= _FEWEST_FOUND else 0.0
         name = str(source.get("name"))
         shares[name] = max(share, shares.get(name, 0.0))
     return shares

@@ -66,8 +66,8 @@ def _path_pieces(
         return
     if not path.exists():
         raise DataError(
-            f"data source {shown(name)}: there is no such file. A data set of the Hub is written "
-            "owner/name, with no folder owner here"
+            f"data source {shown(name)}: there is no such file; expected one, or the name of a Hub "
+            "data set, which is no path here"
         )
     with open_text(path, name) as file:
         if file.kind != "text":
@@ -125,13 +125,10 @@ def _texts(found: Iterable[Record], source: DataSource, name: str, tokenizer: An
 
 
 def _no_field(source: DataSource, name: str, number: int, present: Iterable[str]) -> DataError:
-    wanted = " and ".join(source.keys) or ", ".join(DEFAULT_KEYS)
-    remedy = "name the fields with ,key=A+B, or ,key=A.B inside one"
-    if set(source.keys or DEFAULT_KEYS) & set(present):
-        remedy = "prompt needs completion beside it; " + remedy
+    wanted = " or ".join(source.keys) or f"{', '.join(DEFAULT_KEYS)} with completion"
     return DataError(
         f"{name}: none of the {number} records that were read has text under {wanted}; they have "
-        f"{', '.join(present)}: {remedy}"
+        f"{', '.join(present)}: name the fields with ,key=A+B, or ,key=A.B inside one"
     )
 
 

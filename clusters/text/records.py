@@ -56,7 +56,7 @@ def _objects(values: Iterator[tuple[Any, str]]) -> Iterator[Record]:
     for value, where in values:
         if not isinstance(value, dict):
             raise DataError(
-                f"{where} is a {type(value).__name__}; expected an object with text fields"
+                f"{where} is of type {type(value).__name__}; expected an object with text fields"
             )
         yield value, where
 
@@ -135,7 +135,10 @@ def _array_elements(path: str, text: str, blocks: Iterator[str]) -> Iterator[tup
 
 
 def _not_json(path: str, line: int, error: Exception) -> DataError:
-    return DataError(f"{path}, line {line} is not JSON: {error}")
+    reason = str(error)
+    if isinstance(error, json.JSONDecodeError):
+        reason = f"{error.msg} at column {error.colno}"
+    return DataError(f"{path}, line {line} is not JSON: {reason}")
 
 
 def _csv_records(file: TextFile, delimiter: str) -> Iterator[Record]:
