@@ -65,10 +65,7 @@ def _path_pieces(
             yield from _path_pieces(source, inside, f"{name.rstrip('/')}/{inside.name}", tokenizer)
         return
     if not path.exists():
-        raise DataError(
-            f"data source {shown(name)}: there is no such file; expected one, or the name of a Hub "
-            "data set, which is no path here"
-        )
+        raise DataError(f"data source {shown(name)}: there is no such file")
     with open_text(path, name) as file:
         if file.kind != "text":
             yield from _joined(_texts(records(file, path), source, name, tokenizer))
