@@ -35,12 +35,6 @@ from sparse_runtime.clusters.awc import Clustering, top_sets
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.data import (
-    CalibrationText,
-    DataSource,
-    calibration_windows,
-    parse_source,
-)
 from sparse_runtime.clusters.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.clusters.importance import importance_scorer
@@ -64,6 +58,12 @@ from sparse_runtime.clusters.layer_build import (
 )
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.seeding import layer_generator
+from sparse_runtime.clusters.text import (
+    CalibrationText,
+    DataSource,
+    calibration_windows,
+    parse_source,
+)
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.models.fingerprint import model_fingerprint

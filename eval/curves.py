@@ -19,11 +19,12 @@ from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.capture import HiddenStates
-from sparse_runtime.clusters.data import (
+from sparse_runtime.clusters.text import (
     CalibrationText,
     DataSource,
     calibration_windows,
     parse_source,
+    recorded_source,
 )
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.baselines import captured_states, fit_baseline, named_baselines
@@ -327,12 +328,7 @@ def baseline_calibration(
     reason = "its build record names no sources"
     if recorded:
         try:
-            return read(
-                [
-                    DataSource(source["name"], source["weight"], split=source["split"])
-                    for source in recorded
-                ]
-            ), None
+            return read([recorded_source(entry) for entry in recorded]), None
         except DataError as error:
             reason = str(error)
     try:

@@ -15,7 +15,7 @@ from sparse_runtime.api import sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.format import CONFIG_FILE
 from sparse_runtime.clusters import BuildConfig, build_clusters
-from sparse_runtime.clusters.data import parse_source, token_stream
+from sparse_runtime.clusters.text import parse_source, token_stream
 from sparse_runtime.eval.host import host_record
 from sparse_runtime.eval.quality import evaluate_quality
 from sparse_runtime.models import load_model

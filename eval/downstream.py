@@ -13,11 +13,13 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.clusters.text.files import open_text
+from sparse_runtime.clusters.text.records import file_records
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.ffn.counts import count_cost
@@ -27,7 +29,7 @@ from sparse_runtime.progress import ProgressReporter, SilentProgress
 def _lambada(file: Path, folder: Path) -> dict[str, Any]:
     """The harness's lambada_openai on lines with a ``text`` whose last word is asked for."""
     return {
-        "dataset_kwargs": {"data_files": {"test": str(_checked(file, ("text",)))}},
+        "dataset_kwargs": {"data_files": {"test": _lines_file(_checked(file, ("text",)), folder)}},
         "test_split": "test",
         "output_type": "loglikelihood",
         "doc_to_text": "{{text.split(' ')[:-1]|join(' ')}}",
@@ -46,19 +48,21 @@ def _piqa(file: Path, folder: Path) -> dict[str, Any]:
     the lines' own ``label``.
     """
     labels_file = file.with_name(f"{file.stem}-labels.lst")
+    lines = _checked(file, ("goal", "sol1", "sol2"))
     if labels_file.is_file():
-        lines = _read(_checked(file, ("goal", "sol1", "sol2")))
-        labels = labels_file.read_text(encoding="utf-8").split()
+        labels = _labels(labels_file)
         if len(labels) != len(lines):
             raise DataError(f"{labels_file} has {len(labels)} labels; expected {len(lines)}")
-        for line, label in zip(lines, labels, strict=True):
-            line["label"] = int(label)
-        file = folder / file.name
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        where = str(labels_file)
+    else:
+        labels = [str(line.get("label")) for line in lines]
+        where = f"task file {str(file)!r}"
+    for number, (line, label) in enumerate(zip(lines, labels, strict=True), 1):
+        if label not in ("0", "1"):
+            raise DataError(f"{where}, record {number}: the label is {label}; expected 0 or 1")
+        line["label"] = int(label)
     return {
-        "dataset_kwargs": {
-            "data_files": {"validation": str(_checked(file, ("goal", "sol1", "sol2", "label")))}
-        },
+        "dataset_kwargs": {"data_files": {"validation": _lines_file(lines, folder)}},
         "validation_split": "validation",
         "output_type": "multiple_choice",
         "doc_to_text": "Question: {{goal}}\nAnswer:",
@@ -143,7 +147,11 @@ def _spec(task: str, folder: Path) -> str | dict[str, Any]:
             f"task {name!r} cannot be read from a file; expected one of {', '.join(LOCAL_TASKS)}, or "
             "the name alone of a task that lm-eval knows"
         )
-    settings = LOCAL_TASKS[name](Path(file), folder)
+    if not file:
+        raise ConfigError(f"task {task!r} names no file; expected {name}=FILE")
+    settings = LOCAL_TASKS[name](Path(file).expanduser(), folder)
+    # Its loader keeps a copy of what it reads: in the same folder, which is deleted.
+    settings["dataset_kwargs"]["cache_dir"] = str(folder)
     return {"task": f"{name}_local", "dataset_path": "json", **settings}
 
 
@@ -233,26 +241,31 @@ def _standard_error(metric: str, value: float, documents: int | None) -> float |
     return math.sqrt(value * (1 - value) / (documents - 1))
 
 
-def _read(file: Path) -> list[dict[str, Any]]:
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.strip()]
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"task file {str(file)!r} cannot be read as lines of JSON: {error}"
-        ) from None
+def _labels(file: Path) -> list[str]:
+    with open_text(file, str(file)) as text:
+        return "".join(text.blocks()).split()
 
 
-def _checked(file: Path, keys: tuple[str, ...]) -> Path:
-    """The file, if all its lines have these keys."""
-    lines = _read(file)
-    if not lines:
-        raise DataError(f"task file {str(file)!r} is empty; expected lines of JSON")
-    for number, line in enumerate(lines, 1):
-        missing = [key for key in keys if key not in line]
+def _checked(file: Path, keys: tuple[str, ...]) -> list[dict[str, Any]]:
+    """The records of a file, if all of them have texts under these keys."""
+    lines = []
+    for record, where in file_records(file, str(file)):
+        missing = [key for key in keys if not isinstance(record.get(key), str)]
         if missing:
             raise DataError(
-                f"task file {str(file)!r}, line {number}: there is no {', '.join(missing)}; expected "
-                f"the keys {', '.join(keys)}"
+                f"task file {where}: there is no text under {', '.join(missing)}; expected the keys "
+                f"{', '.join(keys)}"
             )
-    return file
+        lines.append(record)
+    if not lines:
+        raise DataError(f"task file {str(file)!r} is empty; expected lines of JSON")
+    return lines
+
+
+def _lines_file(lines: list[dict[str, Any]], folder: Path) -> str:
+    """A file that the harness can read, whatever the user's looks like."""
+    with NamedTemporaryFile(
+        "w", suffix=".jsonl", dir=folder, delete=False, encoding="utf-8"
+    ) as file:
+        file.writelines(json.dumps(line) + "\n" for line in lines)
+    return file.name

@@ -22,9 +22,9 @@ from sparse_runtime.clusters.build import (
     num_fit_tokens,
 )
 from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.data import DataSource, calibration_windows
 from sparse_runtime.clusters.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.text import DataSource, calibration_windows
 from sparse_runtime.eval.curves import Protocol
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.ffn.counts import count_cost

@@ -7,13 +7,15 @@ wrong usage, 1 for failure, 130 when interrupted.
 from __future__ import annotations
 
 import os
+import warnings
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from sparse_runtime.cli.bench import bench, tune
 from sparse_runtime.cli.build import build, inspect
-from sparse_runtime.cli.console import fail, out
+from sparse_runtime.cli.console import fail, out, warn
 from sparse_runtime.cli.evaluate import evaluate
 from sparse_runtime.cli.generate import generate
 from sparse_runtime.cli.report import demo, report
@@ -27,6 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 _INTERRUPTED = 130
+_PACKAGE = Path(__file__).parents[1]
 
 app.command()(build)
 app.command()(generate)
@@ -45,6 +48,13 @@ app.command()(demo)
 def main() -> None:
     """Run the command line; every error ends as one line and an exit code."""
     code = None
+    # Ours in one line, without the place in the code; others' as Python shows them.
+    show = warnings.showwarning
+    warnings.showwarning = lambda message, kind, file, *rest: (
+        warn(message)
+        if str(_PACKAGE) in file or kind is UserWarning
+        else show(message, kind, file, *rest)
+    )
     try:
         # Not standalone: Typer would draw a box around what one line says.
         code = app(prog_name="sparse-runtime", standalone_mode=False)

@@ -124,7 +124,7 @@ def _build(
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
     from sparse_runtime.clusters import build_clusters
-    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.clusters.text import parse_source
 
     check_holds_artifact(output)
     for source in data:

@@ -28,7 +28,7 @@ from sparse_runtime.cli.options import (
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
 from sparse_runtime.cli.tables import print_curves, print_quality
-from sparse_runtime.cli.texts import held_out
+from sparse_runtime.cli.texts import held_out, warn_of_overlap
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
 
@@ -108,6 +108,8 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
     texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
+    for source, tokens in texts:
+        warn_of_overlap(source, tokens, artifact.build.get("data", {}))
     protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
@@ -122,6 +124,8 @@ def evaluate(
             windows, record["calibration"] = _calibration(
                 artifact, calibration or [], tokenizer, *limits, loaded
             )
+            for source, tokens in texts if calibration else ():
+                warn_of_overlap(source, tokens, record["calibration"])
         record |= _curves(
             loaded,
             artifact,
@@ -148,7 +152,7 @@ def _check_options(
 
 def _check_names(baselines: Sequence[str], sources: Sequence[str]) -> None:
     """Refuse wrong names before the model is loaded. Raises ConfigError."""
-    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.clusters.text import parse_source
     from sparse_runtime.eval.baselines import named_baselines
 
     named_baselines(baselines)

@@ -40,13 +40,17 @@ DataOption = Annotated[
     list[str] | None,
     typer.Option(
         "--data",
-        help="Text: a .txt or .jsonl file, wikitext2, c4, a Hub data set, pydoc, or self. May be "
-        "given again; each may end in ,weight=W ,key=A+B ,split=S.",
+        help="Text: a file (.txt, .jsonl, .json, .csv, .parquet, also compressed), a folder of such, "
+        "wikitext2, c4, a Hub data set, pydoc, or self. May be given again; each may end in ,weight=W "
+        ",key=A+B (fields; A.B inside one) ,split=S (Hub only).",
         metavar="SOURCE",
     ),
 ]
 TestOption = Annotated[
-    str | None, typer.Option(help="Held-out text; the data's test split if not given.")
+    str | None,
+    typer.Option(
+        help="Held-out text; if not given, the data's test split, or text that is split off."
+    ),
 ]
 BudgetOption = Annotated[
     float | None,

@@ -39,7 +39,7 @@ from sparse_runtime.cli.ranges import (
     parse_numbers,
 )
 from sparse_runtime.cli.tables import print_rows, shown
-from sparse_runtime.cli.texts import fit_and_test, held_out
+from sparse_runtime.cli.texts import fit_and_test, held_out_of
 from sparse_runtime.models import load_model
 
 
@@ -210,7 +210,7 @@ def ingredients(
 ) -> None:
     """What each ingredient of a build brings in the running model: alone, together, left out."""
     from sparse_runtime.clusters import BuildConfig
-    from sparse_runtime.clusters.data import parse_source
+    from sparse_runtime.clusters.text import parse_source
     from sparse_runtime.eval.host import host_record
     from sparse_runtime.eval.ingredients import measure_ingredients
 
@@ -223,13 +223,13 @@ def ingredients(
         window=window,
     )
     of_builds = parse_numbers("--seeds", seeds, int, SEED)
-    sources = data or ["wikitext2"]
+    sources = [parse_source(source) for source in data or ["wikitext2"]]
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-    tokens = held_out(test or sources[0], tokenizer, test_tokens, loaded)
+    sources, tokens = held_out_of(sources, test, tokenizer, max_tokens, test_tokens, window, loaded)
     measured = measure_ingredients(
         loaded,
         tokenizer,
-        [parse_source(source) for source in sources],
+        sources,
         tokens,
         config=config,
         seeds=of_builds,

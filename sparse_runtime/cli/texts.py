@@ -6,12 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_runtime.cli.console import warn
 from sparse_runtime.cli.options import resolve_dtype
 from sparse_runtime.errors import DataError
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
-    from sparse_runtime.clusters.data import CalibrationText
+    from sparse_runtime.clusters.text import CalibrationText, DataSource
 
 
 def fit_and_test(
@@ -26,28 +27,60 @@ def fit_and_test(
     device: str | None,
 ) -> tuple[Any, CalibrationText, torch.Tensor, torch.Tensor]:
     """A model, calibration text, and the tokens of held-out text, also as windows [W, window]."""
-    from sparse_runtime.clusters.data import calibration_windows, parse_source
+    from sparse_runtime.clusters.text import calibration_windows, parse_source
 
-    sources = data or ["wikitext2"]
+    sources = [parse_source(source) for source in data or ["wikitext2"]]
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-    text = calibration_windows(
-        [parse_source(source) for source in sources],
-        tokenizer,
-        max_tokens=max_tokens,
-        window=window,
-        seed=seed,
-        model=loaded,
+    sources, tokens = held_out_of(
+        sources, test, tokenizer, max_tokens, test_tokens, window, loaded, seed
     )
-    tokens = held_out(test or sources[0], tokenizer, test_tokens, loaded)
+    text = calibration_windows(
+        sources, tokenizer, max_tokens=max_tokens, window=window, seed=seed, model=loaded
+    )
+    warn_of_overlap(test or sources[0].name, tokens, text.record)
     whole = len(tokens) // window
     if whole == 0:
         raise DataError(f"the held-out text has {len(tokens)} tokens; expected {window} or more")
     return loaded, text, tokens, tokens[: whole * window].view(whole, window)
 
 
+def held_out_of(
+    sources: list[DataSource],
+    test: str | None,
+    tokenizer: Any,
+    max_tokens: int,
+    test_tokens: int,
+    window: int,
+    model: Any,
+    seed: int = 0,
+) -> tuple[list[DataSource], torch.Tensor]:
+    """Sources to calibrate on, and the tokens of --test, or of the first source's held-out text."""
+    from sparse_runtime.clusters.text import hold_out
+
+    if test is not None:
+        return sources, held_out(test, tokenizer, test_tokens, model)
+    return hold_out(
+        sources,
+        tokenizer,
+        max_tokens=max_tokens,
+        test_tokens=test_tokens,
+        window=window,
+        seed=seed,
+        model=model,
+    )
+
+
+def warn_of_overlap(name: str, tokens: torch.Tensor, record: Any) -> None:
+    """Say so where a text to judge by is among those that something was fitted on."""
+    from sparse_runtime.clusters.text import overlap_warning
+
+    if message := overlap_warning(name, tokens, record):
+        warn(message)
+
+
 def held_out(source: str, tokenizer: Any, max_tokens: int, model: Any) -> torch.Tensor:
     """First tokens of held-out text [n]."""
-    from sparse_runtime.clusters.data import parse_source, token_stream
+    from sparse_runtime.clusters.text import parse_source, token_stream
 
     return token_stream(
         parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=model

@@ -116,7 +116,7 @@ def test_bias_is_the_mean_of_what_is_left_out(tiny_model, tiny_tokenizer, text):
         h = importance_scorer(layer).activations(arguments[0].reshape(-1, 32))
         added.append((h * left_out) @ layer.down.weight.detach().t())
 
-    from sparse_runtime.clusters.data import calibration_windows, parse_source
+    from sparse_runtime.clusters.text import calibration_windows, parse_source
 
     windows = calibration_windows(
         [parse_source(text)], tiny_tokenizer, max_tokens=2000, window=50

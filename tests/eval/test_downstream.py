@@ -1,5 +1,6 @@
 """lm-eval on a sparsified model, from local files, against scores computed here."""
 
+import gzip
 import json
 
 import pytest
@@ -95,13 +96,34 @@ def test_bad_tasks(tiny_model, tiny_tokenizer, files, tmp_path):
 
     with pytest.raises(ConfigError, match="task 'squad' cannot be read from a file"):
         run(f"squad={tmp_path / 'x.jsonl'}")
-    with pytest.raises(DataError, match=r"gone.jsonl' cannot be read"):
+    with pytest.raises(DataError, match=r"gone.jsonl cannot be read: No such file"):
         run(f"lambada={tmp_path / 'gone.jsonl'}")
-    with pytest.raises(DataError, match="line 1: there is no text; expected the keys text"):
+    with pytest.raises(
+        DataError, match="line 1: there is no text under text; expected the keys text"
+    ):
         run(files[1].replace("piqa=", "lambada="))
     (tmp_path / "piqa-labels.lst").write_text("0\n1\n")
     with pytest.raises(DataError, match="2 labels; expected 3"):
         run(files[1])
     (tmp_path / "piqa-labels.lst").unlink()
-    with pytest.raises(DataError, match="line 1: there is no label"):
+    with pytest.raises(DataError, match="record 1: the label is None; expected 0 or 1"):
         run(files[1])
+
+
+def test_any_file_of_records_is_a_task_file(tiny_model, tiny_tokenizer, files, tmp_path):
+    """A byte order mark, an array, compression: as text sources."""
+    path = tmp_path / "passages.json.gz"
+    records = json.dumps([{"text": text} for text in PASSAGES])
+    path.write_bytes(gzip.compress(b"\xef\xbb\xbf" + records.encode()))
+    clusters = random_cluster_set(tiny_model, 0.3)
+    plain = evaluate_tasks(tiny_model, tiny_tokenizer, clusters, files[:1])
+    packed = evaluate_tasks(tiny_model, tiny_tokenizer, clusters, [f"lambada={path}"])
+    assert packed == plain
+    assert packed["rows"][0]["documents"] == 3
+
+
+@pytest.mark.parametrize("labels", ["0\n2\n1\n", "0\nx\n1\n"])
+def test_labels_out_of_range(tiny_model, tiny_tokenizer, files, tmp_path, labels):
+    (tmp_path / "piqa-labels.lst").write_text(labels)
+    with pytest.raises(DataError, match=r"labels.lst, record 2: the label is .; expected 0 or 1"):
+        evaluate_tasks(tiny_model, tiny_tokenizer, random_cluster_set(tiny_model, 0.5), files[1:])

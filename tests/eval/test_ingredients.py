@@ -8,7 +8,7 @@ import torch
 
 from sparse_runtime import cli
 from sparse_runtime.clusters import BuildConfig
-from sparse_runtime.clusters.data import DataSource
+from sparse_runtime.clusters.text import DataSource
 from sparse_runtime.eval import ingredients
 from sparse_runtime.eval.ingredients import ROWS, Ingredients, measure_ingredients
 

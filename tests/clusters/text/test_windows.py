@@ -1,11 +1,12 @@
 """Text sources, offline."""
 
+import copy
 import json
 
 import pytest
 import torch
 
-from sparse_runtime.clusters.data import (
+from sparse_runtime.clusters.text import (
     DataSource,
     calibration_windows,
     parse_source,
@@ -34,7 +35,20 @@ def test_source_options():
 
 
 @pytest.mark.parametrize(
-    "spec", ["c4,weight=0", "c4,weight=x", "c4,speed=2", "c4,key=", ",weight=1"]
+    "spec",
+    [
+        "c4,weight=0",
+        "c4,weight=x",
+        "c4,weight=nan",
+        "c4,weight=inf",
+        "c4,weight=-1",
+        "c4,speed=2",
+        "c4,key=",
+        "c4,key=a+",
+        ",weight=1",
+        "c4,weight=1,weight=2",
+        "c4,split",
+    ],
 )
 def test_source_options_that_cannot_work(spec):
     with pytest.raises(ConfigError, match="data source"):
@@ -45,6 +59,9 @@ def test_a_file_name_with_a_comma_is_a_file(tmp_path):
     file = tmp_path / "a,weight=2.txt"
     file.write_text("x")
     assert parse_source(str(file)) == DataSource(str(file))
+    assert parse_source(f"{file},weight=3") == DataSource(str(file), 3.0)
+    with pytest.raises(ConfigError, match="weight is -1"):
+        DataSource("c4", -1)
 
 
 @pytest.mark.parametrize("max_tokens", [5, 500, 20_000, None])
@@ -67,8 +84,8 @@ def test_jsonl_joins_documents_and_fields(tmp_path, tiny_tokenizer):
     ("line", "message"),
     [
         ('{"text": "a"}\n{"text": ', "line 2 is not JSON"),
-        ('{"body": "a", "id": "b"}', "no text under 'text'; it has body, id"),
-        ("[1]", "is a list"),
+        ('{"body": "a", "id": "b"}', "none of the 1 records.*text under text.*they have body, id"),
+        ("[1]", "record 1 is of type int"),
     ],
 )
 def test_damaged_jsonl(tmp_path, tiny_tokenizer, line, message):
@@ -96,7 +113,7 @@ def test_pydoc_has_two_splits(tiny_tokenizer):
     [
         ("wikitext3", "'wikitext3' is not known.*wikitext2, c4, pydoc, self"),
         ("missing.txt", "there is no such file"),
-        (".", "is a folder"),
+        ("/", "is a folder"),
         ("wikitext2", "HF_HUB_OFFLINE is set.*local .txt"),
         ("nobody/nothing", "could not be read from the Hub.*local .txt"),
     ],
@@ -157,3 +174,18 @@ def test_too_little_text(tmp_path, tiny_tokenizer):
         calibration_windows([DataSource(str(file))], tiny_tokenizer, max_tokens=10, window=64)
     with pytest.raises(ConfigError, match="at least one --data"):
         calibration_windows([], tiny_tokenizer, max_tokens=100, window=64)
+
+
+def test_self_without_bos_and_without_warnings(tiny_model, tiny_tokenizer, recwarn):
+    """Neither a token to begin with, nor one to end with, nor room for a whole sequence."""
+    tokenizer = copy.deepcopy(tiny_tokenizer)
+    tokenizer.bos_token = tokenizer.eos_token = None
+    for name in ("bos_token_id", "eos_token_id"):
+        setattr(tiny_model.config, name, None)
+        setattr(tiny_model.generation_config, name, None)
+    tiny_model.generation_config.max_length = 20
+    tiny_model.config.max_position_embeddings = 8
+    assert len(stream("self", tokenizer, 150, model=tiny_model).unique()) > 5
+    assert not recwarn.list
+    other = stream("self", tokenizer, 150, split="test", model=tiny_model)
+    assert not torch.equal(other, stream("self", tokenizer, 150, model=tiny_model))

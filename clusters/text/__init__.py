@@ -1,0 +1,22 @@
+"""Text for calibration and evaluation: sources → documents → tokens → windows."""
+
+from sparse_runtime.clusters.text.overlap import overlap, overlap_warning
+from sparse_runtime.clusters.text.sources import DataSource, parse_source, recorded_source
+from sparse_runtime.clusters.text.windows import (
+    CalibrationText,
+    calibration_windows,
+    hold_out,
+    token_stream,
+)
+
+__all__ = [
+    "CalibrationText",
+    "DataSource",
+    "calibration_windows",
+    "hold_out",
+    "overlap",
+    "overlap_warning",
+    "parse_source",
+    "recorded_source",
+    "token_stream",
+]

@@ -1,0 +1,195 @@
+"""What a text source is, and how it is written.
+
+A source is written ``NAME[,weight=W][,key=A+B][,split=S]``, where NAME is a local file or folder, a
+data set known by a short name, any Hub data set ``owner/name[:config]``, ``pydoc`` (the language
+reference inside every Python, offline) or ``self`` (text sampled from the model itself).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_runtime.clusters.text.kinds import has_known_suffix
+from sparse_runtime.errors import ConfigError, DataError
+
+#: Short name -> (Hub id, configuration, split for evaluation).
+HUB_DATA = {
+    "wikitext2": ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"),
+    "c4": ("allenai/c4", "en", "validation"),
+}
+#: Sources that need no file and no network.
+BUILT_IN = ("pydoc", "self")
+# Above it a name is a text that somebody passed in place of a file name.
+_LONGEST_NAME = 1024
+_SHOWN = 60
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """A text source.
+
+    Attributes:
+        name: file, folder, data set, ``pydoc`` or ``self``.
+        weight: share of the calibration text, relative to the other sources; above 0.
+        keys: fields of a record whose values, joined by a newline, are its text; if empty, whichever
+            the record has of ``text``, ``messages``, ``conversations``, and ``prompt`` with
+            ``completion``.
+        split: overrides the split that the caller asks for.
+        max_tokens: calibrate on this many tokens at the beginning of the source at most; what follows
+            is held out.
+
+    Raises:
+        ConfigError: the weight is not a positive finite number.
+    """
+
+    name: str
+    weight: float = 1.0
+    keys: tuple[str, ...] = ()
+    split: str | None = None
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.weight < math.inf:
+            raise ConfigError(
+                f"data source {shown(self.name)}: weight is {self.weight}; expected a number above 0"
+            )
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the name is a path, so that it is never looked up on the Hub."""
+        return self.name not in (*HUB_DATA, *BUILT_IN) and is_path(self.name)
+
+    @property
+    def has_test_split(self) -> bool:
+        """Whether ``split="test"`` gives other text than ``split="train"``."""
+        return self.split is None and not self.is_local
+
+    def record(self) -> dict[str, Any]:
+        """The fields that :func:`recorded_source` needs, as JSON, without the weight."""
+        result: dict[str, Any] = {"name": self.name}
+        if self.keys:
+            result["keys"] = list(self.keys)
+        return result
+
+
+def shown(name: str) -> str:
+    """The name in quotes, cut to the length of a message."""
+    return repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "…")
+
+
+def is_path(name: str) -> bool:
+    """Whether a name is evidently a path, whatever it names is there or not."""
+    path = os.path.expanduser(name)
+    folder = os.path.dirname(path)
+    return (
+        os.path.lexists(path)
+        or os.path.isabs(path)
+        or name.startswith(("./", "../", "~"))
+        or name in (".", "..")
+        or has_known_suffix(name)
+        or (folder != "" and os.path.isdir(folder))
+    )
+
+
+def parse_source(spec: str) -> DataSource:
+    """Read a source as written on the command line.
+
+    Raises:
+        ConfigError: an option is unknown, given twice, cannot apply to the source, or has a value that
+            cannot be used.
+        DataError: what is given is a text, not the name of one.
+    """
+    name, options = _split_name(spec)
+    if "\n" in name or "\0" in name or len(name) > _LONGEST_NAME:
+        raise DataError(
+            f"data source {shown(name)} is a text of {len(name)} characters; expected a file or the "
+            "name of a data set. Write the text to a file"
+        )
+    if not name:
+        raise ConfigError(f"data source {shown(spec)} has no name; expected NAME[,weight=W]…")
+    fields: dict[str, Any] = {}
+    for option in options:
+        key, _, value = option.partition("=")
+        field = {"weight": "weight", "key": "keys", "split": "split"}.get(key)
+        if field is None or not value:
+            raise ConfigError(
+                f"data source {shown(spec)}: option {shown(option)} is not known; expected weight=W, "
+                "key=A+B or split=S"
+            )
+        if field in fields:
+            raise ConfigError(f"data source {shown(spec)}: option {key} is given twice")
+        fields[field] = _value(spec, field, value)
+    source = DataSource(name, **fields)
+    if source.split is not None and (source.is_local or name == "self"):
+        raise ConfigError(
+            f"data source {shown(name)} has no splits, but split={source.split} is given; leave it out"
+        )
+    if source.keys and name in BUILT_IN:
+        raise ConfigError(
+            f"data source {shown(name)} has no fields, but key= is given; leave it out"
+        )
+    return source
+
+
+def recorded_source(entry: Mapping[str, Any]) -> DataSource:
+    """The source that an artifact's build record names.
+
+    Args:
+        entry: one of ``sources`` of :class:`CalibrationText`'s record.
+
+    Raises:
+        DataError: the entry has no name or values of a wrong kind.
+    """
+    try:
+        source = DataSource(
+            entry["name"],
+            float(entry.get("weight", 1.0)),
+            tuple(entry.get("keys", ())),
+        )
+        split = entry.get("split")
+        if source.is_local or source.name == "self":
+            split = None  # format version 1 recorded one for them too
+        return DataSource(source.name, source.weight, source.keys, split)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"the build record has a damaged data source: {error!r}") from error
+
+
+def expanded(name: str) -> Path:
+    """The path of a local source."""
+    return Path(os.path.expanduser(name))
+
+
+def _split_name(spec: str) -> tuple[str, list[str]]:
+    """The name, which may hold commas if there is such a file, and the options."""
+    parts = spec.split(",")
+    for end in range(len(parts), 1, -1):
+        name = ",".join(parts[:end])
+        if os.path.exists(os.path.expanduser(name)):
+            return name, parts[end:]
+    if "\n" in spec or len(spec) > _LONGEST_NAME:
+        return spec, []
+    return parts[0], parts[1:]
+
+
+def _value(spec: str, field: str, value: str) -> Any:
+    if field == "split":
+        return value
+    if field == "keys":
+        keys = tuple(value.split("+"))
+        if not all(keys):
+            raise ConfigError(f"data source {shown(spec)}: key is {value!r}; expected A or A+B")
+        return keys
+    try:
+        weight = float(value)
+    except ValueError:
+        weight = math.nan
+    if not 0 < weight < math.inf:
+        raise ConfigError(
+            f"data source {shown(spec)}: weight is {value!r}; expected a number above 0"
+        )
+    return weight
