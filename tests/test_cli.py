@@ -104,7 +104,7 @@ def check_bench(run, tiny_folder, built, file):
     assert mlp["bandwidth_share"] == pytest.approx(mlp["gbps"] / mlp["read_gbps"])
     assert mlp["looked_at"] > 0
     assert [row["tokens"] for row in mlp["tokens"]] == [1, 2, 4, 8, 16, 32, 64]
-    assert all(row["path"] in ("sparse", "rows", "torch") for row in mlp["tokens"][1:])
+    assert all(row["path"] in ("sparse", "rows", "dense") for row in mlp["tokens"][1:])
     prediction = {row["name"]: row for row in figures["prediction"]["rows"]}
     assert list(prediction) == ["router", "per-neuron predictor", "dense gate"]
     assert prediction["dense gate"]["bytes"] == 2 * 32 * 44

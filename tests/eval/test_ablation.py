@@ -87,7 +87,7 @@ def test_command(monkeypatch, capsys, tiny_folder, tmp_path, small_base):
     picks = torch.randint(0, 4, (900,), generator=torch.Generator().manual_seed(0)).tolist()
     text.write_text(" ".join(("alpha", "beta", "gamma", "delta")[pick] for pick in picks))
     file = tmp_path / "rows.json"
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 200)
     arguments = [
         "ablate", tiny_folder, "--data", text, "--test", text, "--clusters", "4", "--layers", "1",
         "--percentiles", "0.5", "--sparsities", "0.5", "--seeds", "0", "--max-tokens", 1024,

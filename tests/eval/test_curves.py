@@ -161,7 +161,7 @@ def run(monkeypatch, capsys, tiny_folder, tmp_path):
         return exit_.value.code or 0, captured.out, " ".join(captured.err.split()), figures
 
     call.text = text
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 200)
     return call
 
 
@@ -192,7 +192,7 @@ def test_command(run, clusters, tmp_path, monkeypatch):
     (line,) = (line for line in out.splitlines() if line.startswith("│ clusters"))
     assert all(cell.strip() for cell in line.strip("│").split("│"))
     assert "…" not in out
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 200)
 
     code, out, err, figures = run("--baselines", "cats", "--budget", 0.3, "--calibration", run.text)
     assert code == 0, err

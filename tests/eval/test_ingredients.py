@@ -78,7 +78,7 @@ def test_means(tiny_model, tiny_tokenizer, text):
 
 def test_command(monkeypatch, capsys, tiny_folder, tmp_path, text):
     file = tmp_path / "rows.json"
-    monkeypatch.setattr(cli.out, "width", 200)
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 200)
     arguments = [
         "ingredients", tiny_folder, "--data", text, "--test", text, "--clusters", "4", "--seeds", "0",
         "--router", "linear", "--budget", "0.6", "--distill", "1", "--step-tokens", 64,
