@@ -6,7 +6,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cpu_kernel import first_largest, ops
+from kernels.cases import first_largest
+from kernels.library import ops
 
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import quantize_rows
