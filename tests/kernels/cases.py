@@ -35,7 +35,7 @@ def assert_close(actual, expected, tolerance, scale=None):
 
 @dataclass
 class Case:
-    """Arguments of one call; masks are bool [K, I], and ``looks`` says whether there is a maybe band."""
+    """Arguments of one call. Masks are bool [K, I]; without ``looks`` there is no maybe band."""
 
     x: Tensor
     weights: list[Tensor]

@@ -1,4 +1,4 @@
-"""Covering arrays: few combinations of factors in which every pair, or every triple, of values occurs."""
+"""Covering arrays: few combinations of factors, with every pair, or every triple, of values."""
 
 from collections.abc import Sequence
 from itertools import combinations, product

@@ -1,15 +1,13 @@
 """The C++ library; importing this skips a file of tests where there is none."""
 
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
 
-import sparse_runtime.kernels
-from sparse_runtime.kernels.cpu import load_cpu_library
+from sparse_runtime.kernels.cpu import LIBRARY, load_cpu_library
 
-LIBRARY = Path(sparse_runtime.kernels.__file__).with_name("libsparse_ffn_cpu.so")
+__all__ = ["ISAS", "LIBRARY", "forced", "ops"]
 if not load_cpu_library():
     pytest.skip(
         "libsparse_ffn_cpu.so is not built: pip install -e . with a C++ compiler",
