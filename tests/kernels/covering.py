@@ -10,38 +10,28 @@ def covering(strength: int, **factors: Sequence) -> list[dict]:
     Greedy and deterministic. Each row begins with a combination that is still missing and takes, factor
     by factor, the value that brings most of the missing ones with what the row has already.
     """
-    names = list(factors)
-    # A combination is a tuple of (position of a factor, position of its value), in order.
-    missing = {
-        tuple(zip(chosen, values, strict=True))
-        for chosen in combinations(range(len(names)), strength)
-        for values in product(*(range(len(factors[names[i]])) for i in chosen))
-    }
-    order = sorted(missing)
-    rows = []
+    # Each value of each factor is a bit; a combination is an integer with ``strength`` bits.
+    bits, values = [], []
+    for name, choices in factors.items():
+        bits.append([1 << (len(values) + i) for i in range(len(choices))])
+        values += [(name, choice) for choice in choices]
+    order = [sum(chosen) for some in combinations(bits, strength) for chosen in product(*some)]
+    missing = set(order)
+    rows: list[list[int]] = []
     for start in order:
         if start not in missing:
             continue
-        row = dict(start)
-        for i in range(len(names)):
-            if i not in row:
-                row[i] = max(
-                    range(len(factors[names[i]])),
-                    # Ties go to values in turn, so that no value is preferred.
-                    key=lambda v, i=i: (
-                        len(_gained(row, i, v, strength, missing)),
-                        -((v + len(rows)) % len(factors[names[i]])),
-                    ),
-                )
-        missing -= set(combinations(sorted(row.items()), strength))
-        rows.append({name: factors[name][row[i]] for i, name in enumerate(names)})
-    return rows
-
-
-def _gained(row: dict, factor: int, value: int, strength: int, missing: set) -> list[tuple]:
-    others = combinations(sorted(row.items()), strength - 1)
-    found = (tuple(sorted((*other, (factor, value)))) for other in others)
-    return [combination for combination in found if combination in missing]
+        row = [bit for choices in bits for bit in choices if bit & start]
+        for choices in bits:
+            if any(bit & start for bit in choices):
+                continue
+            others = [sum(chosen) for chosen in combinations(row, strength - 1)]
+            # Ties go to the values in turn, so that none is preferred.
+            turned = choices[len(rows) % len(choices) :] + choices[: len(rows) % len(choices)]
+            row.append(max(turned, key=lambda bit: sum(other | bit in missing for other in others)))
+        missing.difference_update(map(sum, combinations(row, strength)))
+        rows.append(sorted(row))
+    return [dict(values[bit.bit_length() - 1] for bit in row) for row in rows]
 
 
 def name_of(row: dict) -> str:

@@ -121,13 +121,52 @@ def test_bands_at_their_ends(isa):
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_cannot_be_judged_is_computed(isa, bad):
-    given = case(2, (70, 60, 3), torch.float32, looks=True)
-    given.x[0, 3] = bad
-    y = ops.cpu_sparse_ffn(*given.arguments)
-    assert y[0].isnan().any()
-    assert y[1].isfinite().all()
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-35])
+def test_what_cannot_be_judged_is_computed(isa, value, n):
+    """All neurons that a token with NaN or infinity looks at, and none if it is almost zero."""
+    given = case(n, (70, 60, 3), torch.float32, density=0.3, looks=True)
+    if value == 1e-35:
+        given.x[0] = value
+    else:
+        given.x[0, 3] = value
+    counts, expected = torch.zeros(2, 2, dtype=torch.int64)
+    y = ops.cpu_sparse_ffn(*given.arguments, counts)
+    sparse_ffn(*given.arguments[:7], **band_of(given), row_counts=expected)
+    assert torch.equal(counts, expected)
+    assert y[0].isnan().any() == (value != 1e-35)
+    assert y[1:].isfinite().all()
+    looked, sure = given.looked[0], given.sure[given.ids[0]]
+    given.above[0] = value != 1e-35
+    assert counts.tolist() == given.counts
+    assert looked.any()
+    assert sure.any()
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_neuron_at_its_bound_is_left_out(isa):
+    """|h̃|·factor = 1 exactly, by products without rounding, and the next larger factor."""
+    neurons = 24
+    gate, up = torch.randn(2, neurons, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 64)
+    x[0, 0] = 127.0  # rounded to 127 steps of 1
+    low_bit = quantize_rows(gate, up)
+    low_gate, low_up = (part[:, 0] * 127 for part in dequantize_rows(low_bit, 64))
+    h = (low_gate.relu() * low_up).abs()
+    at = 1 / h
+    usable = (h * at == 1) & at.isfinite()
+    beyond = torch.nextafter(at, at.new_tensor(math.inf))
+    usable &= h * beyond > 1
+    assert usable.sum() > 3
+    band = torch.full((1, neurons // 8), 255, dtype=torch.uint8)
+    for factors, confirmed in ((at, 0), (beyond, int(usable.sum()))):
+        factors = torch.where(usable, factors, 0)
+        counts = torch.zeros(2, dtype=torch.int64)
+        ids = torch.zeros(1, dtype=torch.int64)
+        none = torch.zeros_like(band)
+        ops.cpu_sparse_ffn(x, gate, up, gate, none, ids, "relu", band, low_bit, factors, counts)
+        assert counts.tolist() == [confirmed, neurons]
 
 
 @needs_library
