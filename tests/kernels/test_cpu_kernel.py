@@ -24,7 +24,7 @@ DTYPES = list(TOLERANCE)
 #: One pass of a loop over tokens, several, the most that a pass of the FFN takes, and more.
 TOKENS = [1, 2, 3, 7, 64, 70]
 #: More neurons than a pass of many tokens holds values of; more groups than a look prepares.
-FFN_SHAPES = [*SHAPES, (6, 1100, 3), (4100, 5, 2)]
+FFN_SHAPES = [*SHAPES, (6, 1100, 3), (4200, 9, 2)]
 
 
 def rows(**factors):
