@@ -38,10 +38,13 @@ AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 # Each file with its own instruction set; dispatch.cpp chooses at run time.
 COMMON_FILES: dict[str, list[str]] = {
+    "checks.cpp": [],
     "dispatch.cpp": [],
     "ffn.cpp": [],
     "isa_scalar.cpp": [],
+    "linear.cpp": [],
     "ops.cpp": [],
+    "pass.cpp": [],
 }
 X86_FILES = {
     "isa_avx2.cpp": AVX2,
@@ -49,7 +52,10 @@ X86_FILES = {
     "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 ARM_FILES: dict[str, list[str]] = {"isa_neon.cpp": []}
-HEADERS = ("avx512.h", "dispatch.h", "ffn.h", "kernels.h", "loops.h", "scalar.h")
+# The inner loops, included by each isa_*.cpp, and the rest.
+LOOPS = ("activations", "blocks", "dot", "down", "look", "loops", "output")
+HEADERS = ("arguments", "avx512", "checks", "dispatch", "ffn", "kernels", "parallel", "pass")
+HEADERS += (*LOOPS, "scalar", "scratch", "sizes", "tokens")
 
 
 def files_of_machine(machine: str) -> dict[str, list[str]]:
@@ -151,7 +157,7 @@ setup(
         Extension(
             LIBRARY,
             sources=[f"{SOURCES}/{name}" for name in COMMON_FILES | X86_FILES | ARM_FILES],
-            depends=[f"{SOURCES}/{name}" for name in HEADERS],
+            depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
             optional=os.environ.get("SPARSE_RUNTIME_REQUIRE_LIBRARY") != "1",
         )
     ],

@@ -29,7 +29,7 @@ class SparseForward(nn.Module):
         sparse = self._modules.get(CHILD)
         if sparse is None:  # somebody kept this method beyond unsparsify
             return type(self).forward(self, hidden_states)
-        output: Tensor = sparse.forward(hidden_states)
+        output: Tensor = sparse(hidden_states)
         return output
 
     def dense_forward(self, hidden_states: Tensor) -> Tensor:

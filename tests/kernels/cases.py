@@ -1,61 +1,165 @@
 """Inputs of the sparse FFN and what must come out, for the tests of every backend."""
 
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
 import torch
+from torch import Tensor
 
 from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.kernels import ClusterTables, FFNWeights, sparse_ffn, sparse_ffn_reference
 from sparse_runtime.kernels.low_bit import dequantize_rows, quantize_rows, rounded_tokens
-from sparse_runtime.kernels.reference import sparse_ffn_reference
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 #: Hidden size, neurons, clusters.
-SHAPES = [(16, 40, 3), (33, 67, 5), (8, 1, 1), (1, 9, 2), (200, 301, 4), (576, 48, 2)]
+SHAPES = [(16, 40, 3), (33, 67, 5), (8, 1, 1), (1, 9, 2), (70, 131, 4), (200, 301, 4), (576, 48, 2)]
+
+# Error over the largest output. Everything between the inputs and the output is fp32: a sum of m
+# products errs by about sqrt(m) of fp32's unit roundoff 2**-24, m <= 1100 here, and the output is
+# rounded once, by at most the unit roundoff of its dtype.
+ACCUMULATION = 32 * 2**-24
+TOLERANCE = {
+    torch.float32: ACCUMULATION,
+    torch.bfloat16: 2**-8 + ACCUMULATION,
+    torch.float16: 2**-11 + ACCUMULATION,
+}
 
 
-def case(n, hidden, neurons, clusters, dtype, density=0.5, seed=0):
-    """x, the three weights, a bool mask [K, I] with at least one neuron somewhere, ids."""
+def flat(operation):
+    """An operation over objects, called as torch.library's are: with single tensors."""
+
+    def call(
+        x, w_gate, w_up, w_down_t, sets, cluster_ids, activation="silu",
+        maybe_sets=None, low_bit=None, factors=None, row_counts=None, **options,
+    ):  # fmt: skip
+        weights = FFNWeights(w_gate, w_up, w_down_t, activation, low_bit)
+        tables = ClusterTables(sets, maybe_sets, factors)
+        return operation(x, weights, tables, cluster_ids, row_counts=row_counts, **options)
+
+    return call
+
+
+flat_sparse_ffn = flat(sparse_ffn)
+flat_reference = flat(sparse_ffn_reference)
+
+
+def assert_close(actual, expected, tolerance, scale=None):
+    """Errors of at most ``tolerance`` of ``scale``, or of the largest output; zero is no largest."""
+    assert actual.shape == expected.shape
+    scale = expected.abs().max() if scale is None else scale
+    assert scale > 0
+    assert (actual.cpu().double() - expected).abs().max() <= tolerance * scale
+
+
+@dataclass
+class Case:
+    """Arguments of one call. Masks are bool [K, I]; without ``looks`` there is no maybe band."""
+
+    x: Tensor
+    weights: list[Tensor]
+    sure: Tensor
+    ids: Tensor
+    activation: str
+    maybe: Tensor
+    low_bit: Tensor
+    factors: Tensor
+    above: Tensor  # bool [n, I]: a look would confirm the neuron
+    looks: bool
+
+    @property
+    def sets(self) -> Tensor:
+        return pack_bits(self.sure)
+
+    @property
+    def band(self) -> list[Tensor | None]:
+        """maybe_sets, low_bit, factors."""
+        return [pack_bits(self.maybe), self.low_bit, self.factors] if self.looks else [None] * 3
+
+    @property
+    def arguments(self) -> tuple:
+        """Of sparse_ffn, up to the factors."""
+        return (self.x, *self.weights, self.sets, self.ids, self.activation, *self.band)
+
+    @property
+    def looked(self) -> Tensor:
+        """Neurons that are looked at, bool [n, I]: those in both bands are sure."""
+        return self.maybe[self.ids] & ~self.sure[self.ids] & self.looks
+
+    @property
+    def computed(self) -> Tensor:
+        return self.sure[self.ids] | (self.looked & self.above)
+
+    @property
+    def counts(self) -> list[int]:
+        """What row_counts is incremented by."""
+        return [int(self.computed.sum()), int(self.looked.sum())]
+
+    def exact(self) -> Tensor:
+        """The output in float64."""
+        x, *weights = (tensor.double() for tensor in (self.x, *self.weights))
+        every = torch.arange(len(x))
+        return flat_reference(x, *weights, pack_bits(self.computed), every, self.activation)
+
+    def dense(self) -> Case:
+        """The same with all neurons."""
+        return replace(self, sure=torch.ones_like(self.sure), looks=False)
+
+
+def case(n, shape, dtype, *, activation="silu", density=0.5, looks=False, seed=0):
+    """Random arguments. Factors are a percent off one token's h̃, or in the widest gap of several."""
+    hidden, neurons, clusters = shape
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(n, hidden, generator=g).to(dtype)
     weights = [
         (torch.randn(neurons, hidden, generator=g) * hidden**-0.5).to(dtype) for _ in range(3)
     ]
-    mask = torch.rand(clusters, neurons, generator=g) < density
-    mask[:, 0] = True
-    return x, weights, mask, torch.randint(0, clusters, (n,), generator=g)
-
-
-def exact(x, weights, mask, ids, activation="silu"):
-    x, *weights = (t.double() for t in (x, *weights))
-    return sparse_ffn_reference(x, *weights, pack_bits(mask), ids, activation)
-
-
-def verified_case(n, hidden, neurons, clusters, dtype, seed=0):
-    """Arguments of an operation, and bool masks [n, I] of what it computes and looks at.
-
-    Factors lie in the widest gap of each neuron's h̃, so that no rounding decides.
-    """
-    g = torch.Generator().manual_seed(seed)
-    x = torch.randn(n, hidden, generator=g).to(dtype)
-    weights = [
-        (torch.randn(neurons, hidden, generator=g) * hidden**-0.5).to(dtype) for _ in range(3)
-    ]
+    sure, maybe = (torch.rand(clusters, neurons, generator=g) for _ in range(2))
+    sure, maybe = sure < density, maybe < 0.6  # some in both
+    if density > 0:
+        sure[:, 0] = True
     ids = torch.randint(0, clusters, (n,), generator=g)
-    draws = torch.rand(clusters, neurons, generator=g)
-    sure, maybe = draws < 0.3, (draws > 0.2) & (draws < 0.8)  # some in both: sure
     low_bit = quantize_rows(*weights[:2])
     gate, up = (part.double() for part in dequantize_rows(low_bit, hidden))
     rounded = rounded_tokens(x).double()
-    h = (torch.nn.functional.silu(rounded @ gate.t()) * (rounded @ up.t())).abs()
-    ordered = torch.cat([h.new_full((1, neurons), 1e-4), h, h.amax(0, keepdim=True) * 10 + 1])
-    ordered = ordered.sort(dim=0).values.clamp_min(1e-6).log()
+    h = ACTIVATION_FUNCTIONS[activation](rounded @ gate.t()) * (rounded @ up.t())
+    factors = _beside(h.abs()) if n == 1 else _in_the_widest_gap(h.abs())
+    above = h.abs() * factors > 1
+    return Case(x, weights, sure, ids, activation, maybe, low_bit, factors, above, looks)
+
+
+def _beside(h):
+    """Bounds that rounding does not cross, and other mistakes do: 1 % below or above, in turns."""
+    sides = 1 + 0.01 * (-1) ** torch.arange(h.shape[1])
+    judged = h[0] > 1e-3 * h.max()  # others may be far off, relatively
+    return torch.where(judged, sides / h[0].clamp_min(1e-30), 0).float()
+
+
+def _in_the_widest_gap(h):
+    ends = h.new_full((1, h.shape[1]), 1e-4), h.amax(0, keepdim=True) * 10 + 1
+    ordered = torch.cat([ends[0], h, ends[1]]).sort(dim=0).values.clamp_min(1e-6).log()
     widest = ordered.diff(dim=0).argmax(0, keepdim=True)
     middle = (ordered.gather(0, widest) + ordered.gather(0, widest + 1)).squeeze(0) / 2
-    factors = (-middle).exp().float()
-    looked = maybe[ids] & ~sure[ids]
-    computed = sure[ids] | (looked & (h * factors > 1))
-    arguments = (x, *weights, pack_bits(sure), ids, "silu", pack_bits(maybe), low_bit, factors)
-    return arguments, computed, looked
+    return (-middle).exp().float()
 
 
-def verified_exact(arguments, computed):
-    """The output in float64 for known neurons: one cluster for each token."""
-    x, *weights = (tensor.double() for tensor in arguments[:4])
-    return sparse_ffn_reference(x, *weights, pack_bits(computed), torch.arange(len(x)), "silu")
+def spaced(tensor):
+    """The same values in every other of rows that have NaN, or ones, between them; None of None."""
+    if tensor is None:
+        return None
+    filler = torch.nan if tensor.is_floating_point() else -1 if tensor.dtype == torch.int64 else 255
+    rows, length = tensor.shape
+    whole = torch.full((2 * rows, length + 14), filler).to(tensor.dtype)
+    whole[::2, 8 : 8 + length] = tensor
+    return whole[::2, 8 : 8 + length]
+
+
+def integers(*shape, dtype, seed=0):
+    """Small integers: every sum of their products is exact in fp32."""
+    g = torch.Generator().manual_seed(seed)
+    return torch.randint(-2, 3, shape, generator=g).to(dtype)
+
+
+def first_largest(logits):
+    """The lowest index among the largest logits."""
+    return (logits == logits.amax(-1, keepdim=True)).int().argmax(-1)

@@ -13,7 +13,7 @@
 #include "ffn.h"
 #include "scalar.h"
 
-// The two functions of torch that ffn.cpp calls.
+// The two functions of torch that parallel.h calls.
 extern "C" AOTITorchError torch_get_num_threads(uint32_t* threads) {
   *threads = 3;
   return 0;

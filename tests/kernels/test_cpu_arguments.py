@@ -6,11 +6,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_cpu_kernel import first_largest, ops
+from kernels.cases import first_largest, flat_reference
+from kernels.library import ops
 
 from sparse_runtime.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import quantize_rows
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 REJECTED = (ValueError, IndexError, RuntimeError)  # NotImplementedError is a RuntimeError
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
@@ -176,9 +177,7 @@ def test_sparse_ffn(data):
         x, *weights = double(tensors, "x", "w_gate", "w_up", "w_down_t")
         case.check(
             y,
-            sparse_ffn_reference(
-                x, *weights, tensors["sets"], tensors["cluster_ids"], case.activation
-            ),
+            flat_reference(x, *weights, tensors["sets"], tensors["cluster_ids"], case.activation),
         )
 
 
@@ -212,7 +211,7 @@ def test_verified_ffn(data):
     extra = [tensors[name] for name in ("maybe_sets", "low_bit", "factors")]
     extra = [tensor if tensor is None else tensor.resolve_neg() for tensor in extra]
     expected_counts = torch.tensor([3, 4])
-    expected = sparse_ffn_reference(
+    expected = flat_reference(
         x, *weights, tensors["sets"], tensors["cluster_ids"], "relu", *extra, expected_counts
     )
     case.check(y, expected)
@@ -277,7 +276,7 @@ def test_routed_ffn(data):
     router = [tensors[name] for name in ("x", "router_down", "router_up", "router_bias")]
     ids = first_largest(logits(*router)) if len(y) else torch.zeros(0, dtype=torch.int64)
     x, *weights = double(tensors, "x", "w_gate", "w_up", "w_down_t")
-    expected = sparse_ffn_reference(x, *weights, tensors["sets"], ids, case.activation)
+    expected = flat_reference(x, *weights, tensors["sets"], ids, case.activation)
     if tensors["cluster_bias"] is not None:
         expected += tensors["cluster_bias"].double()[ids]
     if tensors["correction_up"] is not None:

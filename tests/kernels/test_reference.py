@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from kernels.cases import flat_sparse_ffn
 
 from sparse_runtime.bitmaps import pack_bits, set_sizes, unpack_bits
-from sparse_runtime.kernels import sparse_ffn
 
 # Relative to the largest output. A sum of m products in a format with unit roundoff u errs by about
 # sqrt(m)·u of its terms' size; h and y are rounded once more each. m ≤ 200 here, so 16·u is safe for
@@ -52,7 +52,7 @@ def assert_close(actual, expected, dtype):
 def test_matches_formula(n, hidden, neurons, clusters, dtype):
     x, weights, mask, ids = case(n, hidden, neurons, clusters, 0.5, dtype)
     mask[0, 0] = True
-    y = sparse_ffn(x, *weights, pack_bits(mask), ids, "silu")
+    y = flat_sparse_ffn(x, *weights, pack_bits(mask), ids, "silu")
     expected = naive(x, *weights, mask, ids, "silu")
     assert y.dtype == dtype
     assert_close(y, expected, dtype)
@@ -62,7 +62,7 @@ def test_matches_formula(n, hidden, neurons, clusters, dtype):
 @pytest.mark.parametrize("n", [2, 20])
 def test_activations(activation, n):
     x, weights, mask, ids = case(n, 24, 50, 4, 0.5, torch.float32)
-    y = sparse_ffn(x, *weights, pack_bits(mask), ids, activation)
+    y = flat_sparse_ffn(x, *weights, pack_bits(mask), ids, activation)
     assert_close(y, naive(x, *weights, mask, ids, activation), torch.float32)
 
 
@@ -70,8 +70,8 @@ def test_activations(activation, n):
 def test_empty_set_gives_zero_and_full_set_is_dense(n):
     x, weights, _, _ = case(n, 24, 50, 2, 0.5, torch.float32)
     mask = torch.tensor([[False] * 50, [True] * 50])
-    empty = sparse_ffn(x, *weights, pack_bits(mask), torch.zeros(n, dtype=torch.int64), "silu")
-    full = sparse_ffn(x, *weights, pack_bits(mask), torch.ones(n, dtype=torch.int64), "silu")
+    empty = flat_sparse_ffn(x, *weights, pack_bits(mask), torch.zeros(n, dtype=torch.int64), "silu")
+    full = flat_sparse_ffn(x, *weights, pack_bits(mask), torch.ones(n, dtype=torch.int64), "silu")
     gate, up, down_t = weights
     dense = (torch.nn.functional.silu(x @ gate.t()) * (x @ up.t())) @ down_t
     assert empty.count_nonzero() == 0
@@ -81,7 +81,7 @@ def test_empty_set_gives_zero_and_full_set_is_dense(n):
 
 def test_no_tokens():
     x, weights, mask, _ = case(1, 24, 50, 2, 0.5, torch.float32)
-    y = sparse_ffn(x[:0], *weights, pack_bits(mask), torch.zeros(0, dtype=torch.int64), "silu")
+    y = flat_sparse_ffn(x[:0], *weights, pack_bits(mask), torch.zeros(0, dtype=torch.int64), "silu")
     assert y.shape == (0, 24)
 
 
@@ -97,7 +97,7 @@ def test_compiles_without_graph_break():
     sets = pack_bits(mask)
 
     def step(x, ids):
-        return sparse_ffn(x, *weights, sets, ids, "silu") + 1
+        return flat_sparse_ffn(x, *weights, sets, ids, "silu") + 1
 
     compiled = torch.compile(step, fullgraph=True, backend="eager")
     assert torch.equal(compiled(x, ids), step(x, ids))
@@ -111,10 +111,10 @@ def test_compiles_without_graph_break():
         ({"activation": "tanh"}, "activation is 'tanh'"),
         ({"x": torch.zeros(3, 25)}, "x is"),
         ({"x": torch.zeros(24)}, "expected \\[n, H\\]"),
-        ({"w_up": torch.zeros(50, 24, dtype=torch.bfloat16)}, "w_up is torch.bfloat16"),
-        ({"w_down_t": torch.zeros(24, 50)}, "w_down_t is"),
-        ({"sets": torch.zeros(4, 8, dtype=torch.uint8)}, "sets is"),
-        ({"sets": torch.zeros(4, 7)}, "sets is torch.float32"),
+        ({"w_up": torch.zeros(50, 24, dtype=torch.bfloat16)}, "up is torch.bfloat16"),
+        ({"w_down_t": torch.zeros(24, 50)}, "down_t is"),
+        ({"sets": torch.zeros(4, 8, dtype=torch.uint8)}, "active_sets is"),
+        ({"sets": torch.zeros(4, 7)}, "active_sets is torch.float32"),
         ({"cluster_ids": torch.zeros(2, dtype=torch.int64)}, "cluster_ids is"),
         ({"cluster_ids": torch.zeros(3, dtype=torch.int32)}, "cluster_ids is torch.int32"),
     ],
@@ -125,7 +125,7 @@ def test_arguments_that_do_not_fit(change, message):
     arguments = {"x": x, **dict(zip(names, weights, strict=True))}
     arguments |= {"sets": pack_bits(mask), "cluster_ids": ids, "activation": "silu"}
     with pytest.raises(ValueError, match=message):
-        sparse_ffn(**(arguments | change))
+        flat_sparse_ffn(**(arguments | change))
 
 
 @pytest.mark.parametrize("neurons", [1, 7, 8, 9, 64, 100])

@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from kernels.cases import SHAPES, case, exact, verified_case, verified_exact
+from kernels.cases import ACCUMULATION, SHAPES, case, flat_reference
+from kernels.cases import assert_close as assert_within
+from kernels.covering import covering, name_of
 
-from sparse_runtime.bitmaps import pack_bits
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -15,7 +16,6 @@ if DEVICE == "cpu" and not triton_ffn.INTERPRETED:
 
 # As for the C++ library: sums in fp32 and one rounding to the output's dtype; the interpreter cuts
 # bfloat16 off instead of rounding it. Several tokens also round their activations.
-ACCUMULATION = 32 * 2**-24
 ROUNDING = {
     torch.float32: 0,
     torch.bfloat16: 2**-7 if DEVICE == "cpu" else 2**-8,
@@ -25,77 +25,56 @@ ROUNDING = {
 
 def assert_close(actual, expected, dtype, tokens):
     assert actual.dtype == dtype
-    scale = expected.abs().max()
-    assert scale > 0
     tolerance = ACCUMULATION + ROUNDING[dtype] * (1 if tokens == 1 else 2)
-    assert (actual.cpu().double() - expected).abs().max() <= tolerance * scale
+    assert_within(actual, expected, tolerance, expected.abs().max().clamp_min(1e-9))
 
 
 def moved(*tensors):
     return [tensor.to(DEVICE) if isinstance(tensor, torch.Tensor) else tensor for tensor in tensors]
 
 
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 70])
-@pytest.mark.parametrize(("hidden", "neurons", "clusters"), SHAPES)
-def test_given_clusters(hidden, neurons, clusters, dtype, n):
-    if n >= 64 and hidden * neurons > 4000 and DEVICE == "cpu":
-        hidden, neurons = 40, 50  # the interpreter takes seconds for more
-    x, weights, mask, ids = case(n, hidden, neurons, clusters, dtype)
-    counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    y = triton_ffn.triton_sparse_ffn(
-        *moved(x, *weights, pack_bits(mask), ids, "silu"), row_counts=counts
-    )
-    assert_close(y, exact(x, weights, mask, ids), dtype, n)
-    assert counts.tolist() == [int(mask[ids].sum()), 0]
-
-
-@pytest.mark.parametrize("n", [1, 3])
-@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
-def test_activations(activation, n):
-    x, weights, mask, ids = case(n, 33, 67, 5, torch.float32)
-    y = triton_ffn.triton_sparse_ffn(*moved(x, *weights, pack_bits(mask), ids, activation))
-    # The interpreter's erf is float32's.
-    assert_close(y, exact(x, weights, mask, ids, activation), torch.float32, n)
-
-
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("density", [0.0, 1.0])
-def test_no_neurons_and_all(density, n):
-    x, weights, mask, ids = case(n, 24, 50, 3, torch.float32)
-    mask = torch.full_like(mask, bool(density))
-    y = triton_ffn.triton_sparse_ffn(*moved(x, *weights, pack_bits(mask), ids, "silu"))
-    if density:
-        assert_close(y, exact(x, weights, mask, ids), torch.float32, n)
-    else:
-        assert torch.equal(y.cpu(), torch.zeros(n, 24))
-    assert triton_ffn.triton_sparse_ffn(
-        *moved(x[:0], *weights, pack_bits(mask), ids[:0], "silu")
-    ).shape == (0, 24)
-
-
-@pytest.mark.parametrize("dtype", ROUNDING)
-@pytest.mark.parametrize("n", [1, 2, 5])
 @pytest.mark.parametrize(
-    ("hidden", "neurons", "clusters"), [(64, 40, 3), (70, 131, 4), (1, 9, 2), (600, 37, 2)]
+    "row",
+    covering(
+        2,
+        n=[1, 2, 7, 70],
+        shape=[*SHAPES, (600, 37, 2)],
+        dtype=list(ROUNDING),
+        activation=list(ACTIVATION_FUNCTIONS),
+        density=[0.0, 0.5, 1.0],
+        looks=[False, True],
+    ),
+    ids=name_of,
 )
-def test_looks(hidden, neurons, clusters, n, dtype):
-    arguments, computed, looked = verified_case(n, hidden, neurons, clusters, dtype)
+def test_given_clusters(row):
+    n, dtype = row["n"], row["dtype"]
+    if n == 70 and DEVICE == "cpu":  # seconds for the interpreter
+        small = row["shape"][0] * row["shape"][1] <= 3000
+        row = row | {"looks": False, "shape": row["shape"] if small else (40, 50, 3)}
+    given = case(**row)
     counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
-    y = triton_ffn.triton_sparse_ffn(*moved(*arguments), row_counts=counts)
-    assert_close(y, verified_exact(arguments, computed), dtype, n)
-    assert counts.tolist() == [int(computed.sum()), int(looked.sum())]
+    y = triton_ffn.triton_sparse_ffn(*moved(*given.arguments), row_counts=counts)
+    assert_close(y, given.exact(), dtype, n)
+    assert counts.tolist() == given.counts
+    assert y.any() == given.computed.any()
+
+
+def test_no_tokens():
+    given = case(2, (24, 50, 3), torch.float32)
+    x, *weights, sets, ids, activation = given.arguments[:7]
+    y = triton_ffn.triton_sparse_ffn(*moved(x[:0], *weights, sets, ids[:0], activation))
+    assert y.shape == (0, 24)
 
 
 def test_looks_at_what_is_not_finite():
     """As in the reference, a token with NaN computes all it looks at, and one with tiny values none."""
-    arguments, _, _ = verified_case(3, 70, 131, 4, torch.float32)
+    arguments = case(3, (70, 131, 4), torch.float32, looks=True).arguments
     x = arguments[0]
     x[0, 3], x[1] = float("nan"), 1e-35
     counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
     y = triton_ffn.triton_sparse_ffn(*moved(*arguments), row_counts=counts).cpu()
     expected = torch.zeros(2, dtype=torch.int64)
-    sparse_ffn_reference(*arguments, row_counts=expected)
+    flat_reference(*arguments, row_counts=expected)
     assert counts.tolist() == expected.tolist()
     assert y[0].isnan().all()
     assert not y[1:].isnan().any()
@@ -107,8 +86,8 @@ def routed():
 
     def make(n, rank, *, bias, correction, verify, dtype=torch.float32, hidden=70, neurons=131):
         clusters = 5
-        arguments, _, _ = verified_case(n, hidden, neurons, clusters, dtype, seed=n)
-        x, gate, up, down, sets, _, activation, *look = arguments
+        given = case(n, (hidden, neurons, clusters), dtype, density=0.3, looks=True, seed=n)
+        x, gate, up, down, sets, _, activation, *look = given.arguments
         g = torch.Generator().manual_seed(7)
 
         def random(*shape):
@@ -126,7 +105,7 @@ def routed():
         look = look if verify else [None] * 3
         counts = torch.zeros(2, dtype=torch.int64)
         wide = [t.double() for t in (x, gate, up, down)]
-        expected = sparse_ffn_reference(*wide, sets, ids, activation, *look, row_counts=counts)
+        expected = flat_reference(*wide, sets, ids, activation, *look, row_counts=counts)
         if bias:
             expected = expected + extras[0].double()[ids]
         if correction[0] is not None:
@@ -143,12 +122,21 @@ def routed():
     return make
 
 
-@pytest.mark.parametrize("n", [1, 4])
-@pytest.mark.parametrize("rank", [None, 1, 6])
-@pytest.mark.parametrize("verify", [False, True])
-@pytest.mark.parametrize(("bias", "correction"), [(False, False), (True, False), (True, True)])
-def test_routed(routed, n, rank, verify, bias, correction):
-    call, expected, ids, counts = routed(n, rank, bias=bias, correction=correction, verify=verify)
+@pytest.mark.parametrize(
+    "row",
+    covering(
+        2,
+        n=[1, 4],
+        rank=[None, 1, 6],
+        verify=[False, True],
+        bias=[False, True],
+        correction=[False, True],
+    ),
+    ids=name_of,
+)
+def test_routed(routed, row):
+    call, expected, ids, counts = routed(**row)
+    n = row["n"]
     y = torch.ops.sparse_runtime.triton_routed_ffn(*call)
     assert_close(y, expected, torch.float32, n)
     assert call[9].tolist() == torch.bincount(ids, minlength=5).tolist()

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from helpers import cuttable_cluster_set, random_cluster_set
+from helpers import cuttable_cluster_set, make_tiny_model, random_cluster_set
 
 from sparse_runtime import (
     SparseConfig,
@@ -74,8 +74,9 @@ def test_generates_and_counts(model):
 
 
 @pytest.mark.parametrize("verify", [False, True])
-def test_compiles_as_one_graph(model, verify):
+def test_compiles_as_one_graph(verify):
     """No break, and no second compilation as clusters change."""
+    model = make_tiny_model(num_hidden_layers=1).to(DEVICE)
     sparsify(
         model,
         recut(model, cuttable_cluster_set(model), budget=0.5, verify=verify),
@@ -98,9 +99,9 @@ def test_compiles_as_one_graph(model, verify):
             found = compiled(input_ids=ids, use_cache=False).logits
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
         seen |= {tuple(module.cluster_counts.tolist()) for module in sparse_modules(model)}
-        assert cost_report(model).sparse_tokens == 3
+        assert cost_report(model).sparse_tokens == 1
     assert len(graphs) == 1
-    assert len(seen) > 3
+    assert len(seen) > 1
 
 
 def test_counters_follow_the_model(model):
@@ -110,7 +111,7 @@ def test_counters_follow_the_model(model):
     sparsify(model, random_cluster_set(model, 0.4), backend="triton", **EVERY)
     other = copy.deepcopy(model)
     assert torch.equal(logits(model), logits(other))
-    a, b = (sparse_modules(m)[0].counters for m in (model, other))
+    a, b = (sparse_modules(m)[0].counters.programs for m in (model, other))
     assert a.data_ptr() != b.data_ptr()
     assert not a.any()
     assert not [key for key in model.state_dict() if "counters" in key]

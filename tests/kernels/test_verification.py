@@ -5,25 +5,20 @@ import struct
 
 import pytest
 import torch
-from kernels.cases import verified_case as case
-from kernels.cases import verified_exact as exact
+from kernels.cases import TOLERANCE, assert_close, case, flat_sparse_ffn
 
-from sparse_runtime.kernels import load_cpu_library, sparse_ffn
+from sparse_runtime.kernels import load_cpu_library
 from sparse_runtime.kernels.low_bit import (
     dequantize_rows,
     quantize_rows,
     record_size,
     rounded_tokens,
 )
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, sparse_ffn_reference
 
 HAS_LIBRARY = load_cpu_library()
 ops = torch.ops.sparse_runtime
 needs_library = pytest.mark.skipif(not HAS_LIBRARY, reason="libsparse_ffn_cpu.so is not built")
 ISAS = ops.cpu_isas().split(",") if HAS_LIBRARY else []
-# As in test_cpu_kernel.py: sums in fp32, one rounding to the output's dtype.
-TOLERANCE = {torch.float32: 2**-19, torch.bfloat16: 2**-8 + 2**-19, torch.float16: 2**-11 + 2**-19}
-SHAPES = [(64, 40, 3), (70, 131, 4), (1, 9, 2), (200, 301, 5), (4200, 24, 2)]
 
 
 @pytest.fixture
@@ -31,12 +26,6 @@ def isa(request):
     ops.cpu_force_isa(request.param)
     yield request.param
     ops.cpu_force_isa("")
-
-
-def assert_close(actual, expected, dtype):
-    scale = expected.abs().max()
-    assert actual.dtype == dtype
-    assert (actual.double() - expected).abs().max() <= TOLERANCE[dtype] * scale
 
 
 @pytest.mark.parametrize("hidden", [1, 63, 64, 65, 200])
@@ -88,53 +77,25 @@ def test_rounded_tokens():
 
 
 @pytest.mark.parametrize("n", [1, 3, 20])
-@pytest.mark.parametrize(("hidden", "neurons", "clusters"), SHAPES)
-def test_reference(n, hidden, neurons, clusters):
-    arguments, computed, looked = case(n, hidden, neurons, clusters, torch.float32)
+@pytest.mark.parametrize("shape", [(64, 40, 3), (70, 131, 4), (1, 9, 2), (200, 301, 5)])
+def test_reference(n, shape):
+    given = case(n, shape, torch.float32, density=0.3, looks=True)
     counts = torch.tensor([5, 7])
-    names = ("maybe_sets", "low_bit", "factors")
-    y = sparse_ffn(
-        *arguments[:7], **dict(zip(names, arguments[7:], strict=True)), row_counts=counts
-    )
-    assert_close(y, exact(arguments, computed), torch.float32)
-    assert counts.tolist() == [5 + int(computed.sum()), 7 + int(looked.sum())]
+    y = flat_sparse_ffn(*given.arguments[:7], **band_of(given), row_counts=counts)
+    assert_close(y, given.exact(), TOLERANCE[torch.float32])
+    assert counts.tolist() == [5 + given.counts[0], 7 + given.counts[1]]
+    assert 0 < given.counts[1] < given.computed.numel()
 
 
-@needs_library
-@pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("n", [1, 2, 7, 64, 70])
-@pytest.mark.parametrize(("hidden", "neurons", "clusters"), SHAPES)
-def test_library(isa, n, hidden, neurons, clusters, dtype):
-    arguments, computed, looked = case(n, hidden, neurons, clusters, dtype)
-    counts = torch.tensor([5, 7])
-    y = ops.cpu_sparse_ffn(*arguments, counts)
-    assert_close(y, exact(arguments, computed), dtype)
-    assert counts.tolist() == [5 + int(computed.sum()), 7 + int(looked.sum())]
-
-
-@needs_library
-@pytest.mark.parametrize("activation", ACTIVATION_FUNCTIONS)
-def test_routed_with_every_activation(activation):
-    (x, gate, up, down, sets, _, _, maybe, low_bit, factors), *_ = case(6, 70, 50, 3, torch.float32)
-    router = torch.randn(3, 70, generator=torch.Generator().manual_seed(1))
-    counts, expected_counts = torch.zeros(2, 2, dtype=torch.int64).unbind()
-    y = ops.cpu_routed_ffn(
-        x, gate, up, down, sets, None, router, None, None, None, activation,
-        maybe, low_bit, factors, counts,
-    )  # fmt: skip
-    expected = sparse_ffn_reference(
-        x, gate, up, down, sets, (x @ router.t()).argmax(-1), activation,
-        maybe, low_bit, factors, expected_counts,
-    )  # fmt: skip
-    torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
-    assert torch.equal(counts, expected_counts)
+def band_of(given):
+    return dict(zip(("maybe_sets", "low_bit", "factors"), given.band, strict=True))
 
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_bands_at_their_ends(isa):
-    (x, gate, up, down, sets, ids, act, _, low_bit, factors), *_ = case(5, 70, 60, 3, torch.float32)
+    given = case(5, (70, 60, 3), torch.float32, looks=True)
+    x, gate, up, down, sets, ids, act, _, low_bit, factors = given.arguments
     none, everything = torch.zeros_like(sets), torch.full_like(sets, 255)
     dense = ops.cpu_dense_ffn(x, gate, up, down, act)
 
@@ -160,33 +121,57 @@ def test_bands_at_their_ends(isa):
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-def test_what_cannot_be_judged_is_computed(isa, bad):
-    arguments, *_ = case(2, 70, 60, 3, torch.float32)
-    x = arguments[0]
-    x[0, 3] = bad
-    y = ops.cpu_sparse_ffn(*arguments)
-    assert y[0].isnan().any()
-    assert y[1].isfinite().all()
+@pytest.mark.parametrize("n", [1, 3])
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e-35])
+def test_what_cannot_be_judged_is_computed(isa, value, n):
+    """All neurons that a token with NaN or infinity looks at, and none if it is almost zero."""
+    given = case(n, (70, 60, 3), torch.float32, density=0.3, looks=True)
+    if value == 1e-35:
+        given.x[0] = value
+    else:
+        given.x[0, 3] = value
+    counts, expected = torch.zeros(2, 2, dtype=torch.int64)
+    y = ops.cpu_sparse_ffn(*given.arguments, counts)
+    flat_sparse_ffn(*given.arguments[:7], **band_of(given), row_counts=expected)
+    assert torch.equal(counts, expected)
+    assert y[0].isnan().any() == (value != 1e-35)
+    assert y[1:].isfinite().all()
+    looked, sure = given.looked[0], given.sure[given.ids[0]]
+    given.above[0] = value != 1e-35
+    assert counts.tolist() == given.counts
+    assert looked.any()
+    assert sure.any()
 
 
 @needs_library
-@pytest.mark.parametrize("threads", [1, 2, 3])
-def test_threads(threads):
-    before = torch.get_num_threads()
-    arguments, computed, _ = case(3, 600, 700, 2, torch.float32)
-    torch.set_num_threads(threads)
-    try:
-        results = [ops.cpu_sparse_ffn(*arguments) for _ in range(3)]
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(result, results[0]) for result in results)
-    assert_close(results[0], exact(arguments, computed), torch.float32)
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_a_neuron_at_its_bound_is_left_out(isa):
+    """|h̃|·factor = 1 exactly, by products without rounding, and the next larger factor."""
+    neurons = 24
+    gate, up = torch.randn(2, neurons, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.zeros(1, 64)
+    x[0, 0] = 127.0  # rounded to 127 steps of 1
+    low_bit = quantize_rows(gate, up)
+    low_gate, low_up = (part[:, 0] * 127 for part in dequantize_rows(low_bit, 64))
+    h = (low_gate.relu() * low_up).abs()
+    at = 1 / h
+    usable = (h * at == 1) & at.isfinite()
+    beyond = torch.nextafter(at, at.new_tensor(math.inf))
+    usable &= h * beyond > 1
+    assert usable.sum() > 3
+    band = torch.full((1, neurons // 8), 255, dtype=torch.uint8)
+    for factors, confirmed in ((at, 0), (beyond, int(usable.sum()))):
+        factors = torch.where(usable, factors, 0)
+        counts = torch.zeros(2, dtype=torch.int64)
+        ids = torch.zeros(1, dtype=torch.int64)
+        none = torch.zeros_like(band)
+        ops.cpu_sparse_ffn(x, gate, up, gate, none, ids, "relu", band, low_bit, factors, counts)
+        assert counts.tolist() == [confirmed, neurons]
 
 
 @needs_library
 def test_opcheck():
-    arguments, *_ = case(3, 70, 40, 3, torch.float32)
+    arguments = case(3, (70, 40, 3), torch.float32, looks=True).arguments
     counts = torch.zeros(2, dtype=torch.int64)
     torch.library.opcheck(ops.sparse_ffn, (*arguments, counts))
 
@@ -203,12 +188,12 @@ WRONG = {
     ("name", "change"), [(name, change) for name, changes in WRONG.items() for change in changes]
 )
 def test_arguments_that_do_not_fit(name, change):
-    arguments, *_ = case(3, 70, 40, 3, torch.float32)
-    extra = dict(zip(("maybe_sets", "low_bit", "factors"), arguments[7:], strict=True))
+    given = case(3, (70, 40, 3), torch.float32, looks=True)
+    arguments, extra = given.arguments, band_of(given)
     extra["row_counts"] = torch.zeros(2, dtype=torch.int64)
     extra[name] = None if change is None else change(extra[name])
     with pytest.raises(ValueError, match=r"maybe_sets|low_bit|factors|row_counts"):
-        sparse_ffn(*arguments[:7], **extra)
+        flat_sparse_ffn(*arguments[:7], **extra)
     if HAS_LIBRARY:
         with pytest.raises(ValueError, match=r"maybe_sets|low_bit|factors|row_counts"):
             ops.cpu_sparse_ffn(*arguments[:7], *extra.values())
@@ -225,8 +210,8 @@ def test_arguments_that_do_not_fit(name, change):
     ],
 )
 def test_layouts_that_the_library_refuses(name, change):
-    arguments, *_ = case(3, 70, 40, 3, torch.float32)
-    extra = dict(zip(("maybe_sets", "low_bit", "factors"), arguments[7:], strict=True))
+    given = case(3, (70, 40, 3), torch.float32, looks=True)
+    arguments, extra = given.arguments, band_of(given)
     extra["row_counts"] = torch.zeros(2, dtype=torch.int64)
     extra[name] = change(extra[name])
     with pytest.raises(ValueError, match=name):

@@ -1,5 +1,5 @@
 // The operations over plain pointers: planning, threads and scratch memory. Arguments are valid;
-// ops.cpp has checked them.
+// checks.cpp has checked them. Calls may run at the same time, on different threads.
 #pragma once
 
 #include "dispatch.h"
@@ -36,7 +36,7 @@ struct Clusters {
   int64_t stride;       // bytes
   int64_t count;
   Verification verification;
-  // Incremented by neurons computed and neurons looked at, summed over tokens; or null.
+  // Incremented, atomically, by neurons computed and neurons looked at, summed over tokens; or null.
   int64_t* row_counts;
 };
 
@@ -67,6 +67,11 @@ void run_router(DType dtype, int64_t element_size, Tokens x, int64_t hidden_size
 // y [n, rows] = x · weightᵀ + bias
 void run_linear(DType dtype, int64_t element_size, Tokens x, Matrix weight, int64_t rows,
                 int64_t length, const void* bias, void* y);
+
+// Adds to a counter that calls on other threads may add to at the same time.
+inline void add_count(int64_t* counter, int64_t amount) {
+  __atomic_fetch_add(counter, amount, __ATOMIC_RELAXED);
+}
 
 // Room for the cluster ids of one call; the calling thread's own, kept between calls.
 int64_t* id_scratch(int64_t count);

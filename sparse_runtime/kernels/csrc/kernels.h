@@ -1,5 +1,5 @@
-// The interface between the threading code (ffn.cpp) and the inner loops, which are compiled once
-// per instruction set (isa_*.cpp).
+// The interface between the threading code (ffn.cpp, pass.cpp, linear.cpp) and the inner loops, which
+// are compiled once per instruction set (isa_*.cpp).
 //
 // The isa_*.cpp files are built with flags such as -mavx512f. Nothing in them may be an inline
 // function with external linkage (no C++ standard library, no torch headers): the linker keeps one

@@ -1,0 +1,140 @@
+#include "checks.h"
+
+namespace sparse_ffn {
+
+namespace {
+
+Activation activation_named(const std::string& name) {
+  if (name == "silu") return kSilu;
+  if (name == "gelu") return kGelu;
+  if (name == "gelu_tanh") return kGeluTanh;
+  if (name == "relu") return kRelu;
+  fail("activation is '" + name + "'; expected one of silu, gelu, gelu_tanh, relu");
+}
+
+// Rows are numbered with 32 bits, and no size may make a product of two overflow.
+constexpr int64_t kLargest = int64_t(1) << 30;
+
+}  // namespace
+
+void check_sizes(const char* name, int64_t rows, int64_t length) {
+  if (rows > kLargest || length > kLargest)
+    fail(std::string(name) + " is larger than 2^30 in a dimension");
+}
+
+Tokens tokens_of(Argument& x) {
+  x.inspect(2);
+  x.float_dtype();
+  if (x.size(1) > 1 && x.stride(1) != 1)
+    fail("x has stride " + std::to_string(x.stride(1)) +
+         " in its last dimension; its rows must be contiguous");
+  check_sizes("x", 0, x.size(1));
+  return {x.data(), x.stride(0), x.size(0)};
+}
+
+Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
+           const StringArgument& activation) {
+  const DTypeInfo info = x.float_dtype();
+  w_gate.inspect(2);
+  const int64_t neurons = w_gate.size(0);
+  check_sizes("w_gate", neurons, x.size(1));
+  for (Argument* weight : {&w_gate, &w_up, &w_down_t}) {
+    weight->inspect(2);
+    weight->expect_dtype(x.dtype(), "of x");
+    weight->expect_size(0, neurons, "I");
+    weight->expect_size(1, x.size(1), "H");
+    weight->expect_rows();
+  }
+  return {info.dtype,        info.size,       x.size(1),
+          neurons,           w_gate.matrix(), w_up.matrix(),
+          w_down_t.matrix(), activation_named(activation.get())};
+}
+
+Clusters clusters_of(Argument& sets, int64_t neurons) {
+  sets.inspect(2);
+  sets.expect_dtype(aoti_torch_dtype_uint8(), "uint8");
+  sets.expect_size(1, (neurons + 7) / 8, "ceil(I / 8)");
+  sets.expect_rows();
+  return {static_cast<const uint8_t*>(sets.data()), sets.stride(0), sets.size(0), {}, nullptr};
+}
+
+void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
+  if (maybe_sets.given() != low_bit.given() || maybe_sets.given() != factors.given())
+    fail("maybe_sets, low_bit and factors go together: all of them or none");
+  if (row_counts.given()) {
+    row_counts.inspect(1);
+    row_counts.expect_dtype(aoti_torch_dtype_int64(), "int64");
+    row_counts.expect_size(0, 2, "the number of counts");
+    row_counts.expect_contiguous();
+    clusters.row_counts = static_cast<int64_t*>(row_counts.mutable_data());
+  }
+  if (!maybe_sets.given()) return;
+  const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
+  for (Argument* bytes : {&maybe_sets, &low_bit}) {
+    bytes->inspect(2);
+    bytes->expect_dtype(aoti_torch_dtype_uint8(), "uint8");
+  }
+  maybe_sets.expect_size(0, clusters.count, "K");
+  maybe_sets.expect_size(1, (ffn.num_neurons + 7) / 8, "ceil(I / 8)");
+  maybe_sets.expect_rows();
+  low_bit.expect_size(0, ffn.num_neurons, "I");
+  low_bit.expect_size(1, 68 * groups, "68 * ceil(H / 64)");
+  low_bit.expect_rows();
+  const int64_t stride = low_bit.size(0) > 1 && groups > 0 ? low_bit.stride(0) : 0;
+  if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(stride)) % 2 != 0)
+    fail("low_bit has records at odd addresses, where their scales cannot be read; clone() it");
+  factors.inspect(1);
+  factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
+  factors.expect_size(0, ffn.num_neurons, "I");
+  factors.expect_contiguous();
+  clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
+                           static_cast<const uint8_t*>(low_bit.data()), low_bit.stride(0),
+                           static_cast<const float*>(factors.data())};
+}
+
+Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias) {
+  Router router = {0, {nullptr, 0}, {nullptr, 0}, nullptr};
+  int64_t length = x.size(1);
+  if (down.given()) {
+    down.inspect(2);
+    down.expect_dtype(x.dtype(), "of x");
+    down.expect_size(1, x.size(1), "H");
+    down.expect_rows();
+    if (down.size(0) == 0) fail("router_down has no rows");
+    router.rank = length = down.size(0);
+    check_sizes("router_down", router.rank, x.size(1));
+    router.down = down.matrix();
+  }
+  up.inspect(2);
+  up.expect_dtype(x.dtype(), "of x");
+  up.expect_size(1, length, down.given() ? "r" : "H");
+  up.expect_rows();
+  check_sizes("router_up", up.size(0), length);
+  if (up.size(0) == 0 && x.size(0) > 0) fail("router_up has no rows: there is no cluster");
+  router.up = up.matrix();
+  if (bias.given()) {
+    bias.inspect(1);
+    bias.expect_dtype(x.dtype(), "of x");
+    bias.expect_size(0, up.size(0), "K");
+    bias.expect_contiguous();
+    router.bias = bias.data();
+  }
+  return router;
+}
+
+Compensation correction_of(const Argument& x, Argument& down, Argument& up) {
+  if (down.given() != up.given())
+    fail("correction_down and correction_up go together: both or neither");
+  if (!down.given()) return {};
+  for (Argument* matrix : {&down, &up}) {
+    matrix->inspect(2);
+    matrix->expect_dtype(x.dtype(), "of x");
+    matrix->expect_size(1, x.size(1), "H");
+    matrix->expect_rows();
+  }
+  up.expect_size(0, down.size(0), "the rank of correction_down");
+  check_sizes("correction_down", down.size(0), x.size(1));
+  return {{nullptr, 0}, down.size(0), down.matrix(), up.matrix()};
+}
+
+}  // namespace sparse_ffn

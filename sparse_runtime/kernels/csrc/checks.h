@@ -1,0 +1,37 @@
+// What the operations compute with, out of arguments that are checked.
+#pragma once
+
+#include "arguments.h"
+
+namespace sparse_ffn {
+
+Tokens tokens_of(Argument& x);
+
+Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
+           const StringArgument& activation);
+
+Clusters clusters_of(Argument& sets, int64_t neurons);
+
+// The optional last arguments of both sparse operations.
+struct VerificationArguments {
+  Argument maybe_sets, low_bit, factors, row_counts;
+
+  explicit VerificationArguments(const StableIValue* stack)
+      : maybe_sets("maybe_sets", Argument::optional_handle(stack[0])),
+        low_bit("low_bit", Argument::optional_handle(stack[1])),
+        factors("factors", Argument::optional_handle(stack[2])),
+        row_counts("row_counts", Argument::optional_handle(stack[3])) {}
+
+  void check_into(Clusters& clusters, const Ffn& ffn);
+};
+
+// Checks the router's tensors against x.
+Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias);
+
+// The linear part of the compensation.
+Compensation correction_of(const Argument& x, Argument& down, Argument& up);
+
+// No size may be so large that a product of two overflows.
+void check_sizes(const char* name, int64_t rows, int64_t length);
+
+}  // namespace sparse_ffn
