@@ -38,7 +38,7 @@ from sparse_runtime.clusters.data import (
     calibration_windows,
     parse_source,
 )
-from sparse_runtime.clusters.distill import Distillation, distill, reserved
+from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import (
@@ -59,7 +59,7 @@ from sparse_runtime.clusters.layer_build import (
     set_size_for,
     uncut_layer,
 )
-from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import count_cost
 from sparse_runtime.errors import ConfigError, DataError

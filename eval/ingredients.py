@@ -22,8 +22,8 @@ from sparse_runtime.clusters.build import (
 )
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.data import DataSource, calibration_windows
-from sparse_runtime.clusters.distill import Distillation, distill, reserved
-from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
+from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.cost import count_cost
 from sparse_runtime.eval.curves import Protocol
 from sparse_runtime.eval.quality import EVALUATION

@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_runtime.bands import LayerCentroids
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.student import DenseStates, divergence, students
+from sparse_runtime.clusters.tuning.student import DenseStates, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # No layer counts for less than this of what its Fisher weights say.

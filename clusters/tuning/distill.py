@@ -22,7 +22,7 @@ from torch import Tensor
 from sparse_runtime.atomic import write_tensors
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.student import DenseStates, StudentFFN, divergence, students
+from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _SAVE_EVERY = 20
