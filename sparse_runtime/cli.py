@@ -121,21 +121,28 @@ def build(
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the artifact.")],
     data: DataOption = None,
     method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
-    importance: Annotated[str, typer.Option(help="fisher, norm or binary.")] = "fisher",
+    importance: Annotated[
+        str | None, typer.Option(help="fisher (default of awc), norm or binary.")
+    ] = None,
     allocation: Annotated[
-        str, typer.Option(help="Budget over layers: global (one price) or uniform.")
-    ] = "global",
+        str | None,
+        typer.Option(help="Budget over layers: global (one price; default of awc) or uniform."),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Leave some neurons to a look at low-bit copies.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Leave some neurons to a look at low-bit copies; default if global."),
+    ] = None,
     loop_weights: Annotated[
-        bool, typer.Option(help="Weigh layers by what they leave out of the sparse model.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Weigh layers by what they leave out in the loop; default if global."),
+    ] = None,
     distill: Annotated[
-        int,
-        typer.Option(help="Steps that tune biases and corrections by the dense model; 0: none."),
-    ] = 60,
-    correction_rank: Annotated[int, typer.Option(help="Of the distilled correction.")] = 16,
+        int | None,
+        typer.Option(help="Steps that tune biases and corrections; 0: none. 60 if global."),
+    ] = None,
+    correction_rank: Annotated[
+        int | None, typer.Option(help="Of the distilled correction; 16 with --distill.")
+    ] = None,
     clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
     budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
@@ -143,17 +150,21 @@ def build(
     window: Annotated[int, typer.Option(help="Tokens per window.")] = 512,
     seed: Annotated[int, typer.Option(help="Of sampling, clustering and training.")] = 0,
     memory_mib: Annotated[int, typer.Option(help="Bound on buffers; above it, files.")] = 1024,
-    percentile: Annotated[float, typer.Option(help="Threshold of binary patterns.")] = 50.0,
-    paper_init: Annotated[str, typer.Option(help="awc-paper: random or kmeans++.")] = "random",
+    percentile: Annotated[
+        float | None, typer.Option(help="Threshold of binary patterns; 50 with them.")
+    ] = None,
+    paper_init: Annotated[
+        str | None, typer.Option(help="awc-paper: random (default) or kmeans++.")
+    ] = None,
     paper_pooled: Annotated[
-        bool, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
-    ] = False,
+        bool | None, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
+    ] = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Build clusters and routers for a model from calibration text; resumable."""
-    from sparse_runtime.clusters import BuildConfig, build_clusters
+    from sparse_runtime.clusters import BuildConfig, build_clusters, tuning_line
 
     config = BuildConfig(
         method=method,  # type: ignore[arg-type]
@@ -175,7 +186,7 @@ def build(
         paper_pooled=paper_pooled,
     )
     check_output_folder(output)
-    started = time.perf_counter()
+    started, times = time.perf_counter(), dict[str, float]()
     loaded, tokenizer = load_model(model, dtype=_dtype(dtype, device), device=device)
     try:
         artifact = build_clusters(
@@ -186,13 +197,16 @@ def build(
             output=output,
             model_name=model,
             progress=RichProgress(err),
+            times=times,
         )
     except KeyboardInterrupt:
         _fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
     seconds = time.perf_counter() - started
     summary = artifact_summary(artifact)
-    summary.update(seconds_total=seconds, peak_memory_mib=_peak_memory_mib())
+    summary.update(seconds=times, seconds_total=seconds, peak_memory_mib=_peak_memory_mib())
     print_summary(str(output), summary)
+    if "tuning" in artifact.build:
+        out.print(tuning_line(artifact.build["tuning"]))
     _write(json_file, summary)
 
 

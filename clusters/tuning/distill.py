@@ -5,13 +5,16 @@ Tuned are a shift of each cluster's bias and a low-rank correction per layer, by
     KL(dense ‖ sparse) = Σ_v p_dense(v)·ln(p_dense(v)/p_sparse(v)), mean over tokens,
 
 never the model's weights. Routers and sets stay as they are: neither argmax nor a look has a gradient.
+
+Steps are relative to what each layer leaves out, so that they suit any model. Windows that are not
+tuned on tell how it goes: the best state by them is kept, whatever comes after it.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +25,17 @@ from torch import Tensor
 from sparse_runtime.atomic import write_tensors
 from sparse_runtime.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, divergence, students
+from sparse_runtime.clusters.tuning.student import (
+    DenseStates,
+    StudentFFN,
+    divergence,
+    measure_scales,
+    students,
+)
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-_SAVE_EVERY = 20
+#: Steps between two looks at the held-out windows; the state is written to disk then.
+CHECK_EVERY = 10
 
 
 @dataclass(frozen=True)
@@ -36,45 +46,75 @@ class Distillation:
         steps: of Adam.
         rank: of the correction, 0 for none.
         step_tokens: tokens per step, whole windows.
-        learning_rate: peak of a cosine schedule with ten steps of warm-up.
+        learning_rate: peak of a cosine schedule with ten steps of warm-up, in units of what each
+            layer leaves out (``StudentFFN.output_scale``).
         seed: of the text's order and the correction's start.
     """
 
     steps: int = 60
     rank: int = 16
     step_tokens: int = 1024
-    learning_rate: float = 2e-3
+    learning_rate: float = 0.02
     seed: int = 0
+
+
+@dataclass
+class TuningHistory:
+    """How a distillation went.
+
+    Attributes:
+        divergence: of each step's windows before the step, in nats per token.
+        held_out: step → divergence of the held-out windows after so many steps.
+    """
+
+    divergence: list[float] = field(default_factory=list)
+    held_out: dict[int, float] = field(default_factory=dict)
+
+    @property
+    def best_step(self) -> int:
+        """The number of steps after which held-out text diverged least."""
+        return min(self.held_out, key=lambda step: (self.held_out[step], step))
 
 
 def distill(
     model: Any,
     clusters: ClusterSet,
     windows: Tensor,
+    held_out: Tensor,
     config: Distillation,
     *,
     dense_states: DenseStates | None = None,
     state_file: Path | None = None,
     progress: ProgressReporter | None = None,
-) -> tuple[ClusterSet, list[float]]:
+) -> tuple[ClusterSet, TuningHistory]:
     """Tune an artifact's compensation; resumable.
 
     Args:
         model: the dense model, dense again when this returns.
         clusters: cut for the budget to distill at, beside the correction (:func:`reserved`).
         windows: token ids [W, window] int64, taken in a shuffled order, again if they run out.
+        held_out: token ids [V, window] int64 of other text, which picks the state that is kept.
         config: settings.
-        dense_states: of ``windows``, by their numbers; if None, the dense model runs in every step.
-        state_file: where the state is kept every twenty steps, to go on from.
+        dense_states: of ``windows`` and then ``held_out``, by their numbers in both together; if
+            None, the dense model runs in every step.
+        state_file: where the state is kept, to go on from.
         progress: reports one unit per step.
 
     Returns:
-        The artifact with correction and shifts of its biases, for :func:`recut` to add up; and the
-        divergence of each step, in nats per token.
+        The artifact with correction and shifts of its biases, for :func:`recut` to add up, as they
+        were at the best step (zero if that is the start); and how it went.
     """
     batch = max(1, config.step_tokens // windows.shape[1])
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
+
+    def check() -> None:
+        if training.done not in training.history.held_out:
+            value = _mean_divergence(model, modules, held_out, dense_states, len(windows))
+            training.checked(value)
+            training.save(state_file)
+
     with students(model, clusters.layers, config.rank, config.seed) as modules:
+        measure_scales(model, modules, held_out)
         training = _Training(modules, config)
         training.load(state_file)
         with (
@@ -83,13 +123,15 @@ def distill(
         ):
             advance(training.done)
             while training.done < config.steps:
+                if training.done % CHECK_EVERY == 0:
+                    check()
                 first = training.done * batch
                 rows = order[torch.arange(first, first + batch) % len(order)]
                 states = None if dense_states is None else dense_states(rows)
-                training.step(model, windows[rows].to(model.device), states)
-                if training.done % _SAVE_EVERY == 0:
-                    training.save(state_file)
+                training.step(divergence(model, modules, windows[rows].to(model.device), states))
                 advance(1)
+            check()
+        training.restore_best()
         layers = {
             index: replace(
                 clusters.layers[index],
@@ -102,54 +144,103 @@ def distill(
     return replace(clusters, layers=layers), training.history
 
 
+def held_out_divergence(
+    model: Any,
+    clusters: ClusterSet,
+    windows: Tensor,
+    *,
+    dense_states: DenseStates | None = None,
+    first: int = 0,
+) -> float:
+    """Mean KL(dense ‖ sparse) of windows under an artifact's sets, as :func:`distill` measures it.
+
+    Args:
+        model: the dense model, dense again when this returns.
+        clusters: cut for a budget.
+        windows: token ids [W, window] int64.
+        dense_states: as of :func:`distill`; ``windows`` have the numbers from ``first`` on.
+        first: see ``dense_states``.
+    """
+    with students(model, clusters.layers, 0, 0) as modules:
+        return _mean_divergence(model, modules, windows, dense_states, first)
+
+
+@torch.no_grad()
+def _mean_divergence(
+    model: Any,
+    modules: dict[int, StudentFFN],
+    windows: Tensor,
+    dense_states: DenseStates | None,
+    first: int,
+) -> float:
+    total = 0.0
+    for number, window in enumerate(windows.split(1), start=first):
+        states = None if dense_states is None else dense_states(torch.tensor([number]))
+        total += divergence(model, modules, window.to(model.device), states).item()
+    return total / len(windows)
+
+
 class _Training:
-    """Parameters, optimizer and history, on disk as one file of tensors."""
+    """Parameters, optimizer, history and the best state, on disk as one file of tensors."""
 
     def __init__(self, modules: dict[int, StudentFFN], config: Distillation) -> None:
-        self._modules = modules
         self._steps = config.steps
+        self._learning_rate = config.learning_rate
         self._named = {
             f"{index}.{name}": parameter
             for index, module in modules.items()
             for name, parameter in module.named_parameters()
             if parameter.numel()  # none in a correction of rank 0
         }
-        self._optimizer = torch.optim.Adam(
-            self._named.values(), lr=config.learning_rate, betas=(0.9, 0.95)
-        )
-        self._learning_rate = config.learning_rate
-        self.history: list[float] = []
+        self._optimizer = torch.optim.Adam(self._named.values(), betas=(0.9, 0.95))
+        self._best: dict[str, Tensor] = {}
+        self.history = TuningHistory()
 
     @property
     def done(self) -> int:
         """Steps taken."""
-        return len(self.history)
+        return len(self.history.divergence)
 
-    def step(self, model: Any, windows: Tensor, dense_states: Tensor | None) -> None:
-        """Take one step."""
+    def step(self, loss: Tensor) -> None:
+        """Take one step down a loss."""
         warm_up = min(1.0, (self.done + 1) / 10)
         cosine = 0.525 + 0.475 * math.cos(math.pi * self.done / self._steps)
         self._optimizer.param_groups[0]["lr"] = self._learning_rate * warm_up * cosine
-        loss = divergence(model, self._modules, windows, dense_states)
         self._optimizer.zero_grad(set_to_none=True)
         # A layer whose sets hold all neurons has nothing to tune.
         if loss.requires_grad:
             loss.backward()
             self._optimizer.step()
-        self.history.append(loss.item())
+        self.history.divergence.append(loss.item())
+
+    def checked(self, held_out: float) -> None:
+        """Record the held-out divergence of the present state, and keep that if it is the best."""
+        self.history.held_out[self.done] = held_out
+        if self.history.best_step == self.done:
+            self._best = {name: p.detach().clone() for name, p in self._named.items()}
+
+    @torch.no_grad()
+    def restore_best(self) -> None:
+        """Put the best state back."""
+        for name, tensor in self._best.items():
+            self._named[name].copy_(tensor)
 
     def save(self, file: Path | None) -> None:
         """Write the state, atomically."""
         if file is None:
             return
-        tensors = {f"parameter.{name}": tensor for name, tensor in self._named.items()}
+        tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in self._named.items()}
+        tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         for name, parameter in self._named.items():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
         write_tensors(
             file,
             {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-            {"history": json.dumps(self.history)},
+            {
+                "divergence": json.dumps(self.history.divergence),
+                "held_out": json.dumps(self.history.held_out),
+            },
         )
 
     def load(self, file: Path | None) -> None:
@@ -157,10 +248,16 @@ class _Training:
         if file is None or not file.exists():
             return
         with safe_open(file, framework="pt") as reader:
-            self.history = json.loads(reader.metadata()["history"])
+            metadata = reader.metadata()
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        held_out = json.loads(metadata["held_out"])
+        self.history = TuningHistory(
+            json.loads(metadata["divergence"]),
+            {int(step): value for step, value in held_out.items()},
+        )
         with torch.no_grad():
             for name, parameter in self._named.items():
+                self._best[name] = tensors[f"best.{name}"].to(parameter.device)
                 parameter.copy_(tensors[f"parameter.{name}"])
                 self._optimizer.state[parameter] = {
                     key: tensors[f"{key}.{name}"].to(parameter.device if key != "step" else "cpu")

@@ -83,7 +83,9 @@ def _measured(
         return {
             index: -module.restored.grad.item() / left_out[index]
             for index, module in modules.items()
-            if module.restored is not None and module.restored.grad is not None
+            if module.restored is not None
+            and module.restored.grad is not None
+            and left_out[index] > 0  # else it outputs nothing, or every neuron is computed
         }
 
 

@@ -10,8 +10,8 @@ from helpers import random_centroids, random_cluster_set
 from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
-from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.tuning.loop_weights import _line, _measured, loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import divergence, students
 from sparse_runtime.progress import SilentProgress
