@@ -13,6 +13,7 @@ through all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -92,11 +93,12 @@ def _measured(
 def _line(indices: list[int], measured: dict[int, float]) -> dict[int, float]:
     if len(measured) < 3:
         return dict.fromkeys(indices, 1.0)
-    depth = torch.tensor(list(measured), dtype=torch.float64)
-    design = torch.stack([torch.ones_like(depth), depth], dim=1)
-    values = torch.tensor(list(measured.values()), dtype=torch.float64)
-    offset, slope = torch.linalg.lstsq(design, values).solution.tolist()
-    return {index: max(_LEAST, offset + slope * index) for index in indices}
+    # Not by LAPACK, whose last digit depends on where in memory its input lies.
+    depth = math.fsum(measured) / len(measured)
+    mean = math.fsum(measured.values()) / len(measured)
+    spread = math.fsum((index - depth) ** 2 for index in measured)
+    slope = math.fsum((index - depth) * value for index, value in measured.items()) / spread
+    return {index: max(_LEAST, mean + slope * (index - depth)) for index in indices}
 
 
 def scaled(clusters: ClusterSet, weights: dict[int, float]) -> ClusterSet:

@@ -39,7 +39,9 @@ UNIFORM = {"allocation": "uniform"}
     ],
 )
 def test_an_option_without_effect_is_refused(name, value, beside, because):
-    with pytest.raises(ConfigError, match=rf"^{name} is {re.escape(repr(value))}, .* with {because};"):
+    with pytest.raises(
+        ConfigError, match=rf"^{name} is {re.escape(repr(value))}, .* with {because};"
+    ):
         BuildConfig(**{name: value}, **beside)
     # The others alone are fine, and what they come to can be given back.
     settings = BuildConfig(**beside).resolved()
