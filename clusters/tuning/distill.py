@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 import math
+import statistics
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 #: Steps between two looks at the held-out windows; the state is written to disk then.
 CHECK_EVERY = 10
+# A gradient counts up to so many times the median of so many steps before it.
+_MOST_OF_USUAL, _USUAL_STEPS = 2.0, 20
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,7 @@ class Distillation:
     rank: int = 16
     step_tokens: int = 1024
     learning_rate: float = 0.02
+    cluster_rate: float = 0.25
     seed: int = 0
 
 
@@ -192,8 +196,17 @@ class _Training:
             for name, parameter in module.named_parameters()
             if parameter.numel()  # none in a correction of rank 0
         }
-        self._optimizer = torch.optim.Adam(self._named.values(), betas=(0.9, 0.95))
+        of_clusters = [p for name, p in self._named.items() if name.endswith(".shift")]
+        others = [p for name, p in self._named.items() if not name.endswith(".shift")]
+        self._optimizer = torch.optim.Adam(
+            [
+                {"params": others, "of_peak": 1.0},
+                {"params": of_clusters, "of_peak": config.cluster_rate},
+            ],
+            betas=(0.9, 0.95),
+        )
         self._best: dict[str, Tensor] = {}
+        self._norms: list[float] = []
         self.history = TuningHistory()
 
     @property
@@ -205,13 +218,28 @@ class _Training:
         """Take one step down a loss."""
         warm_up = min(1.0, (self.done + 1) / 10)
         cosine = 0.525 + 0.475 * math.cos(math.pi * self.done / self._steps)
-        self._optimizer.param_groups[0]["lr"] = self._learning_rate * warm_up * cosine
+        for group in self._optimizer.param_groups:
+            group["lr"] = group["of_peak"] * self._learning_rate * warm_up * cosine
         self._optimizer.zero_grad(set_to_none=True)
         # A layer whose sets hold all neurons has nothing to tune.
         if loss.requires_grad:
             loss.backward()
-            self._optimizer.step()
+            if self._clip():
+                self._optimizer.step()
         self.history.divergence.append(loss.item())
+
+    def _clip(self) -> bool:
+        """Shorten a gradient that is far longer than usual; False if it is not finite."""
+        gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients).item()
+        if not math.isfinite(norm):
+            return False
+        self._norms.append(norm)
+        usual = statistics.median(self._norms[-_USUAL_STEPS:])
+        torch.nn.utils.clip_grads_with_norm_(
+            self._named.values(), _MOST_OF_USUAL * usual, torch.tensor(norm)
+        )
+        return True
 
     def checked(self, held_out: float) -> None:
         """Record the held-out divergence of the present state, and keep that if it is the best."""
@@ -240,6 +268,7 @@ class _Training:
             {
                 "divergence": json.dumps(self.history.divergence),
                 "held_out": json.dumps(self.history.held_out),
+                "norms": json.dumps(self._norms),
             },
         )
 
@@ -250,6 +279,7 @@ class _Training:
         with safe_open(file, framework="pt") as reader:
             metadata = reader.metadata()
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
+        self._norms = json.loads(metadata["norms"])
         held_out = json.loads(metadata["held_out"])
         self.history = TuningHistory(
             json.loads(metadata["divergence"]),

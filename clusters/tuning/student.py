@@ -37,7 +37,8 @@ class StudentFFN(nn.Module):
             At zero, its gradient tells what restoring the layer is worth.
         left_out: with ``restored``, the mean over the last call's tokens of Σ e² over the neurons
             left out.
-        shift: of each cluster's bias [K, H] float32.
+        common: shift of all clusters' biases [H] float32.
+        shift: of each cluster's bias beside it [K, H] float32.
         down: of the correction [c, H] float32.
         up: of the correction [c, H] float32.
         output_scale: a typical token's root mean square of what is left out and not in the bias.
@@ -60,6 +61,7 @@ class StudentFFN(nn.Module):
         self.down = nn.Parameter(torch.randn(rank, hidden_size, generator=generator))
         # Zero at first, so that the student starts from where the build left it.
         self.up = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.common = nn.Parameter(torch.zeros(hidden_size))
         self.shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
         self.to(layer.gate.weight.device)
         self._masks = _Masks(clusters, layer)
@@ -67,7 +69,7 @@ class StudentFFN(nn.Module):
     @property
     def bias_shift(self) -> Tensor:
         """What is added to the clusters' biases [K, H]."""
-        return self.shift * self.output_scale
+        return (self.common + self.shift) * self.output_scale
 
     @property
     def correction_down(self) -> Tensor:
