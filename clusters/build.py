@@ -1,8 +1,8 @@
 """``build_clusters``: from a model and text to an artifact.
 
 text → windows → hidden states of every layer (one pass, on disk) → per layer: importance, clusters,
-router → ClusterSet. Each stage's result stays in the working folder ``OUTPUT/.build`` until the
-artifact is written, so an interrupted build goes on where it stopped.
+router → the cut in the loop → ClusterSet. Each stage's result stays in the working folder
+``OUTPUT/.build`` until the artifact is written, so an interrupted build goes on where it stopped.
 """
 
 from __future__ import annotations
@@ -10,53 +10,38 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.format import WORK_FOLDER
-from sparse_runtime.artifact.recut import price_for, recut
 from sparse_runtime.atomic import write_json, write_tensors
-from sparse_runtime.clusters.awc import Clustering, top_sets
+from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.binary_patterns import PackedPatterns
-from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
-from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.distill import Distillation, distill, reserved
-from sparse_runtime.clusters.fisher import fisher_weights
-from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.clusters.capture import capture_hidden_states
+from sparse_runtime.clusters.config import BuildConfig, BuildSettings
+from sparse_runtime.clusters.context import BuildContext, timed
+from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights
 from sparse_runtime.clusters.layer_build import (
     FittedLayer,
-    LayerData,
-    estimated_loss,
-    fit_clusters,
     fit_layer,
     fit_paper_clusters,
-    follow_router,
     held_out_scores,
-    layer_cost,
     load_fitted,
-    load_layer,
-    packed_patterns,
-    priced_loss,
     save_fitted,
-    set_size_for,
     uncut_layer,
 )
-from sparse_runtime.clusters.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
+from sparse_runtime.clusters.router_choice import choose_router
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.text import (
     CalibrationText,
@@ -64,20 +49,11 @@ from sparse_runtime.clusters.text import (
     calibration_windows,
     parse_source,
 )
-from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
+from sparse_runtime.errors import DataError, ModelError
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
-
-#: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
-ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
-
-#: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
-LOOP_TOKENS = 4096
-# Tokens that routers are compared on.
-_PROBE_TOKENS = 16_384
-# Bound on what is found in the loop to be read beyond the budget.
-_MOST_EXCESS = 0.05
+from sparse_runtime.version import __version__
 
 
 def build_clusters(
@@ -89,8 +65,11 @@ def build_clusters(
     output: str | Path | None = None,
     model_name: str = "",
     progress: ProgressReporter | None = None,
+    times: dict[str, float] | None = None,
 ) -> ClusterSet:
     """Build clusters and routers for a model from calibration text.
+
+    Equal settings, text, weights, dtype and number of threads give an equal artifact, byte for byte.
 
     Args:
         model: a dense causal language model whose type is in the architecture table.
@@ -101,6 +80,7 @@ def build_clusters(
             interrupted build starts over.
         model_name: recorded in the artifact.
         progress: draws bars.
+        times: filled with the seconds that each stage took here; they are no part of the artifact.
 
     Returns:
         The artifact, written to ``output`` already if that was given.
@@ -108,37 +88,42 @@ def build_clusters(
     Raises:
         ConfigError: settings that cannot work together.
         DataError: a source that cannot be read, or too little text.
+        ModelError: the model's weights are offloaded, or it computes infinities or NaN.
         OutputFolderError: ``output`` holds something else, or could not be written.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
-    config = config or BuildConfig()
+    settings = (config or BuildConfig()).resolved()
     progress = progress or SilentProgress()
     layers = find_ffn_layers(model)
+    _check_in_memory(layers)
     text = calibration_windows(
         [parse_source(source) if isinstance(source, str) else source for source in data],
         tokenizer,
-        max_tokens=config.max_tokens,
-        window=config.window,
+        max_tokens=settings.max_tokens,
+        window=settings.window,
         split="train",
-        seed=config.seed,
+        seed=settings.seed,
         model=model,
     )
-    num_fit = num_fit_tokens(text, config)
-    build = {"model": model_name, "config": config.record(), "data": text.record}
+    num_fit = num_fit_tokens(text, settings)
+    build = _Build(
+        model, layers, text, num_fit, settings, model_name, progress, {} if times is None else times
+    )
     if output is None:
         with TemporaryDirectory() as work:
-            return _build(model, layers, text, num_fit, config, build, Path(work), progress)
+            return build.run(Path(work))
     folder = Path(output)
     check_output_folder(folder)
     work_folder = folder / WORK_FOLDER
     work_folder.mkdir(parents=True, exist_ok=True)
-    clusters = _build(model, layers, text, num_fit, config, build, work_folder, progress)
-    clusters.save_pretrained(folder, centroids=config.save_centroids)
+    clusters = build.run(work_folder)
+    # What has been worked out goes last: saving may fail, for lack of room say.
+    clusters.save_pretrained(folder, centroids=settings.save_centroids)
     shutil.rmtree(work_folder)
     return clusters
 
 
-def num_fit_tokens(text: CalibrationText, config: BuildConfig) -> int:
+def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -> int:
     """Tokens of the windows that are fitted on; the windows after them are held out."""
     num_windows, window = text.windows.shape
     held_out = max(1, round(num_windows * config.held_out_share))
@@ -157,214 +142,154 @@ def num_fit_tokens(text: CalibrationText, config: BuildConfig) -> int:
     return num_fit
 
 
-def _build(
-    model: Any,
-    layers: list[FFNLayer],
-    text: CalibrationText,
-    num_fit: int,
-    config: BuildConfig,
-    build: dict[str, Any],
-    work: Path,
-    progress: ProgressReporter,
-) -> ClusterSet:
-    fingerprint = model_fingerprint(model)
-    _claim(work, {"fingerprint": fingerprint, **build})
-    started = time.perf_counter()
-    states = capture_hidden_states(
-        model,
-        text.windows,
-        work / "states",
-        memory_mib=config.memory_mib,
-        progress=progress,
-    )
-    seconds = {"capture": time.perf_counter() - started}
-    fisher = _fisher(model, text.windows, num_fit, config, work, progress)
-    seconds["fisher"] = time.perf_counter() - started - seconds["capture"]
-    context = _Context(model, states, layers, fisher, config, num_fit, work, progress)
-    rank = _choose_router(context)
-    pooled = _pooled_clusters(context, rank)
-    fitted = []
-    with progress.task("layers", len(layers)) as advance:
-        for position, layer in enumerate(layers):
-            file = work / f"layer_{layer.index}.safetensors"
-            if not file.exists():
-                with context.layer(position) as data:
-                    generator = layer_generator(config.seed, layer.index)
-                    weights = context.fisher_of(position)
-                    save_fitted(
-                        file, fit_layer(data, layer, config, rank, weights, generator, pooled)
-                    )
-            fitted.append(load_fitted(file))
-            advance(1)
-    clusters = ClusterSet(
-        layers={
-            layer.index: uncut_layer(layer, config, one)
-            for layer, one in zip(layers, fitted, strict=True)
-        },
-        fingerprint=fingerprint,
-        budget=config.budget,
-    )
-    if config.cuts:
-        clusters, figures_in_loop = _cut_in_loop(context, text.windows, clusters, seconds)
-        build = {**build, **figures_in_loop}
-    with progress.task("scores", len(layers)) as advance:
-        for position, layer in enumerate(layers):
-            held_out = states.layer(position, num_fit)
-            fitted[position].figures["held_out"] = held_out_scores(
-                held_out, layer, clusters.layers[layer.index], fitted[position].router
-            )
-            advance(1)
-    if not config.save_centroids:
-        for layer_clusters in clusters.layers.values():
-            layer_clusters.centroids = None
-    figures = [layer.figures for layer in fitted]
-    for stage in ("clustering", "router"):
-        seconds[stage] = sum(entry["seconds"][stage] for entry in figures)
-    clusters.build = {**build, "router_rank": rank, "seconds": seconds, "layers": figures}
-    return clusters
+def _check_in_memory(layers: list[FFNLayer]) -> None:
+    for layer in layers:
+        for linear in (layer.gate, layer.up, layer.down):
+            if linear.weight.device.type == "meta":
+                raise ModelError(
+                    f"{layer.name} has no weights in memory: they are offloaded. A build reads every "
+                    "FFN's weights; load the model without offloading (device_map='cpu')"
+                )
 
 
-def _cut_in_loop(
-    context: _Context,
-    windows: Tensor,
-    clusters: ClusterSet,
-    seconds: dict[str, float],
-) -> tuple[ClusterSet, dict[str, Any]]:
-    """Cut the sets with the whole sparse model in view.
-
-    Layers are weighed, the compensation distilled, and the cost share checked on held-out text.
-    """
-    model, config = context.model, context.config
-    work, progress = context.work, context.progress
-    windows, held_out = windows.tensor_split([context.num_fit // windows.shape[1]])
-    count = max(1, LOOP_TOKENS // windows.shape[1])
-    figures: dict[str, Any] = {}
-    options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
-    dense_states = partial(_dense_states, context.states, windows.shape[1])
-    differentiable = context.fisher is not None or not config.needs_fisher
-    if config.loop_weights and differentiable:
-        started = time.perf_counter()
-        file = work / "loop_weights.json"
-        if not file.exists():
-            cut = recut(model, clusters, **options)
-            weights = loop_weights(
-                model, cut, windows[:count], dense_states=dense_states, progress=progress
-            )
-            write_json(file, {str(index): weight for index, weight in weights.items()})
-        saved = json.loads(file.read_text(encoding="utf-8"))
-        figures["loop_weights"] = saved
-        clusters = scaled(clusters, {int(index): weight for index, weight in saved.items()})
-        seconds["loop_weights"] = time.perf_counter() - started
-    if config.distills and differentiable:
-        started = time.perf_counter()
-        settings = Distillation(config.distill, config.correction_rank, seed=config.seed)
-        cut = recut(model, reserved(clusters, settings.rank), **options)
-        clusters, figures["divergence"] = distill(
-            model,
-            cut,
-            windows,
-            settings,
-            dense_states=dense_states,
-            state_file=work / "distill.safetensors",
-            progress=progress,
-        )
-        seconds["distill"] = time.perf_counter() - started
-    share = cost_share_in_loop(model, recut(model, clusters, **options), held_out[:count])
-    clusters = replace(
-        clusters, excess=min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
-    )
-    return recut(model, clusters, **options), figures
-
-
-def _dense_states(states: HiddenStates, window: int, numbers: Tensor) -> Tensor:
-    """Last hidden states [n, window, H] of captured windows."""
-    return torch.stack([states.final(n * window, (n + 1) * window) for n in numbers.tolist()])
-
-
-def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
-    """Cost share of text with every token sparse, as of bfloat16 weights.
-
-    Args:
-        model: a dense causal language model; dense again when this returns.
-        clusters: cut for a budget.
-        windows: token ids [W, window] int64 that nothing was fitted on.
-    """
-    sparsify(model, clusters, backend="reference", prefill="sparse")
-    try:
-        decoder = model.get_decoder()
-        with torch.inference_mode():
-            for window in windows.split(1):
-                decoder(input_ids=window.to(model.device), use_cache=False)
-        return count_cost(sparse_modules(model), element_size=2).cost_share
-    finally:
-        unsparsify(model)
-
-
-@dataclass(frozen=True)
-class _Context:
-    """What the stages after the capture share."""
+@dataclass
+class _Build:
+    """One build's inputs, and the stages that turn them into an artifact."""
 
     model: Any
-    states: HiddenStates
     layers: list[FFNLayer]
-    fisher: list[Tensor] | None
-    config: BuildConfig
+    text: CalibrationText
     num_fit: int
-    work: Path
+    settings: BuildSettings
+    model_name: str
     progress: ProgressReporter
+    times: dict[str, float]
 
-    def fisher_of(self, position: int) -> Tensor | None:
-        """Fisher weights of a layer [I], if the build has them."""
-        return None if self.fisher is None else self.fisher[position]
-
-    @contextmanager
-    def layer(self, position: int) -> Iterator[LayerData]:
-        """A layer's tokens, freed when the context ends."""
-        data, matrix = load_layer(
-            self.states,
-            position,
-            self.layers[position],
-            self.config,
-            num_fit=self.num_fit,
-            work=self.work,
-            fisher=self.fisher_of(position),
+    def run(self, work: Path) -> ClusterSet:
+        """All stages; what they find stays in ``work``."""
+        fingerprint = model_fingerprint(self.model)
+        record: dict[str, Any] = {"model": self.model_name, "data": self.text.record}
+        computed_in = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
+        _claim(
+            work,
+            {
+                "fingerprint": fingerprint,
+                "config": self.settings.record(),
+                "computed_in": computed_in,
+                "library_version": __version__,
+                **record,
+            },
         )
-        try:
-            yield data
-        finally:
-            matrix.close()
-            data.free()  # callers keep the name while the next layer loads
-
-
-def _fisher(
-    model: Any,
-    windows: Tensor,
-    num_fit: int,
-    config: BuildConfig,
-    work: Path,
-    progress: ProgressReporter,
-) -> list[Tensor] | None:
-    if not config.needs_fisher:
-        return None
-    file = work / "fisher.safetensors"
-    if not file.exists():
-        window = windows.shape[1]
-        count = max(1, min(num_fit, config.fisher_tokens) // window)
-        try:
-            weights = fisher_weights(model, windows[:count], progress=progress)
-        except (RuntimeError, NotImplementedError) as error:
-            reason = str(error).partition("\n")[0]
-            warnings.warn(
-                f"importance 'fisher' falls back to 'norm', and layers are not weighed and nothing is "
-                f"distilled, which costs quality: the backward pass over the model cannot run here "
-                f"({reason}). Give the model more memory, or choose importance='norm', "
-                "loop_weights=False and distill=0 to silence this",
-                stacklevel=2,
+        with timed(self.times, "capture"):
+            states = capture_hidden_states(
+                self.model,
+                self.text.windows,
+                work / "states",
+                memory_mib=self.settings.memory_mib,
+                progress=self.progress,
             )
-            return None
-        write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
-    saved = load_file(file)
-    return [saved[str(position)] for position in range(len(saved))]
+        with timed(self.times, "fisher"):
+            fisher, settings, fallback = self._fisher(work)
+        record |= {"config": settings.record(), **fallback}
+        # Layers fitted with and without Fisher weights never mix.
+        work = work / settings.importance
+        work.mkdir(exist_ok=True)
+        context = BuildContext(
+            self.model,
+            self.text.windows,
+            states,
+            self.layers,
+            fisher,
+            settings,
+            self.num_fit,
+            work,
+            self.progress,
+            self.times,
+        )
+        with timed(self.times, "router choice"):
+            rank = choose_router(context)
+        with timed(self.times, "layers"):
+            fitted = _fit_layers(context, rank)
+        clusters = ClusterSet(
+            layers={
+                layer.index: uncut_layer(layer, settings, one)
+                for layer, one in zip(self.layers, fitted, strict=True)
+            },
+            fingerprint=fingerprint,
+            budget=settings.budget,
+        )
+        if settings.allocation == "global":
+            clusters, figures_in_loop = cut_in_loop(context, clusters)
+            record |= figures_in_loop
+        with timed(self.times, "scores"):
+            _score_layers(context, clusters, fitted)
+        if not settings.save_centroids:
+            for layer_clusters in clusters.layers.values():
+                layer_clusters.centroids = None
+        figures = [layer.figures for layer in fitted]
+        clusters.build = {**record, "router_rank": rank, "layers": figures}
+        return clusters
+
+    def _fisher(self, work: Path) -> tuple[list[Tensor] | None, BuildSettings, dict[str, str]]:
+        """Fisher weights, the settings that the build goes on with, and why, if they are others."""
+        settings = self.settings
+        if settings.fisher_tokens is None:
+            return None, settings, {}
+        file = work / "fisher.safetensors"
+        if not file.exists():
+            windows = self.text.windows
+            count = max(1, min(self.num_fit, settings.fisher_tokens) // windows.shape[1])
+            try:
+                weights = fisher_weights(self.model, windows[:count], progress=self.progress)
+            except NoBackwardPassError as error:
+                warnings.warn(
+                    f"importance 'fisher' falls back to 'norm', and layers are not weighed and "
+                    f"nothing is distilled, which costs quality: {error}. Give the model more "
+                    "memory, or choose importance='norm', loop_weights=False and distill=0 to "
+                    "silence this",
+                    stacklevel=4,
+                )
+                return None, settings.without_backward(), {"fallback": str(error)}
+            write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
+        saved = load_file(file)
+        return [saved[str(position)] for position in range(len(saved))], settings, {}
+
+
+def _fit_layers(context: BuildContext, rank: int | None) -> list[FittedLayer]:
+    """Clusters and router of every layer, those of an interrupted build out of its files."""
+    pooled = _pooled_clusters(context, rank)
+    fitted = []
+    with context.progress.task("layers", len(context.layers)) as advance:
+        for position, layer in enumerate(context.layers):
+            file = context.work / f"layer_{layer.index}.safetensors"
+            if not file.exists():
+                with context.layer(position) as data:
+                    one = fit_layer(
+                        data,
+                        layer,
+                        context.config,
+                        rank,
+                        context.fisher_of(position),
+                        layer_generator(context.config.seed, layer.index),
+                        pooled,
+                    )
+                save_fitted(file, one)
+            fitted.append(load_fitted(file))
+            advance(1)
+    return fitted
+
+
+def _score_layers(
+    context: BuildContext, clusters: ClusterSet, fitted: Sequence[FittedLayer]
+) -> None:
+    """Add to each layer's figures how its final sets fit held-out tokens."""
+    with context.progress.task("scores", len(fitted)) as advance:
+        for position, (layer, one) in enumerate(zip(context.layers, fitted, strict=True)):
+            held_out = context.states.layer(position, context.num_fit)
+            one.figures["held_out"] = held_out_scores(
+                held_out, layer, clusters.layers[layer.index], one.router
+            )
+            advance(1)
 
 
 def _claim(work: Path, key: dict[str, Any]) -> None:
@@ -381,76 +306,7 @@ def _claim(work: Path, key: dict[str, Any]) -> None:
     write_json(key_file, digest)
 
 
-def _choose_router(context: _Context) -> int | None:
-    """Rank of the router (None: linear) that loses least for its bytes, on three layers.
-
-    Judged by the estimated loss, not by the coverage that the router is trained on: that forgives
-    what perplexity does not (docs/LOG.md).
-    """
-    config, layers = context.config, context.layers
-    if config.router != "auto":
-        return None if config.router == "linear" else int(config.router)
-    file = context.work / "router.json"
-    if file.exists():
-        rank: int | None = json.loads(file.read_text(encoding="utf-8"))
-        return rank
-    candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
-    if not candidates:
-        set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
-    probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
-    fits: dict[tuple[int, int | None], FittedLayer] = {}
-    held_out: dict[int, Tensor] = {}
-    with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
-        for position in probes:
-            layer, fisher = layers[position], context.fisher_of(position)
-            with context.layer(position) as whole:
-                data = whole.at_most(_PROBE_TOKENS)
-            # One clustering for all candidates; the sets' size follows the router's.
-            generator = layer_generator(config.seed, layer.index)
-            size = set_size_for(layer, config, candidates[0])
-            clustering = fit_clusters(data, config, size, generator)
-            for rank in candidates:
-                size = set_size_for(layer, config, rank)
-                start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
-                fits[position, rank] = follow_router(
-                    data, layer, start, config, rank, fisher, generator
-                )
-                advance(1)
-            held_out[position] = data.hidden_states[data.held_out]
-    loss = dict.fromkeys(candidates, 0.0)
-    price = _probe_price(context, {p: fits[p, candidates[0]] for p in probes})
-    for (position, rank), fitted in fits.items():
-        layer, states = layers[position], held_out[position]
-        if price is None:
-            scorer = importance_scorer(layer, context.fisher_of(position))
-            loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
-        else:
-            cost = replace(layer_cost(layer, config, rank), verified=config.verify)
-            loss[rank] += priced_loss(states, fitted, layer, cost, price)
-    best = min(candidates, key=lambda rank: loss[rank])
-    write_json(file, best)
-    return best
-
-
-def _probe_price(context: _Context, fits: dict[int, FittedLayer]) -> float | None:
-    """Price of a neuron by a few layers, given by position; None where sets are not cut at one."""
-    config, layers = context.config, context.layers
-    if not config.cuts:
-        return None
-    uncut = {layers[p].index: uncut_layer(layers[p], config, fitted) for p, fitted in fits.items()}
-    clusters = ClusterSet(uncut, {}, config.budget)
-    return price_for(context.model, clusters, config.budget, verify=config.verify)
-
-
-def _fits(layer: FFNLayer, config: BuildConfig, rank: int | None) -> bool:
-    try:
-        set_size_for(layer, config, rank)
-    except ConfigError:
-        return False
-    return rank is None or rank < min(layer.hidden_size, config.num_clusters)
-
-
-def _pooled_clusters(context: _Context, rank: int | None) -> Clustering | None:
+def _pooled_clusters(context: BuildContext, rank: int | None) -> Clustering | None:
     """The paper's one table for all layers, fitted on the patterns of all; None if not pooled."""
     config, layers = context.config, context.layers
     if not (config.method == "awc-paper" and config.paper_pooled):

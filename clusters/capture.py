@@ -21,7 +21,7 @@ from torch import Tensor
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cost import element_size
-from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.errors import ModelError, OutputFolderError
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -112,6 +112,7 @@ def capture_hidden_states(
         progress: reports one unit per window.
 
     Raises:
+        ModelError: hidden states hold infinities or NaN.
         OutputFolderError: a shard could not be written, or the disk has no room for all of them.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
@@ -133,6 +134,8 @@ def capture_hidden_states(
     def keep(position: int) -> Any:
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
             states = arguments[0].detach().reshape(-1, hidden_size)
+            if not states.isfinite().all():
+                raise _not_finite(model, f"the input of {layers[position].name}")
             captured[str(position)].append(states.to("cpu", _DTYPE))
 
         return hook
@@ -151,6 +154,8 @@ def capture_hidden_states(
                     for batch in shard.split(batch_windows):
                         output = decoder(input_ids=batch.to(model.device), use_cache=False)
                         final = output.last_hidden_state.reshape(-1, hidden_size)
+                        if not final.isfinite().all():
+                            raise _not_finite(model, "the decoder's last hidden state")
                         captured[_FINAL].append(final.cpu())
                         advance(len(batch))
                     _write_shard(folder, index, captured)
@@ -159,6 +164,20 @@ def capture_hidden_states(
         for handle in handles:
             handle.remove()
     return HiddenStates(folder)
+
+
+def _not_finite(model: Any, where: str) -> ModelError:
+    """Tell weights that are wrong from a dtype that is too narrow."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta and not parameter.isfinite().all():
+            return ModelError(
+                f"{where} holds infinities or NaN, as the weights {name} do ({parameter.dtype}); "
+                "load the checkpoint in the dtype it was saved in, or fetch it again"
+            )
+    return ModelError(
+        f"{where} holds infinities or NaN, computed in {model.dtype} from finite weights; build in "
+        "bfloat16 or float32 (--dtype)"
+    )
 
 
 def _key(model: Any, windows: Tensor) -> str:

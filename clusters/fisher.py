@@ -14,12 +14,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.cost import element_size
+from sparse_runtime.errors import ModelError, SparseRuntimeError
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # A window's sum of squared gradients counts up to so many times the median window's.
 _MOST_OF_MEDIAN = 5.0
 # Above it decoder layers run again in the backward pass.
 _KEPT_BYTES = 4 * 2**30
+
+
+class NoBackwardPassError(SparseRuntimeError):
+    """A backward pass over the model cannot run: memory does not suffice, or weights are offloaded."""
 
 
 def fisher_weights(
@@ -45,10 +50,13 @@ def fisher_weights(
         Per layer, weights [I] float32 on the CPU.
 
     Raises:
-        RuntimeError: the backward pass cannot run, for lack of memory (``torch.OutOfMemoryError``) or
-            because weights are offloaded; torch's own message.
+        NoBackwardPassError: memory does not suffice, or weights are offloaded.
+        ModelError: no window has finite gradients.
     """
     layers = find_ffn_layers(model)
+    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
+    if offloaded:
+        raise NoBackwardPassError(f"weights are offloaded, {offloaded[0]} among them")
     means: list[list[Tensor]] = [[] for _ in layers]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
@@ -77,19 +85,46 @@ def fisher_weights(
                 # Summed, not averaged: each token's own loss, as the empirical Fisher wants.
                 torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
                 advance(1)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        reason = str(error).partition("\n")[0]
+        raise NoBackwardPassError(
+            f"memory does not suffice for a backward pass ({reason})"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    return [robust_mean(torch.stack(of_windows)).sqrt().cpu() for of_windows in means]
+    weights = []
+    for layer, of_windows in zip(layers, means, strict=True):
+        values = torch.stack(of_windows)
+        if not values.sum(-1).isfinite().any():
+            raise ModelError(
+                f"{layer.name}: the gradients of all {len(windows)} windows hold infinities or NaN, "
+                f"computed in {model.dtype}; build in bfloat16 or float32 (--dtype), or with "
+                "importance 'norm', loop_weights off and distill 0, which need no gradients"
+            )
+        weights.append(robust_mean(values).sqrt().cpu())
+    return weights
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # On a CPU torch has no error type of its own for it.
+    words = str(error)
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
+        "DefaultCPUAllocator" in words or "not enough memory" in words
+    )
 
 
 def robust_mean(values: Tensor) -> Tensor:
     """Mean over windows [W, I] without those whose sum is far beyond the median window's: [I].
 
-    On text, windows differ by a factor of two or three; one with an exploding gradient by thirty.
+    On text, windows differ by a factor of two or three; one with an exploding gradient by thirty,
+    one whose gradients overflow by any.
     """
+    values = values[values.sum(-1).isfinite()]
     totals = values.sum(-1)
     return values[totals <= _MOST_OF_MEDIAN * totals.median()].mean(0)
 

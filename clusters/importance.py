@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 #: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
@@ -70,6 +73,9 @@ class ImportanceMatrix:
 
     Attributes:
         values: [N, I] bfloat16.
+
+    Raises:
+        OutputFolderError: the disk has no room for the file.
     """
 
     def __init__(
@@ -81,6 +87,7 @@ class ImportanceMatrix:
             self.values = torch.empty(num_tokens, num_neurons, dtype=torch.bfloat16)
         else:
             self._spill_file = spill_file
+            _reserve(spill_file, size * 2)
             self.values = torch.from_file(
                 str(spill_file), shared=True, size=size, dtype=torch.bfloat16
             ).view(num_tokens, num_neurons)
@@ -90,6 +97,33 @@ class ImportanceMatrix:
         self.values = torch.empty(0)
         if self._spill_file is not None:
             self._spill_file.unlink(missing_ok=True)
+
+
+def _reserve(file: Path, size: int) -> None:
+    """Make a file of ``size`` bytes that the disk has room for.
+
+    A mapped file without its space kills the process (SIGBUS) once the disk is full.
+    """
+    try:
+        with open(file, "wb") as opened:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:
+                _check_free(file, size)
+                opened.truncate(size)
+    except OSError as error:
+        file.unlink(missing_ok=True)
+        free = shutil.disk_usage(file.parent).free
+        raise OutputFolderError(
+            f"{file} could not be made: it needs {size} bytes, and {free} are free ({error}). Free "
+            "some space, choose another output folder, lower max_tokens, or raise memory_mib to keep "
+            "it in memory"
+        ) from error
+
+
+def _check_free(file: Path, size: int) -> None:
+    if shutil.disk_usage(file.parent).free < size:
+        raise OSError("no space left on the disk")
 
 
 def chunk_slices(num_rows: int, chunk_rows: int) -> Iterator[slice]:

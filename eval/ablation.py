@@ -25,7 +25,7 @@ from sparse_runtime.clusters.binary_patterns import percentile_threshold
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import METHODS
 from sparse_runtime.clusters.importance import chunk_slices, importance_scorer
-from sparse_runtime.clusters.layer_build import packed_patterns
+from sparse_runtime.clusters.layer_data import packed_patterns
 from sparse_runtime.clusters.metrics import SetScorer
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.errors import DataError

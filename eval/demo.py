@@ -95,7 +95,7 @@ def _reusable(folder: Path) -> ClusterSet | None:
     if not (folder / CONFIG_FILE).exists():
         return None
     clusters = ClusterSet.from_pretrained(folder)
-    return clusters if clusters.build.get("config") == BUILD.record() else None
+    return clusters if clusters.build.get("config") == BUILD.resolved().record() else None
 
 
 def _print_side_by_side(console: Console, prompt: str, runs: dict[str, dict[str, Any]]) -> None:

@@ -15,16 +15,12 @@ from torch import Tensor
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.clusters.build import (
-    LOOP_TOKENS,
-    build_clusters,
-    cost_share_in_loop,
-    num_fit_tokens,
-)
+from sparse_runtime.clusters.build import build_clusters, num_fit_tokens
 from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.distill import Distillation, distill, reserved
-from sparse_runtime.clusters.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.text import DataSource, calibration_windows
+from sparse_runtime.clusters.tuning.distill import Distillation
+from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS, cost_share_in_loop, tune
+from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.eval.curves import Protocol
 from sparse_runtime.eval.quality import EVALUATION
 from sparse_runtime.ffn.counts import count_cost
@@ -147,7 +143,7 @@ class _Base:
         step_tokens: int,
         progress: ProgressReporter | None,
     ) -> _Base:
-        bare = replace(config, loop_weights=False, distill=0)
+        bare = replace(config, loop_weights=False, distill=0, correction_rank=None)
         clusters = build_clusters(model, tokenizer, data, bare, progress=progress)
         text = calibration_windows(
             data,
@@ -158,8 +154,9 @@ class _Base:
             model=model,
         )
         fit, held_out = text.windows.tensor_split([num_fit_tokens(text, config) // config.window])
+        settings = config.resolved()
         distillation = Distillation(
-            config.distill, config.correction_rank, step_tokens, seed=config.seed
+            settings.distill, settings.correction_rank, step_tokens, seed=config.seed
         )
         return cls(model, replace(clusters, excess=0.0), fit, held_out, distillation, progress)
 
@@ -188,9 +185,14 @@ class _Base:
         if parts.distill:
             settings = self.distillation
             settings = replace(settings, rank=settings.rank if parts.correction else 0)
-            start = cut(reserved(clusters, settings.rank), budget)
-            clusters, _ = distill(
-                self.model, start, self.fit_windows, settings, progress=self.progress
+            clusters, _ = tune(
+                self.model,
+                clusters,
+                lambda uncut: cut(uncut, budget),
+                self.fit_windows,
+                self.held_out_windows[:count],
+                settings,
+                progress=self.progress,
             )
         share = cost_share_in_loop(self.model, cut(clusters, budget), self.held_out_windows[:count])
         return cut(clusters, 2 * budget - share)

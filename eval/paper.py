@@ -24,7 +24,7 @@ from sparse_runtime.clusters.binary_patterns import (
 )
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
-from sparse_runtime.clusters.layer_build import load_layer, packed_patterns
+from sparse_runtime.clusters.layer_data import load_layer, packed_patterns
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.eval.binary_clustering import BINARY_CLUSTERINGS, Fit
 from sparse_runtime.eval.paper_masks import (
@@ -88,7 +88,7 @@ def paper_coverage(
             fits.append((_row("awc-paper", count, density), _paper_fit(settings)))
         for name, fit in BINARY_CLUSTERINGS.items() if compare else ():
             fits.append((_row(name, count, None), fit))
-    config = BuildConfig(method="awc-paper", percentile=percentile, seed=seed)
+    config = BuildConfig(method="awc-paper", percentile=percentile, seed=seed).resolved()
     progress = progress or SilentProgress()
     scores: list[list[dict[str, float]]] = [[] for _ in fits]
     with TemporaryDirectory() as folder:

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.clusters.binary_patterns import PackedPatterns, assign, percentile_threshold
-from sparse_runtime.clusters.config import BuildConfig
+from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.importance import ImportanceScorer, chunk_slices, importance_scorer
-from sparse_runtime.clusters.layer_build import LayerData, fit_layer, layer_cost
+from sparse_runtime.clusters.layer_build import fit_layer
+from sparse_runtime.clusters.layer_data import LayerData, layer_cost
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.eval.masked_ffn import MaskedOutput, Variants, run_neurons
@@ -99,10 +100,10 @@ class AwcPaper:
             fits.append({self.name: predicted, f"{self.name}, oracle ids": oracle})
         return fits
 
-    def _config(self, budget: float) -> BuildConfig:
+    def _config(self, budget: float) -> BuildSettings:
         return BuildConfig(
             method="awc-paper",
             num_clusters=self.num_clusters,
             budget=budget,
             percentile=self.percentile,
-        )
+        ).resolved()

@@ -68,7 +68,7 @@ def initial_router(
     within -= (sums / counts.clamp_min(1).unsqueeze(-1)).t() @ sums
     within /= len(hidden_states)
     within.diagonal().add_(ridge * within.diagonal().mean())
-    factor = torch.linalg.cholesky(within)
+    factor = _cholesky(within, hidden_states.square().mean().item())
     whitened = torch.linalg.solve_triangular(factor, means.t() - overall.unsqueeze(-1), upper=False)
     prior = ((counts + 1) / (counts + 1).sum()).log()
     router = new_router(hidden_size, num_clusters, rank)
@@ -89,6 +89,26 @@ def initial_router(
             center = router.up @ overall
         router.bias.copy_(prior - 0.5 * squared - center)
     return router.to(hidden_states.device)
+
+
+def _cholesky(covariance: Tensor, mean_square: float) -> Tensor:
+    """Cholesky factor of a covariance, with as much of a ridge as it takes to have one.
+
+    Repetitive text has hidden states that vary in few directions, or not at all, and rounding leaves
+    their covariance indefinite.
+
+    Args:
+        covariance: [H, H].
+        mean_square: of the states' elements, what the ridge is measured by.
+    """
+    ridge = max(1e-6 * mean_square, 1e-20)
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(covariance)
+        if not failed or ridge > 1e6 * mean_square:
+            return factor
+        covariance = covariance.clone()
+        covariance.diagonal().add_(ridge)
+        ridge *= 10
 
 
 def routed_coverage(router: Router, hidden_states: Tensor, coverage: Tensor) -> float:

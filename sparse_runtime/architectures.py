@@ -45,6 +45,7 @@ class FFNArchitecture:
 ARCHITECTURES: dict[str, FFNArchitecture] = {
     "llama": FFNArchitecture(),
     "mistral": FFNArchitecture(),
+    "qwen2": FFNArchitecture(),
 }
 
 

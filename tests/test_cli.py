@@ -42,7 +42,7 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
     assert "method awc" in out
     summary = json.loads(file.read_text())
     assert [layer["router"] for layer in summary["layers"]] == ["rank 2"] * 3
-    assert len(summary["build"]["divergence"]) == 4
+    assert len(summary["build"]["tuning"]["divergence"]) == 4
     assert sorted(summary["build"]["loop_weights"]) == ["0", "1", "2"]
 
     code, out, err = run(

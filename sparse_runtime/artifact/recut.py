@@ -186,7 +186,8 @@ def _price(parts: Sequence[_Part], share: float) -> float:
             f"alone read {least:.3f}; expected a larger budget, or an artifact with fewer clusters or "
             "a smaller router rank"
         )
-    high = math.log(max(part.largest_loss for part in parts)) + 1
+    # Layers that output nothing have no loss; 1e-30 is below any that counts.
+    high = math.log(max(1e-30, *(part.largest_loss for part in parts))) + 1
     low = high - 50
     for _ in range(40):
         middle = (low + high) / 2

@@ -19,13 +19,12 @@ from sparse_runtime.cli.options import (
     JsonOption,
     ModelArgument,
     NewBudgetOption,
-    PercentileOption,
     SeedOption,
     WindowOption,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
-from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, POSITIVE
 from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.models import load_model
 
@@ -46,26 +45,34 @@ def build(
     ],
     data: DataOption = None,
     method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
-    importance: Annotated[str, typer.Option(help="fisher, norm or binary.")] = "fisher",
+    importance: Annotated[
+        str | None, typer.Option(help="fisher (default of awc), norm or binary.")
+    ] = None,
     allocation: Annotated[
-        str, typer.Option(help="Budget over layers: global (one price) or uniform.")
-    ] = "global",
+        str | None,
+        typer.Option(help="Budget over layers: global (one price; default of awc) or uniform."),
+    ] = None,
     verify: Annotated[
-        bool, typer.Option(help="Leave some neurons to a look at low-bit copies.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Leave some neurons to a look at low-bit copies; default if global."),
+    ] = None,
     loop_weights: Annotated[
-        bool, typer.Option(help="Weigh layers by what they leave out of the sparse model.")
-    ] = True,
+        bool | None,
+        typer.Option(help="Weigh layers by what they leave out in the loop; default if global."),
+    ] = None,
     distill: Annotated[
-        int,
+        int | None,
         typer.Option(
             callback=NOT_NEGATIVE.callback,
-            help="Steps that tune biases and corrections by the dense model; 0: none.",
+            help="Steps that tune biases and corrections; 0: none. 60 if global.",
         ),
-    ] = 60,
+    ] = None,
     correction_rank: Annotated[
-        int, typer.Option(callback=NOT_NEGATIVE.callback, help="Of the distilled correction.")
-    ] = 16,
+        int | None,
+        typer.Option(
+            callback=NOT_NEGATIVE.callback, help="Of the distilled correction; 16 with --distill."
+        ),
+    ] = None,
     clusters: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
     ] = 256,
@@ -79,11 +86,18 @@ def build(
     memory_mib: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Bound on buffers; above it, files.")
     ] = 1024,
-    percentile: PercentileOption = 50.0,
-    paper_init: Annotated[str, typer.Option(help="awc-paper: random or kmeans++.")] = "random",
+    percentile: Annotated[
+        float | None,
+        typer.Option(
+            callback=PERCENTAGE.callback, help="Threshold of binary patterns; 50 with them."
+        ),
+    ] = None,
+    paper_init: Annotated[
+        str | None, typer.Option(help="awc-paper: random (default) or kmeans++.")
+    ] = None,
     paper_pooled: Annotated[
-        bool, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
-    ] = False,
+        bool | None, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
+    ] = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -123,13 +137,13 @@ def _build(
     device: str | None,
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
-    from sparse_runtime.clusters import build_clusters
+    from sparse_runtime.clusters import build_clusters, tuning_line
     from sparse_runtime.clusters.text import parse_source
 
     check_holds_artifact(output)
     for source in data:
         parse_source(source)
-    started = time.perf_counter()
+    started, times = time.perf_counter(), dict[str, float]()
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     try:
         artifact = build_clusters(
@@ -140,15 +154,18 @@ def _build(
             output=output,
             model_name=model,
             progress=RichProgress(err),
+            times=times,
         )
     except KeyboardInterrupt:
         fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
     seconds, peak = time.perf_counter() - started, peak_memory_mib()
     summary = artifact_summary(artifact)
     print_summary(str(output), summary)
+    if "tuning" in artifact.build:
+        out.print(tuning_line(artifact.build["tuning"]))
     memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
     out.print(f"{seconds:.0f} s in all{memory}")
-    return summary | {"seconds_total": seconds, "peak_memory_mib": peak}
+    return summary | {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}
 
 
 def inspect(

@@ -9,7 +9,7 @@ from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.clusters import BuildConfig, build_clusters, fisher
-from sparse_runtime.clusters.fisher import fisher_weights, robust_mean
+from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights, robust_mean
 from sparse_runtime.clusters.importance import importance_scorer
 
 
@@ -74,18 +74,31 @@ def test_fisher_checkpoints_large_models_and_puts_the_flags_back(
     assert after == flags
 
 
-def test_without_a_backward_pass_norm_takes_its_place(tiny_model, tiny_tokenizer, text):
+def break_backward(model, error):
     def refuse(*unused):
-        raise RuntimeError("no gradient for you")
+        raise error
 
     class NoBackward(torch.autograd.Function):
         forward = staticmethod(lambda ctx, x: x.clone())
         backward = staticmethod(refuse)
 
-    handle = tiny_model.lm_head.register_forward_pre_hook(
+    return model.lm_head.register_forward_pre_hook(
         lambda module, arguments: (NoBackward.apply(arguments[0]),)
     )
-    with pytest.warns(UserWarning, match=r"falls back to 'norm'.*no gradient for you"):
+
+
+OUT_OF_MEMORY = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 9 bytes"),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=["gpu", "cpu"])
+def test_without_memory_for_a_backward_pass_norm_takes_its_place(
+    tiny_model, tiny_tokenizer, text, error
+):
+    handle = break_backward(tiny_model, error)
+    with pytest.warns(UserWarning, match=r"falls back to 'norm'.*llocate"):
         fallen = build_clusters(
             tiny_model, tiny_tokenizer, [text], config(loop_weights=True, distill=5)
         )
@@ -93,6 +106,22 @@ def test_without_a_backward_pass_norm_takes_its_place(tiny_model, tiny_tokenizer
     chosen = build_clusters(tiny_model, tiny_tokenizer, [text], config(importance="norm"))
     for index, layer in fallen.layers.items():
         assert torch.equal(layer.active_sets, chosen.layers[index].active_sets)
+    # The record is of what ran, and says why.
+    assert fallen.build["config"] == chosen.build["config"]
+    assert "llocate" in fallen.build["fallback"]
+
+
+def test_other_errors_of_the_backward_pass_are_raised(tiny_model, tiny_tokenizer, text):
+    handle = break_backward(tiny_model, RuntimeError("a bug of ours"))
+    with pytest.raises(RuntimeError, match="a bug of ours"):
+        build_clusters(tiny_model, tiny_tokenizer, [text], config())
+    handle.remove()
+
+
+def test_offloaded_weights_have_no_backward_pass(tiny_model):
+    tiny_model.model.layers[1].self_attn.q_proj.to("meta")
+    with pytest.raises(NoBackwardPassError, match=r"offloaded.*layers\.1\.self_attn\.q_proj"):
+        fisher_weights(tiny_model, torch.zeros(1, 8, dtype=torch.int64))
 
 
 def config(**changes):

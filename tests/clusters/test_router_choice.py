@@ -8,9 +8,10 @@ from helpers import random_centroids
 
 from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.artifact.bands import cut_bands
-from sparse_runtime.clusters import BuildConfig, build, build_clusters
+from sparse_runtime.clusters import BuildConfig, build_clusters, router_choice
 from sparse_runtime.clusters.importance import importance_scorer
-from sparse_runtime.clusters.layer_build import FittedLayer, priced_loss
+from sparse_runtime.clusters.layer_build import FittedLayer
+from sparse_runtime.clusters.router_choice import priced_loss
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.predictors import new_router
 
@@ -52,9 +53,9 @@ def test_priced_loss_by_hand(tiny_model, verify):
 @pytest.mark.parametrize("allocation", ["global", "uniform"])
 def test_auto_takes_the_least(tiny_model, tiny_tokenizer, text, monkeypatch, allocation):
     """Of all candidates on all probed layers; the sum decides."""
-    monkeypatch.setattr(build, "ROUTER_CANDIDATES", (None, 4, 1))
+    monkeypatch.setattr(router_choice, "ROUTER_CANDIDATES", (None, 4, 1))
     name = "priced_loss" if allocation == "global" else "estimated_loss"
-    original, seen = getattr(build, name), {}
+    original, seen = getattr(router_choice, name), {}
 
     def spy(*arguments):
         value = original(*arguments)
@@ -63,7 +64,7 @@ def test_auto_takes_the_least(tiny_model, tiny_tokenizer, text, monkeypatch, all
         seen[rank] = seen.get(rank, 0.0) + value
         return value
 
-    monkeypatch.setattr(build, name, spy)
+    monkeypatch.setattr(router_choice, name, spy)
     config = BuildConfig(
         num_clusters=6,
         budget=0.7,

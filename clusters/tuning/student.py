@@ -27,15 +27,22 @@ DenseStates = Callable[[Tensor], Tensor]
 class StudentFFN(nn.Module):
     """An FFN under its clusters' masks.
 
+    What is tuned is kept in units of the layer itself, so that one learning rate serves layers and
+    models of any scale: the shift and the correction's output in :attr:`output_scale`, its input in
+    :attr:`input_scale` (1 until :func:`measure_scales`).
+
     Attributes:
         enabled: masked if true, else the original FFN.
         restored: if not None, a scalar: the share of what is left out that is given back all the same.
             At zero, its gradient tells what restoring the layer is worth.
         left_out: with ``restored``, the mean over the last call's tokens of Σ e² over the neurons
             left out.
-        bias_shift: added to the cluster's bias [K, H] float32.
-        correction_down: [c, H] float32.
-        correction_up: [c, H] float32.
+        common: shift of all clusters' biases [H] float32.
+        shift: of each cluster's bias beside it [K, H] float32.
+        down: of the correction [c, H] float32.
+        up: of the correction [c, H] float32.
+        output_scale: a typical token's root mean square of what is left out and not in the bias.
+        input_scale: of a hidden state's elements.
     """
 
     def __init__(
@@ -47,14 +54,32 @@ class StudentFFN(nn.Module):
         self.enabled = True
         self.restored: Tensor | None = None
         self.left_out = 0.0
+        self.output_scale = self.input_scale = 1.0
+        #: Of each token, while scales are measured.
+        self.measured: list[tuple[Tensor, Tensor]] | None = None
         hidden_size = layer.hidden_size
-        start = torch.randn(rank, hidden_size, generator=generator) / hidden_size**0.5
-        self.correction_down = nn.Parameter(start)
+        self.down = nn.Parameter(torch.randn(rank, hidden_size, generator=generator))
         # Zero at first, so that the student starts from where the build left it.
-        self.correction_up = nn.Parameter(torch.zeros(rank, hidden_size))
-        self.bias_shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
+        self.up = nn.Parameter(torch.zeros(rank, hidden_size))
+        self.common = nn.Parameter(torch.zeros(hidden_size))
+        self.shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
         self.to(layer.gate.weight.device)
         self._masks = _Masks(clusters, layer)
+
+    @property
+    def bias_shift(self) -> Tensor:
+        """What is added to the clusters' biases [K, H]."""
+        return (self.common + self.shift) * self.output_scale
+
+    @property
+    def correction_down(self) -> Tensor:
+        """A of the correction Cᵀ(A·x) [c, H]: A·x is of the order of one at first."""
+        return self.down / (self.input_scale * self.down.shape[1] ** 0.5)
+
+    @property
+    def correction_up(self) -> Tensor:
+        """C of the correction [c, H]."""
+        return self.up * (self.output_scale / max(1, self.up.shape[0]) ** 0.5)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
@@ -70,13 +95,39 @@ class StudentFFN(nn.Module):
             chosen = masks.chosen(ids, h)
         y = F.linear(h * chosen, layer.down.weight)
         bias = (masks.cluster_bias + self.bias_shift).to(x.dtype)[ids]
+        if self.restored is not None or self.measured is not None:
+            missing = (F.linear(h.masked_fill(chosen, 0), layer.down.weight) - bias).detach()
+        if self.measured is not None:
+            self.measured.append((_root_mean_square(missing), _root_mean_square(x)))
         if self.restored is not None:
             self.left_out = masks.left_out(chosen, h.detach())
-            missing = F.linear(h.masked_fill(chosen, 0), layer.down.weight) - bias
-            y = y + self.restored.to(x.dtype) * missing.detach()
+            y = y + self.restored.to(x.dtype) * missing
         y = y + bias
         correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
         return (y + correction).reshape(hidden_states.shape)
+
+
+def _root_mean_square(values: Tensor) -> Tensor:
+    """Of each row of [n, H], float32 [n]."""
+    return values.detach().float().square().mean(-1).sqrt()
+
+
+@torch.no_grad()
+def measure_scales(model: Any, modules: dict[int, StudentFFN], windows: Tensor) -> None:
+    """Set every student's scales to the medians over the tokens of windows [W, window].
+
+    A median, as the first tokens of a text have states a hundred times as large as others.
+    """
+    for module in modules.values():
+        module.measured = []
+    for window in windows.split(1):
+        model.get_decoder()(input_ids=window.to(model.device), use_cache=False)
+    for module in modules.values():
+        if module.measured:
+            outputs, inputs = (torch.cat(parts) for parts in zip(*module.measured, strict=True))
+            module.output_scale = outputs.median().item()
+            module.input_scale = max(inputs.median().item(), 1e-12)
+        module.measured = None
 
 
 class _Masks:

@@ -13,6 +13,7 @@ through all.
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.student import DenseStates, divergence, students
+from sparse_runtime.clusters.tuning.student import DenseStates, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # No layer counts for less than this of what its Fisher weights say.
@@ -83,18 +84,21 @@ def _measured(
         return {
             index: -module.restored.grad.item() / left_out[index]
             for index, module in modules.items()
-            if module.restored is not None and module.restored.grad is not None
+            if module.restored is not None
+            and module.restored.grad is not None
+            and left_out[index] > 0  # else it outputs nothing, or every neuron is computed
         }
 
 
 def _line(indices: list[int], measured: dict[int, float]) -> dict[int, float]:
     if len(measured) < 3:
         return dict.fromkeys(indices, 1.0)
-    depth = torch.tensor(list(measured), dtype=torch.float64)
-    design = torch.stack([torch.ones_like(depth), depth], dim=1)
-    values = torch.tensor(list(measured.values()), dtype=torch.float64)
-    offset, slope = torch.linalg.lstsq(design, values).solution.tolist()
-    return {index: max(_LEAST, offset + slope * index) for index in indices}
+    # Not by LAPACK, whose last digit depends on where in memory its input lies.
+    depth = math.fsum(measured) / len(measured)
+    mean = math.fsum(measured.values()) / len(measured)
+    spread = math.fsum((index - depth) ** 2 for index in measured)
+    slope = math.fsum((index - depth) * value for index, value in measured.items()) / spread
+    return {index: max(_LEAST, mean + slope * (index - depth)) for index in indices}
 
 
 def scaled(clusters: ClusterSet, weights: dict[int, float]) -> ClusterSet:

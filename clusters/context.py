@@ -1,0 +1,87 @@
+"""What the stages of a build share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.clusters.capture import HiddenStates
+from sparse_runtime.clusters.config import BuildSettings
+from sparse_runtime.clusters.layer_data import LayerData, load_layer
+from sparse_runtime.progress import ProgressReporter
+
+
+@dataclass(frozen=True)
+class BuildContext:
+    """A build after its capture.
+
+    Attributes:
+        model: dense.
+        windows: token ids [W, window] int64, held-out ones last.
+        states: of these windows.
+        layers: the model's FFNs.
+        fisher: Fisher weights of each layer [I], if the build has them.
+        config: what the build runs.
+        num_fit: tokens to fit on.
+        work: folder of intermediate results.
+        progress: draws bars.
+        times: seconds of each stage.
+    """
+
+    model: Any
+    windows: Tensor
+    states: HiddenStates
+    layers: list[FFNLayer]
+    fisher: list[Tensor] | None
+    config: BuildSettings
+    num_fit: int
+    work: Path
+    progress: ProgressReporter
+    times: dict[str, float]
+
+    @property
+    def fit_windows(self) -> Tensor:
+        """Windows to fit on."""
+        return self.windows[: self.num_fit // self.windows.shape[1]]
+
+    @property
+    def held_out_windows(self) -> Tensor:
+        """Windows to judge by."""
+        return self.windows[self.num_fit // self.windows.shape[1] :]
+
+    def fisher_of(self, position: int) -> Tensor | None:
+        """Fisher weights of a layer [I], if the build has them."""
+        return None if self.fisher is None else self.fisher[position]
+
+    @contextmanager
+    def layer(self, position: int) -> Iterator[LayerData]:
+        """A layer's tokens, freed when the context ends."""
+        data, matrix = load_layer(
+            self.states,
+            position,
+            self.layers[position],
+            self.config,
+            num_fit=self.num_fit,
+            work=self.work,
+            fisher=self.fisher_of(position),
+        )
+        try:
+            yield data
+        finally:
+            matrix.close()
+            data.free()  # callers keep the name while the next layer loads
+
+
+@contextmanager
+def timed(times: dict[str, float], stage: str) -> Iterator[None]:
+    """Record the seconds that the block takes."""
+    started = time.perf_counter()
+    yield
+    times[stage] = time.perf_counter() - started

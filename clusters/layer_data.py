@@ -1,0 +1,127 @@
+"""One layer's tokens: hidden states, importance, and how many neurons a budget buys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.clusters.binary_patterns import PackedPatterns, percentile_threshold
+from sparse_runtime.clusters.capture import HiddenStates
+from sparse_runtime.clusters.config import BuildSettings
+from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
+from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.errors import ConfigError
+
+_CHUNK_TOKENS = 4096
+
+
+@dataclass
+class LayerData:
+    """A layer's calibration tokens, the last of them held out.
+
+    Attributes:
+        hidden_states: [N, H] float32.
+        importance: [N, I] bfloat16.
+        num_fit: tokens to fit on; the rest are held out.
+    """
+
+    hidden_states: Tensor
+    importance: Tensor
+    num_fit: int
+
+    def free(self) -> None:
+        """Let go of the tensors."""
+        self.hidden_states = self.importance = torch.empty(0)
+
+    def at_most(self, tokens: int) -> LayerData:
+        """The same with so many tokens to fit on, at most."""
+        kept = min(tokens, self.num_fit)
+        parts = (slice(0, kept), self.held_out)
+        return LayerData(
+            torch.cat([self.hidden_states[part] for part in parts]),
+            torch.cat([self.importance[part] for part in parts]),
+            kept,
+        )
+
+    @property
+    def fit(self) -> slice:
+        """Rows to fit on."""
+        return slice(0, self.num_fit)
+
+    @property
+    def held_out(self) -> slice:
+        """Rows to judge by."""
+        return slice(self.num_fit, len(self.hidden_states))
+
+
+def layer_cost(layer: FFNLayer, config: BuildSettings, rank: int | None) -> FFNCost:
+    """Cost of a layer with a router of this rank, in the runtime's default bfloat16."""
+    extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
+    if config.cluster_bias:
+        extra += layer.hidden_size
+    return FFNCost(layer.hidden_size, layer.intermediate_size, extra)
+
+
+def set_size_for(layer: FFNLayer, config: BuildSettings, rank: int | None) -> int:
+    """Neurons per active set that the budget allows beside a router of this rank.
+
+    Raises:
+        ConfigError: the router alone exceeds the budget.
+    """
+    cost = layer_cost(layer, config, rank)
+    size = int(cost.density_for(config.budget) * layer.intermediate_size)
+    if size < 1:
+        kind = "linear router" if rank is None else f"router of rank {rank}"
+        raise ConfigError(
+            f"budget is {config.budget}, but the {kind} for {config.num_clusters} clusters alone "
+            f"costs {cost.share(0):.3f} of the FFN; expected a larger budget, fewer clusters or a "
+            "smaller router rank"
+        )
+    return size
+
+
+def load_layer(
+    states: HiddenStates,
+    position: int,
+    layer: FFNLayer,
+    config: BuildSettings,
+    *,
+    num_fit: int,
+    work: Path,
+    fisher: Tensor | None = None,
+) -> tuple[LayerData, ImportanceMatrix]:
+    """Read a layer's hidden states and score its neurons.
+
+    ``fisher`` is the layer's ``fisher_weights`` [I], used for importance ``fisher``.
+
+    Returns:
+        The data and the matrix behind its importance, to be closed after use.
+    """
+    hidden_states = states.layer(position)
+    matrix = ImportanceMatrix(
+        len(hidden_states),
+        layer.intermediate_size,
+        memory_mib=config.memory_mib,
+        spill_file=work / "importance.bin",
+    )
+    scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
+    device = layer.gate.weight.device
+    for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+        matrix.values[rows] = scorer(hidden_states[rows].to(device)).to("cpu", torch.bfloat16)
+    if config.percentile is not None:
+        chunks = (matrix.values[r] for r in chunk_slices(num_fit, _CHUNK_TOKENS))
+        threshold = percentile_threshold(chunks, config.percentile)
+        for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+            matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
+    return LayerData(hidden_states, matrix.values, num_fit), matrix
+
+
+def packed_patterns(importance: Tensor) -> PackedPatterns:
+    """Bit-pack binary importance [N, I]."""
+    bits = [pack_bits(importance[r] > 0) for r in chunk_slices(len(importance), _CHUNK_TOKENS)]
+    return PackedPatterns(torch.cat(bits), importance.shape[1])

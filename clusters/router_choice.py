@@ -1,0 +1,154 @@
+"""Which router a model's layers get: the one that loses least for its bytes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.architectures import FFNLayer
+from sparse_runtime.artifact.bands import cut_bands
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import price_for
+from sparse_runtime.atomic import write_json
+from sparse_runtime.clusters.awc import top_sets
+from sparse_runtime.clusters.config import BuildSettings
+from sparse_runtime.clusters.context import BuildContext
+from sparse_runtime.clusters.importance import ImportanceScorer, chunk_slices, importance_scorer
+from sparse_runtime.clusters.layer_build import (
+    FittedLayer,
+    fit_clusters,
+    follow_router,
+    uncut_layer,
+)
+from sparse_runtime.clusters.layer_data import layer_cost, set_size_for
+from sparse_runtime.clusters.seeding import layer_generator
+from sparse_runtime.cost import FFNCost
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.predictors import Router
+from sparse_runtime.predictors.training import route
+
+#: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
+ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
+
+# Tokens that routers are compared on.
+_PROBE_TOKENS = 16_384
+_CHUNK_TOKENS = 4096
+
+
+def choose_router(context: BuildContext) -> int | None:
+    """Rank of the router (None: linear) that loses least for its bytes, on three layers.
+
+    Judged by the estimated loss, not by the coverage that the router is trained on: that forgives
+    what perplexity does not (docs/LOG.md).
+    """
+    config, layers = context.config, context.layers
+    if config.router != "auto":
+        return None if config.router == "linear" else int(config.router)
+    file = context.work / "router.json"
+    if file.exists():
+        rank: int | None = json.loads(file.read_text(encoding="utf-8"))
+        return rank
+    candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
+    if not candidates:
+        set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
+    probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
+    fits: dict[tuple[int, int | None], FittedLayer] = {}
+    held_out: dict[int, Tensor] = {}
+    with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
+        for position in probes:
+            layer, fisher = layers[position], context.fisher_of(position)
+            with context.layer(position) as whole:
+                data = whole.at_most(_PROBE_TOKENS)
+            # One clustering for all candidates; the sets' size follows the router's.
+            generator = layer_generator(config.seed, layer.index)
+            size = set_size_for(layer, config, candidates[0])
+            clustering = fit_clusters(data, config, size, generator)
+            for rank in candidates:
+                size = set_size_for(layer, config, rank)
+                start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
+                fits[position, rank] = follow_router(
+                    data, layer, start, config, rank, fisher, generator
+                )
+                advance(1)
+            held_out[position] = data.hidden_states[data.held_out]
+    loss = dict.fromkeys(candidates, 0.0)
+    price = _probe_price(context, {p: fits[p, candidates[0]] for p in probes})
+    for (position, rank), fitted in fits.items():
+        layer, states = layers[position], held_out[position]
+        if price is None:
+            scorer = importance_scorer(layer, context.fisher_of(position))
+            loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
+        else:
+            cost = replace(layer_cost(layer, config, rank), verified=config.verify)
+            loss[rank] += priced_loss(states, fitted, layer, cost, price)
+    best = min(candidates, key=lambda rank: loss[rank])
+    write_json(file, best)
+    return best
+
+
+def _probe_price(context: BuildContext, fits: dict[int, FittedLayer]) -> float | None:
+    """Price of a neuron by a few layers, given by position; None where sets are not cut at one."""
+    config, layers = context.config, context.layers
+    if config.allocation != "global":
+        return None
+    uncut = {layers[p].index: uncut_layer(layers[p], config, fitted) for p, fitted in fits.items()}
+    clusters = ClusterSet(uncut, {}, config.budget)
+    return price_for(context.model, clusters, config.budget, verify=config.verify)
+
+
+def _fits(layer: FFNLayer, config: BuildSettings, rank: int | None) -> bool:
+    try:
+        set_size_for(layer, config, rank)
+    except ConfigError:
+        return False
+    return rank is None or rank < min(layer.hidden_size, config.num_clusters)
+
+
+def priced_loss(
+    states: Tensor, fitted: FittedLayer, layer: FFNLayer, cost: FFNCost, price: float
+) -> float:
+    """What a router's clusters lose and cost at a price of λ per neuron, per token.
+
+    Σ e² over what is left out + λ·I·(cost share): the bytes of router, looks and neurons count at
+    the price that neurons are bought at, so that routers of different size compare.
+
+    Args:
+        states: the layer's inputs for tokens that nothing was fitted on [n, H].
+        fitted: its router and centroids.
+        layer: its FFN.
+        cost: with that router; ``verified`` says whether there are looks.
+        price: λ.
+    """
+    centroids = fitted.centroids
+    look_share = cost.look_bytes / cost.neuron_bytes if cost.verified else None
+    bands = cut_bands(centroids, price, look_share)
+    maybe = torch.zeros_like(bands.sure) if bands.maybe is None else bands.maybe
+    scorer = importance_scorer(layer, centroids.neuron_weights)
+    ids = route(fitted.router, states)
+    loss, num_computed, num_looked = 0.0, 0, 0
+    for rows in chunk_slices(len(states), _CHUNK_TOKENS):
+        squares = scorer(states[rows].to(scorer.gate.device)).square_().cpu()
+        looked = maybe[ids[rows]]
+        computed = bands.sure[ids[rows]] | (looked & (squares > price))
+        loss += squares.masked_fill_(computed, 0).sum().item()
+        num_computed += int(computed.sum())
+        num_looked += int(looked.sum())
+    count = len(states)
+    bytes_read = cost.sparse_bytes(num_computed / count, num_looked / count)
+    return loss / count + price * bytes_read / cost.neuron_bytes
+
+
+def estimated_loss(states: Tensor, scorer: ImportanceScorer, router: Router, sets: Tensor) -> float:
+    """Mean over tokens [n, H] of Σ e² over the neurons that the router's choice leaves out.
+
+    In units of the loss if the scorer has Fisher weights, so that layers may be added up.
+    """
+    ids = route(router, states)
+    left_out = [
+        (scorer(states[rows]).square_() * ~sets[ids[rows]]).sum(-1)
+        for rows in chunk_slices(len(states), _CHUNK_TOKENS)
+    ]
+    return 0.5 * torch.cat(left_out).mean().item()

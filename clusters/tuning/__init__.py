@@ -1,0 +1,1 @@
+"""Compensation and layer weights, found in the whole sparse model."""

@@ -1,0 +1,183 @@
+"""The cut with the whole sparse model in view: layers weighed, compensation tuned, bytes checked."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.api import sparse_modules, sparsify, unsparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
+from sparse_runtime.atomic import write_json
+from sparse_runtime.clusters.context import BuildContext, timed
+from sparse_runtime.clusters.tuning.distill import (
+    Distillation,
+    distill,
+    held_out_divergence,
+    reserved,
+)
+from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
+from sparse_runtime.clusters.tuning.student import DenseStates
+from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.progress import ProgressReporter
+
+#: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
+LOOP_TOKENS = 4096
+# Bound on what is found in the loop to be read beyond the budget.
+_MOST_EXCESS = 0.05
+
+
+def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet, dict[str, Any]]:
+    """Cut an artifact's sets for its budget with the whole sparse model in view.
+
+    Returns:
+        The artifact; and figures: ``loop_weights`` (layer index -> weight) and ``tuning`` (of
+        :func:`tune`), where these were asked for.
+    """
+    model, config = context.model, context.config
+    figures: dict[str, Any] = {}
+    options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
+    count = max(1, LOOP_TOKENS // context.windows.shape[1])
+    if config.loop_weights:
+        with timed(context.times, "loop_weights"):
+            figures["loop_weights"] = _loop_weights(context, recut(model, clusters, **options))
+        weights = {int(index): weight for index, weight in figures["loop_weights"].items()}
+        clusters = scaled(clusters, weights)
+    held_out = context.held_out_windows[:count]
+    if config.distill:
+        with timed(context.times, "distill"):
+            clusters, figures["tuning"] = tune(
+                model,
+                clusters,
+                lambda uncut: recut(model, uncut, **options),
+                context.fit_windows,
+                held_out,
+                Distillation(config.distill, config.correction_rank, seed=config.seed),
+                dense_states=_dense_states(context),
+                state_file=context.work / "distill.safetensors",
+                progress=context.progress,
+            )
+    share = cost_share_in_loop(model, recut(model, clusters, **options), held_out)
+    excess = min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
+    return recut(model, replace(clusters, excess=excess), **options), figures
+
+
+def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:
+    file = context.work / "loop_weights.json"
+    if not file.exists():
+        count = max(1, LOOP_TOKENS // context.windows.shape[1])
+        weights = loop_weights(
+            context.model,
+            cut,
+            context.fit_windows[:count],
+            dense_states=_dense_states(context),
+            progress=context.progress,
+        )
+        write_json(file, {str(index): weight for index, weight in weights.items()})
+    saved: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
+    return saved
+
+
+def _dense_states(context: BuildContext) -> DenseStates:
+    """Last hidden states [n, window, H] of captured windows, by their numbers."""
+    states, window = context.states, context.windows.shape[1]
+
+    def read(numbers: Tensor) -> Tensor:
+        return torch.stack([states.final(n * window, (n + 1) * window) for n in numbers.tolist()])
+
+    return read
+
+
+def tune(
+    model: Any,
+    clusters: ClusterSet,
+    cut: Callable[[ClusterSet], ClusterSet],
+    windows: Tensor,
+    held_out: Tensor,
+    config: Distillation,
+    *,
+    dense_states: DenseStates | None = None,
+    state_file: Path | None = None,
+    progress: ProgressReporter | None = None,
+) -> tuple[ClusterSet, dict[str, Any]]:
+    """Distill an artifact's compensation, and keep it only if held-out text is better off.
+
+    Args:
+        model, windows, held_out, config, dense_states, state_file, progress: as of :func:`distill`.
+        clusters: with centroids, not tuned yet.
+        cut: cuts an artifact for the budget to tune at.
+
+    Returns:
+        The artifact with the compensation, or as it was: the bytes of a correction are the neurons'
+        again. And a record: ``kept``; ``held_out_before`` and ``held_out_after``, KL(dense ‖ sparse)
+        in nats per token of held-out windows without and with the best compensation found;
+        ``held_out_tokens``; ``best_step`` of ``steps``; ``divergence`` of each step's windows, and
+        ``held_out`` divergence along the way, as pairs of step and value.
+    """
+    before = held_out_divergence(
+        model, cut(clusters), held_out, dense_states=dense_states, first=len(windows)
+    )
+    start = cut(reserved(clusters, config.rank))
+    found, history = distill(
+        model,
+        start,
+        windows,
+        held_out,
+        config,
+        dense_states=dense_states,
+        state_file=state_file,
+        progress=progress,
+    )
+    after = history.held_out[history.best_step]
+    kept = after < before
+    record = {
+        "kept": kept,
+        "held_out_before": before,
+        "held_out_after": after,
+        "held_out_tokens": held_out.numel(),
+        "best_step": history.best_step,
+        "steps": config.steps,
+        "divergence": history.divergence,
+        "held_out": [[step, value] for step, value in sorted(history.held_out.items())],
+    }
+    return (found if kept else clusters), record
+
+
+def tuning_line(record: dict[str, Any]) -> str:
+    """What tuning brought, in one line, from the record of :func:`tune`."""
+    before, after = record["held_out_before"], record["held_out_after"]
+    what = f"KL to the dense model on {record['held_out_tokens']} held-out tokens"
+    if record["kept"]:
+        return (
+            f"tuning: {what} {before:.4f} → {after:.4f} (step {record['best_step']} of "
+            f"{record['steps']})"
+        )
+    return (
+        f"tuning: not kept, as it did not help: {what} {before:.4f} without it, {after:.4f} at best "
+        f"in {record['steps']} steps"
+    )
+
+
+def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
+    """Cost share of text with every token sparse, as of bfloat16 weights.
+
+    Args:
+        model: a dense causal language model; dense again when this returns.
+        clusters: cut for a budget.
+        windows: token ids [W, window] int64 that nothing was fitted on.
+    """
+    sparsify(model, clusters, backend="reference", prefill="sparse")
+    try:
+        decoder = model.get_decoder()
+        with torch.inference_mode():
+            for window in windows.split(1):
+                decoder(input_ids=window.to(model.device), use_cache=False)
+        return count_cost(sparse_modules(model), element_size=2).cost_share
+    finally:
+        unsparsify(model)

@@ -1,0 +1,149 @@
+"""Builds: equal ones are equal to the byte, an interrupted one goes on with what is its own."""
+
+import json
+
+import pytest
+import torch
+from helpers import make_tiny_model
+from safetensors.torch import load_file
+
+from sparse_runtime import ClusterSet
+from sparse_runtime.clusters import BuildConfig, build, build_clusters
+from sparse_runtime.errors import ModelError
+
+CONFIG = BuildConfig(
+    num_clusters=6, budget=0.7, window=50, max_tokens=2000, distill=4, correction_rank=2
+)
+
+
+def assert_equal(one, other, folder):
+    """Two artifacts, by every tensor that they write."""
+    tensors = []
+    for number, clusters in enumerate((one, other)):
+        clusters.save_pretrained(folder / f"written{number}")
+        files = sorted((folder / f"written{number}").glob("*.safetensors"))
+        assert len(files) == 2
+        tensors.append(
+            {
+                f"{file.name} {key}": value
+                for file in files
+                for key, value in load_file(file).items()
+            }
+        )
+    assert sorted(tensors[0]) == sorted(tensors[1])
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+
+
+def test_equal_builds_are_equal(tiny_tokenizer, text, tmp_path):
+    """Tensors and record, whatever was computed before and whatever the clock says."""
+    built, times = [], []
+    for number in range(3):
+        torch.manual_seed(number)
+        torch.randn(number * 7 + 1)
+        times.append({})
+        model = make_tiny_model()
+        clusters = build_clusters(
+            model, tiny_tokenizer, [text], CONFIG, output=tmp_path / str(number), times=times[-1]
+        )
+        built.append(clusters)
+    for other in built[1:]:
+        assert_equal(built[0], other, tmp_path)
+        assert json.dumps(other.build) == json.dumps(built[0].build)
+    stages = {"capture", "fisher", "router choice", "layers", "loop_weights", "distill", "scores"}
+    assert all(set(taken) == stages and min(taken.values()) >= 0 for taken in times)
+    assert "seconds" not in (tmp_path / "0" / "config.json").read_text()
+
+
+def interrupted(monkeypatch, *arguments, **options):
+    """A build that stops before its second layer."""
+    fit, calls = build.fit_layer, []
+
+    def stop(*own):
+        calls.append(1)
+        if len(calls) > 1:
+            raise KeyboardInterrupt
+        return fit(*own)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fit_layer", stop)
+        with pytest.raises(KeyboardInterrupt):
+            build_clusters(*arguments, **options)
+
+
+def count_fits(monkeypatch):
+    fit, calls = build.fit_layer, []
+    monkeypatch.setattr(build, "fit_layer", lambda *own: calls.append(own[1].index) or fit(*own))
+    return calls
+
+
+def test_an_interrupted_build_goes_on(tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch):
+    whole = build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
+    output = tmp_path / "clusters"
+    interrupted(monkeypatch, tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    fits = count_fits(monkeypatch)
+    resumed = build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    assert fits == [1, 2]
+    assert_equal(whole, resumed, tmp_path)
+    assert resumed.build == whole.build
+
+
+@pytest.mark.parametrize("change", ["dtype", "version", "config"])
+def test_what_another_build_left_is_not_used(
+    tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch, change
+):
+    output, config = tmp_path / "clusters", CONFIG
+    interrupted(monkeypatch, tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    if change == "dtype":
+        tiny_model = tiny_model.to(torch.bfloat16)
+    elif change == "version":
+        monkeypatch.setattr(build, "__version__", "99.0")
+    else:
+        config = BuildConfig(**(CONFIG.resolved().record() | {"verify": False}))
+    fits = count_fits(monkeypatch)
+    build_clusters(tiny_model, tiny_tokenizer, [text], config, output=output)
+    assert fits == [0, 1, 2]
+
+
+def test_layers_with_and_without_fisher_weights_do_not_mix(
+    tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch
+):
+    """More memory on the second try: the first one's layers were fitted by norms."""
+    output = tmp_path / "clusters"
+
+    def no_memory(*unused, **options):
+        raise build.NoBackwardPassError("no memory")
+
+    arguments = (monkeypatch, tiny_model, tiny_tokenizer, [text], CONFIG)
+    with monkeypatch.context() as patch:
+        patch.setattr(build, "fisher_weights", no_memory)
+        with pytest.warns(UserWarning, match="no memory"):
+            interrupted(*arguments, output=output)
+    resumed = build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    whole = build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
+    assert_equal(whole, resumed, tmp_path)
+    assert "fallback" not in resumed.build
+
+
+def test_offloaded_weights_are_refused(tiny_model, tiny_tokenizer, text):
+    tiny_model.model.layers[1].mlp.up_proj.to("meta")
+    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*offloaded"):
+        build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
+
+
+def test_work_is_kept_until_the_artifact_is_whole(
+    tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch
+):
+    output = tmp_path / "clusters"
+
+    def fail(self, folder):
+        raise OSError("no room")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ClusterSet, "save_pretrained", fail)
+        with pytest.raises(OSError, match="no room"):
+            build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    fits = count_fits(monkeypatch)
+    build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG, output=output)
+    assert fits == []
+    assert not (output / ".build").exists()
+    assert len(ClusterSet.from_pretrained(output).layers) == 3
