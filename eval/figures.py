@@ -109,6 +109,7 @@ ABLATION = {
         },
         least=1,
     ),
+    "model?": str,
     "host": HOST,
 }
 PAPER = {
@@ -122,6 +123,7 @@ PAPER = {
         },
         least=1,
     ),
+    "model?": str,
     "host": HOST,
 }
 TASKS = {
@@ -134,6 +136,7 @@ TASKS = {
             **dict.fromkeys(("dense", "dense_error", "sparse", "sparse_error"), _MAYBE),
         }
     ),
+    "model?": str,
     "host": HOST,
 }
 _VARIANTS = ("dense", "dense_fast", "sparse", "sparse_fast")
