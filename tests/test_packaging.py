@@ -143,7 +143,7 @@ clusters = random_cluster_set(model, 0.4)
 sparsify(model, clusters)
 with torch.inference_mode():
     model(torch.tensor([[3]]))
-assert sum(int(m.cluster_counts.sum()) + int(m.dense_token_count) for m in sparse_modules(model)) == 3
+assert sum(int(m.cluster_counts.sum()) + int(m.dense_counts.sum()) for m in sparse_modules(model)) == 3
 with pytest.raises(BackendUnavailableError, match="cannot be imported .*; pip install triton"):
     sparsify(make_tiny_model(), clusters, backend="triton")
 """
