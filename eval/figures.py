@@ -111,6 +111,7 @@ ABLATION = {
         },
         least=1,
     ),
+    "model?": str,
     "host": HOST,
 }
 PAPER = {
@@ -124,6 +125,7 @@ PAPER = {
         },
         least=1,
     ),
+    "model?": str,
     "host": HOST,
 }
 TASKS = {
@@ -136,6 +138,7 @@ TASKS = {
             **dict.fromkeys(("dense", "dense_error", "sparse", "sparse_error"), _MAYBE),
         }
     ),
+    "model?": str,
     "host": HOST,
 }
 _VARIANTS = ("dense", "dense_fast", "sparse", "sparse_fast")

@@ -24,6 +24,7 @@ def test_wheel_holds_one_import_package(tmp_path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"sparse_runtime"}
     for module in ("cli/app", "kernels/op", "clusters/awc", "predictors/routers", "eval/quality"):
         assert f"sparse_runtime/{module}.py" in names
+    assert "sparse_runtime/eval/report_page.html" in names
 
     target = tmp_path / "site"
     subprocess.run(

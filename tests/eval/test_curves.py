@@ -186,7 +186,7 @@ def test_command(run, clusters, tmp_path, monkeypatch):
     assert figures["host"]["threads"] == torch.get_num_threads()
 
     # In a narrow terminal no column is squeezed away; some are left to --json.
-    monkeypatch.setattr(cli.out, "width", 80)
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 80)
     code, out, err, _ = run("--budgets", "0.5", "--no-verify")
     assert code == 0, err
     (line,) = (line for line in out.splitlines() if line.startswith("│ clusters"))
