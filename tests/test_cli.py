@@ -29,7 +29,8 @@ def built(run, tiny_folder, text, tmp_path):
 
 def build_command(model, text, folder, *options):
     command = ["build", model, "-o", folder, "--data", text, "--clusters", 8, "--window", 64]
-    command += ["--distill", 4, "--correction-rank", 3]
+    if "awc-paper" not in options:
+        command += ["--distill", 4, "--correction-rank", 3]
     return [*command, "--router", 2, "--budget", 0.7, "--dtype", "float32", *options]
 
 

@@ -262,14 +262,15 @@ class _Training:
         for name, parameter in self._named.items():
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+        history = {
+            "divergence": self.history.divergence,
+            "held_out": self.history.held_out,
+            "norms": self._norms,
+        }
         write_tensors(
             file,
             {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()},
-            {
-                "divergence": json.dumps(self.history.divergence),
-                "held_out": json.dumps(self.history.held_out),
-                "norms": json.dumps(self._norms),
-            },
+            {"history": json.dumps(history)},
         )
 
     def load(self, file: Path | None) -> None:
@@ -277,13 +278,12 @@ class _Training:
         if file is None or not file.exists():
             return
         with safe_open(file, framework="pt") as reader:
-            metadata = reader.metadata()
+            history = json.loads(reader.metadata()["history"])
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118
-        self._norms = json.loads(metadata["norms"])
-        held_out = json.loads(metadata["held_out"])
+        self._norms = history["norms"]
         self.history = TuningHistory(
-            json.loads(metadata["divergence"]),
-            {int(step): value for step, value in held_out.items()},
+            history["divergence"],
+            {int(step): value for step, value in history["held_out"].items()},
         )
         with torch.no_grad():
             for name, parameter in self._named.items():

@@ -135,7 +135,7 @@ def test_work_is_kept_until_the_artifact_is_whole(
 ):
     output = tmp_path / "clusters"
 
-    def fail(self, folder):
+    def fail(self, folder, **options):
         raise OSError("no room")
 
     with monkeypatch.context() as patch:

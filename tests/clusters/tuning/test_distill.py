@@ -195,7 +195,8 @@ def test_the_correction_is_added(tiny_model, clusters):
                 for index, layer in cut.layers.items()
             }
             sparsify(tiny_model, replace(cut, layers=layers), backend=backend, prefill="sparse")
-            outputs.append(sparse_modules(tiny_model)[1](x))
+            with torch.inference_mode():
+                outputs.append(sparse_modules(tiny_model)[1](x))
             share = cost_report(tiny_model).cost_share
             unsparsify(tiny_model)
             outputs.append(share)
@@ -228,9 +229,9 @@ def test_loop_weights_are_what_restoring_a_layer_is_worth(tiny_model, clusters, 
         def give_back(module, arguments, output, index=index, left_out=left_out):
             x = arguments[0].reshape(-1, 32)
             h = importance_scorer(layers[index]).activations(x)
-            chosen = unpack_bits(module.active_sets, 44)[module.route(x)]
+            chosen = unpack_bits(module.tables.active_sets, 44)[module.cluster_ids(x)]
             left_out.append((h.square() * ~chosen).sum(-1).mean().item())
-            return output + give_back.share * (layers[index].mlp(arguments[0]) - output)
+            return output + give_back.share * (module.dense(arguments[0]) - output)
 
         handle = module.register_forward_hook(give_back)
         values = []
