@@ -209,6 +209,7 @@ def test_activations_keep_nan(isa):
         y = ops.cpu_dense_ffn(x, ones, ones, ones, activation)
         assert y[0].isnan()
         assert y[1].isfinite()
+        assert ops.cpu_dense_ffn(x[1:], ones * torch.nan, ones, ones, activation).isnan()
 
 
 @pytest.mark.parametrize("n", [1, 30])
