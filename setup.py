@@ -52,10 +52,7 @@ X86_FILES = {
     "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
 }
 ARM_FILES: dict[str, list[str]] = {"isa_neon.cpp": []}
-# The inner loops, included by each isa_*.cpp, and the rest.
-LOOPS = ("activations", "blocks", "dot", "down", "look", "loops", "output")
-HEADERS = ("arguments", "avx512", "checks", "dispatch", "ffn", "kernels", "parallel", "pass")
-HEADERS += (*LOOPS, "scalar", "scratch", "sizes", "tokens")
+HEADERS = sorted(path.name for path in (Path(__file__).parent / SOURCES).glob("*.h"))
 
 
 def files_of_machine(machine: str) -> dict[str, list[str]]:
@@ -157,7 +154,7 @@ setup(
         Extension(
             LIBRARY,
             sources=[f"{SOURCES}/{name}" for name in COMMON_FILES | X86_FILES | ARM_FILES],
-            depends=[f"{SOURCES}/{name}.h" for name in HEADERS],
+            depends=[f"{SOURCES}/{name}" for name in HEADERS],
             optional=os.environ.get("SPARSE_RUNTIME_REQUIRE_LIBRARY") != "1",
         )
     ],

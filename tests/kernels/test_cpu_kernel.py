@@ -209,6 +209,7 @@ def test_activations_keep_nan(isa):
         y = ops.cpu_dense_ffn(x, ones, ones, ones, activation)
         assert y[0].isnan()
         assert y[1].isfinite()
+        assert ops.cpu_dense_ffn(x[1:], ones * torch.nan, ones, ones, activation).isnan()
 
 
 @pytest.mark.parametrize("n", [1, 30])
@@ -235,6 +236,8 @@ def test_nothing_to_compute(isa):
     assert torch.equal(ops.cpu_dense_ffn(x, *none, "silu"), torch.zeros(3, 24))
     y = ops.cpu_sparse_ffn(x[:, :0], *[w[:, :0] for w in weights], sets, ids, "silu")
     assert y.shape == (3, 0)
+    nowhere, no_weight = torch.empty(3, 0).bfloat16(), torch.empty(50, 0).bfloat16()
+    assert ops.cpu_dense_ffn(nowhere, no_weight, no_weight, no_weight, "silu").shape == (3, 0)
     assert ops.cpu_linear(x, torch.zeros(0, 24), None).shape == (3, 0)
     assert torch.equal(ops.cpu_linear(x[:, :0], torch.zeros(4, 0), None), torch.zeros(3, 4))
 

@@ -3,14 +3,14 @@
 #include "avx512.h"
 
 // Pairs are (element, next element) in memory order for both operands, so tokens are packed by
-// copying. Two chains, as in the generic version.
+// copying; tokens without elements may have no address. Two chains, as in the generic version.
 #define SPARSE_FFN_DOT_BF16                                                               \
   template <>                                                                             \
   struct Dot<bf16> {                                                                      \
     using X = bf16;                                                                       \
     using W = __m512i;                                                                    \
     static void pack(const bf16* source, int64_t length, X* packed) {                     \
-      memcpy(packed, source, size_t(length) * sizeof(bf16));                              \
+      if (length > 0) memcpy(packed, source, size_t(length) * sizeof(bf16));              \
       memset(packed + length, 0, size_t(round_up(length, kBlock) - length) * sizeof(bf16)); \
     }                                                                                     \
     static inline W weights(const bf16* p) { return _mm512_loadu_si512(p); }              \
