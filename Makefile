@@ -66,7 +66,7 @@ bench: $(STAMP)
 		--json runs/bench/demo-no-looks.json
 	$(BIN)/sparse-runtime bench --shape mistral-7b --density 0.5,0.3 --repeats 3 --new-tokens 8 \
 		--json runs/bench/mistral-7b.json
-	$(BIN)/python -m sparse_runtime.eval.bench_report docs/benchmarks/cpu.md \
+	$(BIN)/python -m sparse_runtime.eval.report.bench_markdown docs/benchmarks/cpu.md \
 		runs/bench/demo.json runs/bench/demo-no-looks.json runs/bench/mistral-7b.json
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
@@ -76,7 +76,7 @@ bench-gpu: $(STAMP)
 	$(BIN)/sparse-runtime tune --shape mistral-7b
 	$(BIN)/sparse-runtime bench --shape mistral-7b --device cuda --density 0.3,0.5,0.7,1.0 \
 		--batches 1,2,4,8,16,32,64 --new-tokens 32 --repeats 20 --json runs/bench/gpu.json
-	$(BIN)/python -m sparse_runtime.eval.gpu_report docs/benchmarks/gpu.md runs/bench/gpu.json
+	$(BIN)/python -m sparse_runtime.eval.report.gpu_markdown docs/benchmarks/gpu.md runs/bench/gpu.json
 
 # Every quality figure of README and docs/benchmarks/quality.md, and a page of plots, from nothing.
 # An artifact that is there already is used again.
@@ -100,7 +100,7 @@ report: $(STAMP)
 		--limit 100 --json $(REPORT)/tasks.json
 	$(BIN)/sparse-runtime bench demo --clusters $(REPORT)/clusters --json $(REPORT)/bench.json
 	$(BIN)/sparse-runtime report $(REPORT)
-	$(BIN)/python -m sparse_runtime.eval.quality_markdown $(REPORT) docs/benchmarks/quality.md \
+	$(BIN)/python -m sparse_runtime.eval.report.quality_markdown $(REPORT) docs/benchmarks/quality.md \
 		README.md
 
 # docs/benchmarks/coverage.md: the paper's clusters and those it compares with. An hour or more; the next
@@ -109,7 +109,7 @@ report-paper: $(STAMP)
 	mkdir -p $(REPORT)
 	$(BIN)/sparse-runtime paper demo $(CALIBRATION) --test $(TEST) --layers 0,14,29 --compare \
 		--clusters 256,512,1024,2048,4096,8192 --json $(REPORT)/paper.json
-	$(BIN)/python -m sparse_runtime.eval.coverage_markdown $(REPORT)/paper.json \
+	$(BIN)/python -m sparse_runtime.eval.report.coverage_markdown $(REPORT)/paper.json \
 		docs/benchmarks/coverage.md
 
 # The same page in minutes, of a small artifact and little text, both out of Python itself.

@@ -29,8 +29,8 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-SOURCES = "sparse_runtime/kernels/csrc"
-LIBRARY = "sparse_runtime.kernels.libsparse_ffn_cpu"
+SOURCES = "sparse_runtime/kernels/cpu/csrc"
+LIBRARY = "sparse_runtime.kernels.cpu.libsparse_ffn_cpu"
 # The oldest torch that the library loads in: 2.10, the first with parallel_for in the stable ABI.
 TORCH_TARGET_VERSION = "0x020a000000000000"
 FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-DNDEBUG"]

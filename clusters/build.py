@@ -20,13 +20,10 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.format import WORK_FOLDER
-from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.clusters.awc import Clustering
-from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.context import BuildContext, timed
@@ -41,6 +38,7 @@ from sparse_runtime.clusters.layer_build import (
     uncut_layer,
 )
 from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
+from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.router_choice import choose_router
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.text import (
@@ -51,6 +49,8 @@ from sparse_runtime.clusters.text import (
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
 from sparse_runtime.errors import DataError, ModelError
+from sparse_runtime.files import write_json, write_tensors
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 from sparse_runtime.version import __version__

@@ -18,10 +18,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.atomic import write_json, write_tensors
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, OutputFolderError
+from sparse_runtime.files import write_json, write_tensors
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
+from sparse_runtime.models.ffn_layers import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
 

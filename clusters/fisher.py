@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, SparseRuntimeError
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # A window's sum of squared gradients counts up to so many times the median window's.

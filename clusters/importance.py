@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
 #: |h_i|·w_i with the loss's sensitivity w_i (``clusters/fisher.py``). ``binary``: whether the norm

@@ -11,11 +11,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.artifact.layer_clusters import LayerClusters
-from sparse_runtime.atomic import write_tensors
-from sparse_runtime.bitmaps import pack_bits, union, unpack_bits
 from sparse_runtime.clusters.awc import (
     Clustering,
     best_sets,
@@ -24,8 +21,6 @@ from sparse_runtime.clusters.awc import (
     fit_awc,
     top_sets,
 )
-from sparse_runtime.clusters.awc_paper import AWCPaperConfig, fit_awc_paper
-from sparse_runtime.clusters.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import (
     chunk_slices,
@@ -33,6 +28,11 @@ from sparse_runtime.clusters.importance import (
 )
 from sparse_runtime.clusters.layer_data import LayerData, packed_patterns, set_size_for
 from sparse_runtime.clusters.metrics import SetScorer
+from sparse_runtime.clusters.paper.awc_paper import AWCPaperConfig, fit_awc_paper
+from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
+from sparse_runtime.files import write_tensors
+from sparse_runtime.kernels.bitmaps import pack_bits, union, unpack_bits
+from sparse_runtime.models.ffn_layers import FFNLayer
 from sparse_runtime.predictors import Router, new_router
 from sparse_runtime.predictors.training import (
     RouterTraining,

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer
-from sparse_runtime.bitmaps import pack_bits
-from sparse_runtime.clusters.binary_patterns import PackedPatterns, percentile_threshold
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
+from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns, percentile_threshold
 from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.bitmaps import pack_bits
+from sparse_runtime.models.ffn_layers import FFNLayer
 
 _CHUNK_TOKENS = 4096
 

@@ -8,11 +8,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.artifact.bands import cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import price_for
-from sparse_runtime.atomic import write_json
 from sparse_runtime.clusters.awc import top_sets
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.context import BuildContext
@@ -27,6 +25,8 @@ from sparse_runtime.clusters.layer_data import layer_cost, set_size_for
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.files import write_json
+from sparse_runtime.models.ffn_layers import FFNLayer
 from sparse_runtime.predictors import Router
 from sparse_runtime.predictors.training import route
 

@@ -16,8 +16,8 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.format import CONFIG_FILE
 from sparse_runtime.clusters import BuildConfig, build_clusters
 from sparse_runtime.clusters.text import parse_source, token_stream
-from sparse_runtime.eval.host import host_record
-from sparse_runtime.eval.quality import evaluate_quality
+from sparse_runtime.eval.latency.host import host_record
+from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
 from sparse_runtime.models import load_model
 from sparse_runtime.progress import ProgressReporter
 

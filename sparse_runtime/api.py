@@ -11,7 +11,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
@@ -28,6 +27,7 @@ from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import only_moves_inputs
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 

@@ -13,7 +13,7 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.kernels.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
 
 #: Neurons of one token, or of each of several.

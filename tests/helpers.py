@@ -5,7 +5,7 @@ from transformers import MistralConfig, MistralForCausalLM
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.artifact.bands import LayerCentroids
-from sparse_runtime.eval.shapes import random_clusters
+from sparse_runtime.eval.latency.shapes import random_clusters
 
 
 def make_tiny_model(**changes):

@@ -17,7 +17,7 @@ from transformers import DynamicCache, StaticCache
 
 from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.shapes import random_clusters, random_model
+from sparse_runtime.eval.latency.shapes import random_clusters, random_model
 from sparse_runtime.kernels import load_cpu_library
 
 pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")

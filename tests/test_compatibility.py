@@ -24,7 +24,7 @@ from torch import nn
 
 from sparse_runtime import cost_report, fast_linear, reset_cost, sparsify, unsparsify
 from sparse_runtime.errors import BackendUnavailableError, SparseRuntimeError
-from sparse_runtime.eval.shapes import random_clusters
+from sparse_runtime.eval.latency.shapes import random_clusters
 from sparse_runtime.kernels import load_cpu_library
 
 pytestmark = [

@@ -10,8 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from sparse_runtime.atomic import (
+from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.files import (
     atomic_path,
+    cache_folder,
     copy_file,
     is_temporary,
     remove_leftovers,
@@ -19,8 +21,6 @@ from sparse_runtime.atomic import (
     write_tensors,
     write_text,
 )
-from sparse_runtime.errors import OutputFolderError
-from sparse_runtime.user_cache import cache_folder
 
 
 def test_threads_that_write_one_path_never_tear_it(tmp_path):
@@ -120,7 +120,7 @@ def test_cache_folder(monkeypatch, tmp_path):
 
 def test_writers_in_several_processes(tmp_path):
     code = (
-        "import sys; from pathlib import Path; from sparse_runtime.atomic import write_text\n"
+        "import sys; from pathlib import Path; from sparse_runtime.files import write_text\n"
         "for n in range(50): write_text(Path(sys.argv[1]), sys.argv[2] * 9999)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "shared")]

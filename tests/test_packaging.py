@@ -24,7 +24,7 @@ def test_wheel_holds_one_import_package(tmp_path):
     assert {name for name in top if not name.endswith(".dist-info")} == {"sparse_runtime"}
     for module in ("cli/app", "kernels/op", "clusters/awc", "predictors/routers", "eval/quality"):
         assert f"sparse_runtime/{module}.py" in names
-    assert "sparse_runtime/eval/report_page.html" in names
+    assert "sparse_runtime/eval/report/page.html" in names
 
     target = tmp_path / "site"
     subprocess.run(
@@ -32,7 +32,8 @@ def test_wheel_holds_one_import_package(tmp_path):
         check=True,
     )
     code = (
-        "import sparse_runtime, sparse_runtime.clusters, sparse_runtime.eval.quality as q; "
+        "import sparse_runtime, sparse_runtime.clusters; "
+        "import sparse_runtime.eval.quality.artifact_quality as q; "
         "print(sparse_runtime.__file__, q.__file__)"
     )
     result = subprocess.run(
@@ -66,7 +67,7 @@ def test_make_wheel(tmp_path):
     assert f"Tag: py3-none-{platform_tag}" in metadata
     assert "Root-Is-Purelib: false" in metadata
     libraries = [name for name in archive.namelist() if ".so" in name]
-    assert libraries == ["sparse_runtime/kernels/libsparse_ffn_cpu.so"]
+    assert libraries == ["sparse_runtime/kernels/cpu/libsparse_ffn_cpu.so"]
     assert not [name for name in archive.namelist() if "csrc" in name or ".libs/" in name]
 
     target = tmp_path / "site"
@@ -75,7 +76,8 @@ def test_make_wheel(tmp_path):
         check=True,
     )
     code = (
-        "import torch; from sparse_runtime.kernels import cpu; assert cpu.load_cpu_library(); "
+        "import torch; from sparse_runtime.kernels.cpu import library as cpu; "
+        "assert cpu.load_cpu_library(); "
         "ones = torch.ones(2, 8); ops = torch.ops.sparse_runtime; "
         "assert torch.equal(ops.cpu_linear(ones, ones, None), torch.full((2, 2), 8.0)); "
         "print(cpu.LIBRARY, ops.cpu_isa())"
@@ -137,7 +139,7 @@ import pytest, torch
 from helpers import make_tiny_model, random_cluster_set
 from sparse_runtime import sparsify, sparse_modules
 from sparse_runtime.errors import BackendUnavailableError
-import sparse_runtime.cli, sparse_runtime.eval.latency, sparse_runtime.eval.report
+import sparse_runtime.cli, sparse_runtime.eval.latency.bench, sparse_runtime.eval.report.page
 model = make_tiny_model()
 clusters = random_cluster_set(model, 0.4)
 sparsify(model, clusters)

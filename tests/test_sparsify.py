@@ -21,7 +21,6 @@ from sparse_runtime import (
     sparsify,
     unsparsify,
 )
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.errors import (
     AlreadySparseError,
     BackendUnavailableError,
@@ -32,6 +31,7 @@ from sparse_runtime.errors import (
     UnsupportedArchitectureError,
 )
 from sparse_runtime.kernels import backends, load_cpu_library
+from sparse_runtime.kernels.bitmaps import set_sizes
 
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 
@@ -412,7 +412,7 @@ def test_resident_memory_grows_by_the_router_only():
         from helpers import make_tiny_model
         from helpers import random_cluster_set
         from sparse_runtime import sparsify, unsparsify
-        from sparse_runtime.eval.latency import _resident_mib
+        from sparse_runtime.eval.latency.bench import _resident_mib
 
         model = make_tiny_model(hidden_size=1024, intermediate_size=8192, num_hidden_layers=8)
         clusters = random_cluster_set(model, 0.5)

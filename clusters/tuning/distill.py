@@ -24,7 +24,6 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.atomic import write_tensors
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.tuning.student import (
     DenseStates,
@@ -33,6 +32,7 @@ from sparse_runtime.clusters.tuning.student import (
     measure_scales,
     students,
 )
+from sparse_runtime.files import write_tensors
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 #: Steps between two looks at the held-out windows; the state is written to disk then.

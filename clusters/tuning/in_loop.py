@@ -14,7 +14,6 @@ from torch import Tensor
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.atomic import write_json
 from sparse_runtime.clusters.context import BuildContext, timed
 from sparse_runtime.clusters.tuning.distill import (
     Distillation,
@@ -25,6 +24,7 @@ from sparse_runtime.clusters.tuning.distill import (
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import DenseStates
 from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.files import write_json
 from sparse_runtime.progress import ProgressReporter
 
 #: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.layer_clusters import LayerClusters
-from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.kernels import router_logits
+from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
 DenseStates = Callable[[Tensor], Tensor]

@@ -50,18 +50,18 @@ from sparse_runtime.artifact.layer_clusters import (
     layer_from_tensors,
     layer_tensors,
 )
-from sparse_runtime.atomic import (
-    copy_file,
-    remove_leftovers,
-    write_json,
-    write_tensors,
-)
 from sparse_runtime.errors import (
     ArtifactError,
     ConfigError,
     FingerprintMismatchError,
     NothingMatchedError,
     OutputFolderError,
+)
+from sparse_runtime.files import (
+    copy_file,
+    remove_leftovers,
+    write_json,
+    write_tensors,
 )
 from sparse_runtime.models.fingerprint import fingerprint_mismatch
 from sparse_runtime.printable import printable, shown

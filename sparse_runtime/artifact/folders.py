@@ -10,8 +10,8 @@ from typing import Any
 from huggingface_hub import snapshot_download
 
 from sparse_runtime.artifact.format import CONFIG_FILE, FILES, FORMAT, WORK_FOLDER
-from sparse_runtime.atomic import is_temporary
 from sparse_runtime.errors import ArtifactError, OutputFolderError
+from sparse_runtime.files import is_temporary
 from sparse_runtime.hub import hub_failure, why_a_path
 from sparse_runtime.printable import printable
 

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.artifact.format import TENSORS, TensorKey
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cost import router_parameter_count
+from sparse_runtime.kernels.bitmaps import set_sizes
 
 
 @dataclass(repr=False)

@@ -10,13 +10,13 @@ from numbers import Real
 import torch
 from torch import nn
 
-from sparse_runtime.architectures import FFNLayer, find_ffn_layers
 from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
-from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.bitmaps import pack_bits
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17

@@ -96,12 +96,12 @@ def bench(
         artifacts = [artifact]
     record = {"model": shape or model, "clusters": clusters, "budget": budget, "verify": verify}
     if (device or "cpu").startswith("cpu"):
-        from sparse_runtime.eval.latency import bench as bench_cpu
+        from sparse_runtime.eval.latency.bench import bench as bench_cpu
 
         figures = bench_cpu(loaded, artifacts, batches=sizes, **options)
         print_bench(shape or str(model), figures)
     else:
-        from sparse_runtime.eval.gpu_latency import bench_gpu
+        from sparse_runtime.eval.latency.gpu import bench_gpu
 
         figures = bench_gpu(loaded.to(device), artifacts, batches=sizes or [1, 8], **options)
         title = f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s"
@@ -114,7 +114,7 @@ def _of_shape(
     shape: str, layers: int | None, densities: Sequence[float], dtype: torch.dtype, *, looks: bool
 ) -> tuple[Any, list[ClusterSet]]:
     """A model with random weights, and random clusters of several densities."""
-    from sparse_runtime.eval.shapes import random_clusters, random_model
+    from sparse_runtime.eval.latency.shapes import random_clusters, random_model
 
     model = random_model(shape, layers=layers, dtype=dtype)
     return model, [
@@ -155,7 +155,7 @@ def tune(
     json_file: JsonOption = None,
 ) -> None:
     """Measure block sizes of the GPU kernels for this card and shape; kept in the user's cache."""
-    from sparse_runtime.eval.shapes import random_clusters, random_model
+    from sparse_runtime.eval.latency.shapes import random_clusters, random_model
 
     if (shape is None) == (model is None) or (model is None) != (clusters is None):
         raise ConfigError("give MODEL and --clusters DIR, or --shape")
@@ -170,7 +170,7 @@ def tune(
     else:
         loaded, _ = load_model(str(model), dtype=parse_dtype(dtype), device=device)
         artifact = ClusterSet.from_pretrained(str(clusters))
-    from sparse_runtime.eval.gpu_tuning import tune as run_tune
+    from sparse_runtime.eval.latency.gpu_tuning import tune as run_tune
 
     sparsify(loaded, artifact, backend="triton", prefill="sparse")
     result = run_tune(sparse_modules(loaded)[:layers], progress=RichProgress(err))

@@ -33,7 +33,7 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
-    from sparse_runtime.eval.curves import Protocol
+    from sparse_runtime.eval.quality.curves import Protocol
 
 _CALIBRATION_TOKENS = 16_384
 
@@ -93,9 +93,9 @@ def evaluate(
     json_file: JsonOption = None,
 ) -> None:
     """Distance from the dense model and coverage on held-out text, all tokens sparse after a prompt."""
-    from sparse_runtime.eval.curves import Protocol
-    from sparse_runtime.eval.host import host_record
-    from sparse_runtime.eval.perplexity import check_windows
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.quality.curves import Protocol
+    from sparse_runtime.eval.quality.perplexity import check_windows
 
     check_windows(window, stride or window, prompt_tokens)
     shares = None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE)
@@ -153,7 +153,7 @@ def _check_options(
 def _check_names(baselines: Sequence[str], sources: Sequence[str]) -> None:
     """Refuse wrong names before the model is loaded. Raises ConfigError."""
     from sparse_runtime.clusters.text import parse_source
-    from sparse_runtime.eval.baselines import named_baselines
+    from sparse_runtime.eval.baselines.registry import named_baselines
 
     named_baselines(baselines)
     for source in sources:
@@ -164,7 +164,7 @@ def _quality(
     model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], protocol: Protocol
 ) -> dict[str, Any]:
     """Figures of an artifact as it is; those of further texts under ``others``."""
-    from sparse_runtime.eval.quality import evaluate_quality
+    from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
 
     results = []
     for source, tokens in texts:
@@ -187,7 +187,7 @@ def _curves(
     model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], **options: Any
 ) -> dict[str, Any]:
     """Figures over budgets and methods."""
-    from sparse_runtime.eval.curves import evaluate_curves
+    from sparse_runtime.eval.quality.curves import evaluate_curves
 
     curves = evaluate_curves(model, artifact, texts, **options)
     print_curves(curves)
@@ -203,7 +203,7 @@ def _calibration(
     model: Any,
 ) -> tuple[Tensor, dict[str, Any]]:
     """Windows that baselines are fitted on, and their record; says if they are not the artifact's."""
-    from sparse_runtime.eval.curves import baseline_calibration
+    from sparse_runtime.eval.quality.curves import baseline_calibration
 
     text, reason = baseline_calibration(
         artifact, specs, tokenizer, max_tokens=max_tokens, window=window, model=model

@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.atomic import write_json
 from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.files import write_json
 
 
 def check_output_file(path: Path | None) -> Path | None:

@@ -178,7 +178,7 @@ def generate_text(
         the layers, ``dense_reasons`` (reason -> such tokens); and
         ``nothing_sparse``: why no token of the sparse variant ran sparse, None if one did.
     """
-    from sparse_runtime.eval.timing import TokenClock
+    from sparse_runtime.eval.latency.timing import TokenClock
 
     sampling: dict[str, Any] = {"do_sample": False}
     if temperature > 0:

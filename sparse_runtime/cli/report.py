@@ -8,7 +8,6 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from sparse_runtime.atomic import write_json
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import (
     check_output_file,
@@ -19,6 +18,7 @@ from sparse_runtime.cli.generate import encode_prompt, generate_text
 from sparse_runtime.cli.options import JsonOption, resolve_dtype
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.tables import print_quality
+from sparse_runtime.files import write_json
 
 
 def report(
@@ -42,8 +42,8 @@ def report(
     ] = None,
 ) -> None:
     """One self-contained HTML page with tables and plots; every plot as PNG and SVG beside it."""
-    from sparse_runtime.eval.report import FIGURES_FOLDER, write_report
-    from sparse_runtime.eval.run_folder import RunFolder
+    from sparse_runtime.eval.report.page import FIGURES_FOLDER, write_report
+    from sparse_runtime.eval.report.run_folder import RunFolder
 
     page = output or folder / "report.html"
     check_output_folder(page.parent / FIGURES_FOLDER)

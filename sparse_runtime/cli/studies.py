@@ -74,8 +74,8 @@ def paper(
     json_file: JsonOption = None,
 ) -> None:
     """Reproduce the AWC paper's figures; evaluation only, nothing is saved or skipped."""
-    from sparse_runtime.eval.host import host_record
-    from sparse_runtime.eval.paper import paper_coverage, paper_perplexity
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.paper.tables import paper_coverage, paper_perplexity
 
     counts, shares = (
         parse_numbers("--clusters", clusters, int, POSITIVE),
@@ -154,8 +154,8 @@ def ablate(
     json_file: JsonOption = None,
 ) -> None:
     """Settings of the clustering, one changed at a time, by coverage on held-out text."""
-    from sparse_runtime.eval.ablation import Grid, ablate
-    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.studies.ablation import Grid, ablate
 
     grid = Grid(
         clusters=tuple(parse_numbers("--clusters", clusters, int, POSITIVE)),
@@ -211,8 +211,8 @@ def ingredients(
     """What each ingredient of a build brings in the running model: alone, together, left out."""
     from sparse_runtime.clusters import BuildConfig
     from sparse_runtime.clusters.text import parse_source
-    from sparse_runtime.eval.host import host_record
-    from sparse_runtime.eval.ingredients import measure_ingredients
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.studies.ingredients import measure_ingredients
 
     config = BuildConfig(
         num_clusters=clusters,
@@ -265,8 +265,8 @@ def tasks(
     json_file: JsonOption = None,
 ) -> None:
     """Downstream tasks by lm-eval, every token sparse beside the dense model."""
-    from sparse_runtime.eval.downstream import evaluate_tasks
-    from sparse_runtime.eval.host import host_record
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.quality.downstream import evaluate_tasks
 
     artifact = ClusterSet.from_pretrained(clusters, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)

@@ -8,8 +8,8 @@ from typing import Any
 from rich.table import Table
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.cli.console import out
+from sparse_runtime.kernels.bitmaps import set_sizes
 from sparse_runtime.printable import markup
 
 

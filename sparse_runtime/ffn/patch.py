@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: Name of the ``SparseFFN`` in the FFN that it makes sparse.
 CHILD = "sparse_ffn"

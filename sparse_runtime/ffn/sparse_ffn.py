@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_runtime.architectures import FFNLayer
 from sparse_runtime.artifact.layer_clusters import LayerClusters
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
@@ -21,6 +19,7 @@ from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.projections import Seen, projection_problem
 from sparse_runtime.ffn.rule import DENSE_REASONS, TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
+from sparse_runtime.kernels.bitmaps import set_sizes
 from sparse_runtime.kernels.linear import needs_gradient
 from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.operands import (
@@ -31,6 +30,7 @@ from sparse_runtime.kernels.operands import (
     RouterWeights,
 )
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
+from sparse_runtime.models.ffn_layers import FFNLayer
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
@@ -386,8 +386,8 @@ class SparseFFN(nn.Module):
             )
         bound = config.max_sparse_tokens
         if self.backend == "triton":
-            from sparse_runtime.kernels.triton_config import config_for
-            from sparse_runtime.kernels.triton_ffn import num_counters
+            from sparse_runtime.kernels.triton.config import config_for
+            from sparse_runtime.kernels.triton.ffn import num_counters
 
             shape = (self.cost.hidden_size, self.cost.intermediate_size)
             bound = bound or config_for(device, *shape, dtype).max_tokens

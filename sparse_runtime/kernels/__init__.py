@@ -1,7 +1,7 @@
 """One operation, several backends."""
 
 from sparse_runtime.kernels.backends import BACKENDS, cpu_problem, resolve_backend
-from sparse_runtime.kernels.cpu import load_cpu_library
+from sparse_runtime.kernels.cpu.library import load_cpu_library
 from sparse_runtime.kernels.op import dense_ffn, routed_ffn, sparse_ffn
 from sparse_runtime.kernels.operands import (
     ClusterTables,

@@ -10,7 +10,7 @@ import warnings
 import torch
 
 from sparse_runtime.errors import BackendUnavailableError
-from sparse_runtime.kernels.cpu import LIBRARY, load_cpu_library
+from sparse_runtime.kernels.cpu.library import LIBRARY, load_cpu_library
 
 BACKENDS = ("auto", "cpu", "triton", "reference")
 #: What the kernels compute in.
@@ -80,7 +80,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in KERNEL_DTYPES:
         return _wrong_dtype(dtype)
     try:
-        module = importlib.import_module("sparse_runtime.kernels.triton_ffn")
+        module = importlib.import_module("sparse_runtime.kernels.triton.ffn")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
     if module.INTERPRETED:

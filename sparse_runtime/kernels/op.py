@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_runtime.bitmaps import packed_size
+from sparse_runtime.kernels.bitmaps import packed_size
 from sparse_runtime.kernels.low_bit import record_size
 from sparse_runtime.kernels.operands import (
     ClusterTables,
@@ -64,7 +64,7 @@ def sparse_ffn(
         raise ValueError(f"backend is {backend!r}; expected 'reference' or 'triton'")
     operation = torch.ops.sparse_runtime.sparse_ffn
     if backend == "triton":
-        from sparse_runtime.kernels import triton_ffn  # noqa: F401  (it registers the operation)
+        from sparse_runtime.kernels.triton import ffn as triton_ffn  # noqa: F401  (it registers the operation)
 
         operation = torch.ops.sparse_runtime.triton_sparse_ffn
     looks = tables.maybe_sets is not None

@@ -36,7 +36,7 @@ class ClusterTables:
     """Which neurons each cluster computes.
 
     Attributes:
-        active_sets: bitmaps [K, ⌈I/8⌉] uint8 (see :mod:`sparse_runtime.bitmaps`).
+        active_sets: bitmaps [K, ⌈I/8⌉] uint8 (see :mod:`sparse_runtime.kernels.bitmaps`).
         maybe_sets: bitmaps [K, ⌈I/8⌉] uint8 of the neurons that a look at their low-bit copies
             decides on, or None. Neurons that are in ``active_sets`` too are computed.
         factors: such a neuron is computed where |h̃|·factor > 1 [I] float32; None without

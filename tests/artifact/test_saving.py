@@ -297,7 +297,7 @@ class TestFormat1:
 
     @staticmethod
     def digest(model):
-        from sparse_runtime.architectures import find_ffn_layers
+        from sparse_runtime.models.ffn_layers import find_ffn_layers
         from sparse_runtime.models.fingerprint import _weights_sha256
 
         return _weights_sha256(find_ffn_layers(model))

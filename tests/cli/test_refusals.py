@@ -48,7 +48,7 @@ def nothing_loads(monkeypatch):
     for module in (build, evaluate, generate, studies, texts, bench):
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
-        monkeypatch.setattr(f"sparse_runtime.eval.shapes.{name}", loads)
+        monkeypatch.setattr(f"sparse_runtime.eval.latency.shapes.{name}", loads)
     monkeypatch.setattr(ClusterSet, "from_pretrained", loads)
 
 

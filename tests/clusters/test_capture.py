@@ -6,8 +6,8 @@ from collections import namedtuple
 import pytest
 import torch
 
-import sparse_runtime.atomic as atomic
 import sparse_runtime.clusters.capture as capture
+import sparse_runtime.files as atomic
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.errors import OutputFolderError
 

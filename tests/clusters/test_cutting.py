@@ -6,11 +6,11 @@ import pytest
 import torch
 
 from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
-from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.clusters import BuildConfig, build_clusters, fisher
 from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights, robust_mean
 from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.kernels.bitmaps import unpack_bits
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 
 def test_fisher_weights_match_autograd(tiny_model):

@@ -7,10 +7,10 @@ import torch
 from helpers import make_tiny_model
 
 from sparse_runtime import ClusterSet, SparseConfig, recut, sparsify, unsparsify
-from sparse_runtime.bitmaps import set_sizes
 from sparse_runtime.clusters import BuildConfig, build_clusters
 from sparse_runtime.clusters.fisher import fisher_weights
 from sparse_runtime.errors import ModelError
+from sparse_runtime.kernels.bitmaps import set_sizes
 from sparse_runtime.predictors.training import initial_router, route
 
 SMALL = {"num_clusters": 6, "budget": 0.7, "router": "2", "window": 50, "max_tokens": 2000}

@@ -6,13 +6,13 @@ import pytest
 import torch
 from helpers import random_centroids
 
-from sparse_runtime.architectures import find_ffn_layers
 from sparse_runtime.artifact.bands import cut_bands
 from sparse_runtime.clusters import BuildConfig, build_clusters, router_choice
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import FittedLayer
 from sparse_runtime.clusters.router_choice import priced_loss
 from sparse_runtime.cost import FFNCost
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.predictors import new_router
 
 PRICE = 0.02

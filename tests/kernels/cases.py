@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from sparse_runtime.bitmaps import pack_bits
 from sparse_runtime.kernels import ClusterTables, FFNWeights, sparse_ffn, sparse_ffn_reference
+from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.low_bit import dequantize_rows, quantize_rows, rounded_tokens
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 

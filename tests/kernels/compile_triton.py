@@ -12,8 +12,8 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_runtime.kernels import triton_kernels as kernels
-from sparse_runtime.kernels.triton_config import TritonConfig
+from sparse_runtime.kernels.triton import kernels
+from sparse_runtime.kernels.triton.config import TritonConfig
 
 CONFIG = TritonConfig()
 # What each parameter is, by name; the rest are pointers to weights.

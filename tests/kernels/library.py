@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from sparse_runtime.kernels.cpu import LIBRARY, load_cpu_library
+from sparse_runtime.kernels.cpu.library import LIBRARY, load_cpu_library
 
 __all__ = ["ISAS", "LIBRARY", "forced", "ops"]
 if not load_cpu_library():

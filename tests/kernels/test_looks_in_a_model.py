@@ -5,8 +5,8 @@ import torch
 from helpers import cuttable_cluster_set
 
 from sparse_runtime import SparseConfig, cost_report, recut, reset_cost, sparse_modules, sparsify
-from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels.bitmaps import unpack_bits
 
 BACKENDS = ["reference", *(["cpu"] if load_cpu_library() else [])]
 IDS = torch.randint(0, 250, (1, 5), generator=torch.Generator().manual_seed(0))

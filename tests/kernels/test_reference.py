@@ -4,7 +4,7 @@ import pytest
 import torch
 from kernels.cases import flat_sparse_ffn
 
-from sparse_runtime.bitmaps import pack_bits, set_sizes, unpack_bits
+from sparse_runtime.kernels.bitmaps import pack_bits, set_sizes, unpack_bits
 
 # Relative to the largest output. A sum of m products in a format with unit roundoff u errs by about
 # sqrt(m)·u of its terms' size; h and y are rounded once more each. m ≤ 200 here, so 16·u is safe for

@@ -8,7 +8,7 @@ import pytest
 import torch
 from kernels.library import forced, ops
 
-from sparse_runtime.bitmaps import pack_bits
+from sparse_runtime.kernels.bitmaps import pack_bits
 
 DENSITY = 0.3
 

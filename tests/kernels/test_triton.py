@@ -10,7 +10,7 @@ from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-triton_ffn = pytest.importorskip("sparse_runtime.kernels.triton_ffn")
+triton_ffn = pytest.importorskip("sparse_runtime.kernels.triton.ffn")
 if DEVICE == "cpu" and not triton_ffn.INTERPRETED:
     pytest.skip("no GPU, and TRITON_INTERPRET was not set", allow_module_level=True)
 

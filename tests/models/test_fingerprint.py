@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import make_tiny_model
 
-from sparse_runtime.architectures import find_ffn_layers
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import (
     SAMPLES_PER_MATRIX,
     _positions,

@@ -147,7 +147,7 @@ def test_eval_warns_of_text_that_was_built_on(
     def stop(*arguments, **options):
         raise DataError("as far as this test goes")
 
-    monkeypatch.setattr("sparse_runtime.eval.quality.evaluate_quality", stop)
+    monkeypatch.setattr("sparse_runtime.eval.quality.artifact_quality.evaluate_quality", stop)
     clusters = random_cluster_set(tiny_model, 0.5)
     sources = [DataSource(str(text))]
     data = calibration_windows(sources, tiny_tokenizer, max_tokens=2048, window=WINDOW).record
@@ -171,7 +171,7 @@ def test_ablate_judges_on_other_windows(monkeypatch, capsys, tiny_folder, text):
         seen["fitted"], seen["windows"] = fitted, windows
         raise DataError("seen")
 
-    monkeypatch.setattr("sparse_runtime.eval.ablation.ablate", ablate)
+    monkeypatch.setattr("sparse_runtime.eval.studies.ablation.ablate", ablate)
     common = ("ablate", tiny_folder, "--data", text, "--window", WINDOW, "--max-tokens", 1024,
               "--test-tokens", 320, "--dtype", "float32")  # fmt: skip
     assert run(monkeypatch, *common) == 1

@@ -8,8 +8,6 @@ import torch
 from helpers import make_tiny_model, random_centroids, random_cluster_set
 
 from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
-from sparse_runtime.architectures import find_ffn_layers
-from sparse_runtime.bitmaps import unpack_bits
 from sparse_runtime.clusters import tuning_line
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.tuning import distill as distillation
@@ -17,6 +15,8 @@ from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserv
 from sparse_runtime.clusters.tuning.in_loop import tune
 from sparse_runtime.clusters.tuning.loop_weights import _line, _measured, loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import divergence, measure_scales, students
+from sparse_runtime.kernels.bitmaps import unpack_bits
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import SilentProgress
 
 

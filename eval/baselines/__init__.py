@@ -1,0 +1,1 @@
+"""The opponents: other ways to choose neurons, at the same interface and cost."""

@@ -1,0 +1,1 @@
+"""Latency: FFNs alone, whole models, on CPUs and GPUs."""

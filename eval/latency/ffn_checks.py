@@ -1,0 +1,123 @@
+"""What the benchmarks of single FFNs share: tokens, the dense opponent, and a check of the outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.baselines.registry import captured_states
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.reference import (
+    ACTIVATION_FUNCTIONS,
+    add_compensation,
+    sparse_ffn_reference,
+)
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+
+# Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
+_TOLERANCE = 0.02
+_CHECKED_TOKENS = (1, 5)
+
+
+class DenseFFN:
+    """A dense FFN in torch's own layouts; a sparse model keeps down transposed.
+
+    Args:
+        gate: [I, H].
+        up: [I, H].
+        down: [H, I], in any layout; copied.
+        activation: its name.
+    """
+
+    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+        down = down.detach().clone(memory_format=torch.contiguous_format)
+        self.weights = (gate.detach(), up.detach(), down)
+        self.activation: Callable[[Tensor], Tensor] = ACTIVATION_FUNCTIONS[activation]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map hidden states [n, H] to outputs [n, H]."""
+        gate, up, down = self.weights
+        return F.linear(self.activation(F.linear(x, gate)) * F.linear(x, up), down)
+
+
+def own_states(
+    model: Any, clusters: Sequence[ClusterSet], input_ids: Tensor
+) -> dict[int, Tensor] | None:
+    """Hidden states that the FFNs of a dense model see of a text [1, n]; see :func:`ffn_inputs`.
+
+    None for random clusters: a random model's routers would send its states to a few clusters, and
+    confirm any share of them.
+    """
+    if any(artifact.build.get("method") == "random" for artifact in clusters):
+        return None
+    return ffn_inputs(model, input_ids)
+
+
+def ffn_inputs(model: Any, input_ids: Tensor) -> dict[int, Tensor]:
+    """Hidden states [n, H] that every FFN of a dense model sees of a text [1, n], by layer index."""
+    with captured_states(model, input_ids) as states:
+        return {
+            layer.index: states.layer(position, dtype=model.dtype)
+            for position, layer in enumerate(find_ffn_layers(model))
+        }
+
+
+def tokens_for(module: SparseFFN, count: int, states: Mapping[int, Tensor] | None = None) -> Tensor:
+    """Hidden states [count, H] for an FFN: of the model's own, or noise of the size a norm leaves."""
+    generator = torch.Generator().manual_seed(module.layer_index)
+    if states is not None:
+        x = drawn_tokens(states[module.layer_index], count, generator)
+    else:
+        x = torch.randn(count, module.cost.hidden_size, generator=generator)
+    return x.to(module.router.up)
+
+
+def drawn_tokens(states: Tensor, count: int, generator: torch.Generator) -> Tensor:
+    """Rows of states [n, H], each once as long as there are enough: [count, H]."""
+    order = torch.randperm(len(states), generator=generator)
+    return states[order.repeat(-(-count // len(order)))[:count]]
+
+
+def verify_outputs(
+    modules: Sequence[SparseFFN], run: Callable[[SparseFFN, Tensor], Tensor] | None = None
+) -> None:
+    """Compare FFNs with the reference before anything is timed, for one token and for several.
+
+    Args:
+        modules: the FFNs.
+        run: how they run, ``(module, hidden states [n, H]) -> outputs``; called if None.
+
+    Raises:
+        SparseRuntimeError: the outputs are not the same.
+    """
+    for module in modules:
+        for count in _CHECKED_TOKENS:
+            x = tokens_for(module, count)
+            with torch.inference_mode():
+                before = module.cluster_counts.clone()
+                found = (module(x) if run is None else run(module, x)).float()
+                picked = (module.cluster_counts - before).nonzero().flatten()
+                # Routing is compared elsewhere. Of noise, two clusters' logits may be as good as equal:
+                # for one token the counters tell which was picked, for several most must agree.
+                ids = module.cluster_ids(x) if count > 1 else picked[:1]
+                if len(picked) == 0:
+                    raise SparseRuntimeError(
+                        f"layer {module.layer_index}, {count} tokens: none ran sparse, so there is "
+                        "nothing to time; please report this"
+                    )
+                expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
+                expected = add_compensation(expected, x, ids, module.compensation)
+            errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
+            error = errors.median().item()
+            if not error < _TOLERANCE:
+                raise SparseRuntimeError(
+                    f"layer {module.layer_index}, {count} tokens: the sparse FFN is {error:.3f} "
+                    f"(relative) away from the reference; expected less than {_TOLERANCE}. Its speed "
+                    "means nothing; please report this"
+                )

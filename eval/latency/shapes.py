@@ -1,0 +1,147 @@
+"""Models of a known shape with random weights, for latency where no checkpoint is at hand."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from transformers import MistralConfig, MistralForCausalLM
+
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.cost import FFNCost
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.bitmaps import pack_bits
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.fingerprint import model_fingerprint
+
+SHAPES = {
+    "mistral-7b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "vocab_size": 32000,
+        "max_position_embeddings": 32768,
+        "sliding_window": None,
+    },
+    "smollm2-135m": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "vocab_size": 49152,
+        "max_position_embeddings": 8192,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def random_model(
+    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> nn.Module:
+    """Make a Mistral-class model of a known shape with random weights, in eval mode.
+
+    Weights repeat one random block of a million values: latency does not depend on them, and drawing
+    seven billion takes minutes.
+
+    Raises:
+        ConfigError: the shape is not known, or ``layers`` is out of range.
+    """
+    if shape not in SHAPES:
+        raise ConfigError(f"shape is {shape!r}; expected one of {', '.join(SHAPES)}")
+    fields = dict(SHAPES[shape])
+    if layers is not None:
+        if layers < 1:
+            raise ConfigError(f"layers is {layers}; expected 1 or more")
+        fields["num_hidden_layers"] = layers
+    with torch.device("meta"):
+        model = MistralForCausalLM(MistralConfig(**fields)).to(dtype)
+    model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
+    # to_empty leaves buffers unset too; the rotary frequencies are recomputed from the config.
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
+    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+                continue
+            scale = parameter.shape[-1] ** -0.5
+            _fill(parameter, (block * scale).to(dtype))
+    return model
+
+
+def random_clusters(
+    model: nn.Module,
+    *,
+    density: float,
+    looked: float = 0.0,
+    confirmed: float = 0.4,
+    num_clusters: int = 256,
+    rank: int = 128,
+    seed: int = 0,
+) -> ClusterSet:
+    """Random sets of one density and random low-rank routers for a model.
+
+    Args:
+        model: the model.
+        density: bytes of the neurons that a token reads, looks included, over those of all neurons.
+        looked: share of neurons that it looks at first.
+        confirmed: share of these that are then computed, for normal hidden states.
+        num_clusters: K.
+        rank: of the routers.
+        seed: of sets and routers.
+
+    Raises:
+        ConfigError: the shares are not in (0, 1], or leave nothing that is surely computed.
+    """
+    if not (0 < density <= 1 and 0 <= looked < 1):
+        raise ConfigError(f"density is {density} and looked {looked}; expected shares up to 1")
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for layer in find_ffn_layers(model):
+        hidden_size, neurons = layer.hidden_size, layer.intermediate_size
+        cost = FFNCost(hidden_size, neurons, 0)
+        sure = density - looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
+        if sure < 0 or sure + looked > 1:
+            raise ConfigError(
+                f"density {density} with {looked} looked at leaves {sure:.3f} surely computed; "
+                "expected 0 or more, and no more than 1 with those looked at"
+            )
+        scores = torch.rand(num_clusters, neurons, generator=generator)
+        order = scores.argsort(dim=1)
+        sizes = [max(1, round(sure * neurons)), round(looked * neurons)]
+        packed, maybe = (
+            pack_bits(torch.zeros_like(scores, dtype=torch.bool).scatter_(1, chosen, True))
+            for chosen in order.split([*sizes, neurons - sum(sizes)], dim=1)[:2]
+        )
+        layers[layer.index] = LayerClusters(
+            active_sets=packed,
+            static_set=packed[0].clone(),
+            router_down=torch.randn(rank, hidden_size, generator=generator) * hidden_size**-0.5,
+            router_up=torch.randn(num_clusters, rank, generator=generator) * rank**-0.5,
+            router_bias=torch.zeros(num_clusters),
+            maybe_sets=maybe if looked else None,
+            factors=_factors(layer, confirmed, generator) if looked else None,
+        )
+    record = {"method": "random", "density": density, "looked": looked}
+    return ClusterSet(layers, model_fingerprint(model), budget=density, build=record)
+
+
+def _factors(layer: FFNLayer, confirmed: float, generator: torch.Generator) -> Tensor:
+    """Factors [I] that confirm a share of the neurons of normal hidden states."""
+    x = torch.randn(4, layer.hidden_size, generator=generator)
+    sizes = importance_scorer(layer).activations(x).abs().flatten()
+    limit = sizes[:: -(-len(sizes) // 100_000)].quantile(1 - confirmed)
+    return torch.full((layer.intermediate_size,), 1 / limit.item())
+
+
+def _fill(parameter: Tensor, block: Tensor) -> None:
+    flat = parameter.view(-1)
+    for start in range(0, flat.numel(), block.numel()):
+        part = flat[start : start + block.numel()]
+        part.copy_(block[: part.numel()])

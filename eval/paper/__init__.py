@@ -1,0 +1,1 @@
+"""The AWC paper's own tables."""

@@ -1,0 +1,1 @@
+"""Figures as a page, plots and Markdown."""

@@ -1,0 +1,197 @@
+"""``report``: one HTML page about a run that opens anywhere, without a network."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.eval.report.plots import Plot, make_plots
+from sparse_runtime.eval.report.run_folder import RunFolder, method_label, text_name
+from sparse_runtime.files import atomic_path, write_text
+
+#: Beside the page: every figure as PNG and SVG.
+FIGURES_FOLDER = "figures"
+_TEMPLATE = Path(__file__).with_name("page.html")
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of text and numbers; those that begin with one of ``ours`` are set in bold."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Any]]
+    ours: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Section:
+    """Part of the page.
+
+    Attributes:
+        name: of its anchor.
+        title: above it.
+        plot: its picture.
+        svg: that, in base 64.
+        tables: below it.
+        lines: sentences below them.
+        hosts: names of files, and the ``host_record`` of each.
+    """
+
+    name: str
+    title: str
+    plot: Plot | None = None
+    svg: str = ""
+    tables: Sequence[Table] = ()
+    lines: Sequence[str] = ()
+    hosts: Sequence[tuple[str, dict[str, Any]]] = field(default_factory=list)
+
+
+def write_report(run: RunFolder, output: Path) -> None:
+    """Write the page, and every figure as PNG and SVG to ``figures`` beside it.
+
+    Args:
+        run: the figures.
+        output: the HTML file; all it shows is inside it.
+
+    Raises:
+        ConfigError: Matplotlib or Jinja2 is not installed.
+        OutputFolderError: a file cannot be written.
+    """
+    folder = output.parent / FIGURES_FOLDER
+    sections: list[Section] = []
+    for plot in make_plots(run):
+        for kind, options in (("png", {"dpi": 150}), ("svg", {"metadata": {"Date": None}})):
+            file = folder / f"{plot.name}.{kind}"
+            with atomic_path(file) as temporary:
+                plot.figure.savefig(temporary, format=kind, **options)
+        svg = base64.b64encode(file.read_bytes()).decode()
+        sections.append(Section(plot.name, plot.title, plot, svg))
+    sections += _tables(run)
+    hosts = [(name, figures["host"]) for name, figures in run.figures.items() if "host" in figures]
+    sections.append(Section("measured", "How it was measured", hosts=hosts))
+    write_text(output, _page(title=_title(run), summary=_summary(run), sections=sections))
+
+
+def _page(**values: Any) -> str:
+    try:
+        from jinja2 import Environment
+    except ImportError as error:
+        raise ConfigError(
+            f"the report needs Jinja2, which cannot be imported ({error}); "
+            "pip install 'sparse-runtime[report]'"
+        ) from error
+    environment = Environment(autoescape=True)
+    environment.filters["figure"] = _figure
+    text: str = environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(values)
+    return text
+
+
+def _figure(value: float) -> str:
+    return f"{value:.3f}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def _title(run: RunFolder) -> str:
+    models = dict.fromkeys(text_name(f["model"]) for f in run.figures.values() if f.get("model"))
+    return f"sparse_runtime on {', '.join(models) or 'a model'}"
+
+
+def _summary(run: RunFolder) -> list[str]:
+    lines = []
+    for name, result in run.curves().items():
+        ours = [row for row in result["rows"] if row["method"] == "clusters"]
+        if ours:
+            best = min(ours, key=lambda row: (abs(row["budget"] - 0.5), row["divergence"]))
+            low, high = best["interval"]
+            lines.append(
+                f"{name}: {method_label(best)} are {best['divergence']:.3f} nats per token (KL) from "
+                f"the dense model and agree with its likeliest token in {best['agreement']:.1%}, at "
+                f"{best['ratio']:.3f} times its perplexity of {result['dense']['perplexity']:.2f} "
+                f"(95 % interval over windows {low:.3f} to {high:.3f}); they read "
+                f"{best['cost_share']:.3f} of the FFN's bytes."
+            )
+    bench = run.figures.get("bench")
+    if bench is not None:
+        decode = bench["decode"]
+        lines.append(
+            f"Decode: {decode['dense_tok_s']:.1f} → {decode['sparse_tok_s']:.1f} tokens/s "
+            f"({decode['speedup']:.2f}×); with fast linears on both sides "
+            f"{decode['speedup_fast']:.2f}×."
+        )
+    return lines
+
+
+def _tables(run: RunFolder) -> list[Section]:
+    sections = []
+    curves = run.curves()
+    if curves:
+        tables = [_curve_table(name, result) for name, result in curves.items()]
+        sections.append(Section("methods", "All methods", tables=tables, lines=run.left_out()))
+    paper = run.figures.get("paper")
+    if paper is not None:
+        names = {
+            "method": "method",
+            "clusters": "K",
+            "density": "density asked",
+            "coverage": "coverage",
+            "static": "static",
+            "chance": "chance",
+            "precision": "precision",
+            "fitted_coverage": "coverage of the fitted text",
+        }
+        rows = [[row[name] for name in names] for row in paper["coverage"]]
+        table = Table("Binary clusters, oracle ids, held-out text", list(names.values()), rows)
+        title = "Coverage in the paper's setting"
+        sections.append(Section("coverage-table", title, tables=[table]))
+    tasks = run.figures.get("tasks")
+    if tasks is not None:
+        header = ["task", "metric", "documents", "dense", "±", "sparse", "±"]
+        keys = ("task", "metric", "documents", "dense", "dense_error", "sparse", "sparse_error")
+        rows = [[row[key] for key in keys] for row in tasks["rows"]]
+        title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}"
+        table = Table(title, header, rows)
+        sections.append(Section("tasks", "Downstream tasks", tables=[table]))
+    bench = run.figures.get("bench")
+    if bench is not None:
+        header = ["prediction, one token", "ms", "of the dense FFN", "KiB read"]
+        rows = [
+            [row["name"], row["ms"], row["share"], row["bytes"] / 1024]
+            for row in bench["prediction"]["rows"]
+        ]
+        title = f"beside a dense FFN of {bench['prediction']['ffn_ms']:.3f} ms"
+        table = Table(title, header, rows)
+        sections.append(Section("prediction", "What a prediction takes", tables=[table]))
+    ablation = run.figures.get("ablation")
+    if ablation is not None:
+        header = ["method", "factor", "value", "coverage", "oracle ids", "static", "chance"]
+        header += ["precision", "empty clusters", "balance", "iterations", "seconds"]
+        columns = [*header[:4], "oracle_coverage", "static_coverage", "chance", "precision"]
+        columns += ["empty", "effective", "iterations", "seconds"]
+        rows = [[row[column] for column in columns] for row in ablation["rows"]]
+        table = Table("Held-out text, ids by a linear router", header, rows)
+        sections.append(Section("ablation-table", "Ablations in numbers", tables=[table]))
+    return sections
+
+
+def _curve_table(name: str, result: dict[str, Any]) -> Table:
+    header = ["method", "budget", "KL", "top-1", "÷ dense", "from", "to", "cost share"]
+    header += ["computed", "looked at", "perplexity"]
+    first = ("budget", "divergence", "agreement", "ratio")
+    last = ("cost_share", "computed", "looked_at", "perplexity")
+    rows = [
+        [
+            method_label(row),
+            *(row[key] for key in first),
+            *row["interval"],
+            *(row[key] for key in last),
+        ]
+        for row in result["rows"]
+    ]
+    ours = frozenset(method_label(row) for row in result["rows"] if row["method"] == "clusters")
+    dense = result["dense"]["perplexity"]
+    caption = f"{name}: {result['tokens']} tokens, dense perplexity {dense:.2f}"
+    return Table(caption, header, rows, ours)

@@ -1,0 +1,210 @@
+"""Where a model type keeps its gated FFN: the one table to extend for a new architecture."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
+from sparse_runtime.kernels.linear import weight_problem
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+
+#: ``hidden_act`` of a transformers config -> activation name of the kernels.
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_new": "gelu_tanh",
+    "relu": "relu",
+}
+
+
+@dataclass(frozen=True)
+class FFNArchitecture:
+    """One row of the table: how to find the gated FFNs of a model type.
+
+    ``mlp`` is a regular expression that a module's full name must end with; its group 1 is the layer
+    index. ``gate``, ``up`` and ``down`` are the names of the three linears inside that module, and
+    ``act`` that of its activation, which must be the one that the config field ``activation`` names.
+    """
+
+    mlp: str = r"layers\.(\d+)\.mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    act: str = "act_fn"
+    activation: str = "hidden_act"
+
+
+#: model_type -> FFN layout. Adding a row is all that another SwiGLU-like model needs.
+ARCHITECTURES: dict[str, FFNArchitecture] = {
+    "llama": FFNArchitecture(),
+    "mistral": FFNArchitecture(),
+    "qwen2": FFNArchitecture(),
+}
+
+
+@dataclass(frozen=True)
+class FFNLayer:
+    """A gated FFN found in a model.
+
+    ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; ``parent`` holds ``mlp`` under the
+    attribute ``attribute``, and ``projections`` are the names of the three in ``mlp``.
+    """
+
+    index: int
+    name: str
+    parent: nn.Module
+    attribute: str
+    mlp: nn.Module
+    gate: nn.Linear
+    up: nn.Linear
+    down: nn.Linear
+    activation: str
+    projections: tuple[str, str, str]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.gate.in_features
+
+    @property
+    def intermediate_size(self) -> int:
+        """I, the number of neurons."""
+        return self.gate.out_features
+
+
+def architecture_of(model: nn.Module) -> FFNArchitecture:
+    """Return the table row of a model.
+
+    Raises:
+        UnsupportedArchitectureError: the model type has no row.
+    """
+    config = getattr(model, "config", None)
+    model_type = getattr(config, "model_type", None)
+    if model_type not in ARCHITECTURES:
+        supported = ", ".join(sorted(ARCHITECTURES))
+        raise UnsupportedArchitectureError(
+            f"model type {model_type!r} is not in the architecture table (supported: {supported}). "
+            "If its FFN is down(act(gate(x)) * up(x)), add a row: "
+            "sparse_runtime.models.ffn_layers.ARCHITECTURES[model_type] = FFNArchitecture(...)"
+        )
+    return ARCHITECTURES[model_type]
+
+
+def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
+    """Find the gated FFNs of a model, in layer order.
+
+    Wrappers around the model (PEFT, ``torch.compile``) are looked through: a module counts when its
+    full name *ends* with the architecture's pattern.
+
+    Raises:
+        UnsupportedArchitectureError: the model type has no row, or an FFN has biases, an unknown
+            activation or quantised weights.
+        NothingMatchedError: no module has the name that the row gives.
+    """
+    architecture = architecture_of(model)
+    model_type = model.config.model_type  # type: ignore[union-attr]
+    activation = _activation_name(model, architecture)
+    layers = list(_matching_layers(model, architecture, activation))
+    if not layers:
+        raise NothingMatchedError(
+            f"no module of this {type(model).__name__} (model type {model_type!r}) has a name that "
+            f"ends with {architecture.mlp!r} and holds {architecture.gate!r}, {architecture.up!r} "
+            f"and {architecture.down!r}. Pass the whole causal language model, or correct the row "
+            f"ARCHITECTURES[{model_type!r}]"
+        )
+    for layer in layers:
+        _check_layer(layer)
+        _check_activation(layer, architecture.act)
+    return sorted(layers, key=lambda layer: layer.index)
+
+
+def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tuple[int, FFNLayer]]:
+    """Layers of these indices, each with its position in ``layers``.
+
+    Raises:
+        ConfigError: no index is given, or one is not there.
+    """
+    selected = [(p, layer) for p, layer in enumerate(layers) if layer.index in indices]
+    if not selected or len(selected) < len(set(indices)):
+        raise ConfigError(
+            f"layers are {list(indices)}; expected some of {layers[0].index} to {layers[-1].index}"
+        )
+    return selected
+
+
+def _activation_name(model: nn.Module, architecture: FFNArchitecture) -> str:
+    name = getattr(model.config, architecture.activation, None)
+    if name not in ACTIVATIONS:
+        raise UnsupportedArchitectureError(
+            f"config field {architecture.activation!r} is {name!r}; the kernels know "
+            f"{', '.join(sorted(ACTIVATIONS))}"
+        )
+    return ACTIVATIONS[name]
+
+
+def _matching_layers(
+    model: nn.Module, architecture: FFNArchitecture, activation: str
+) -> Iterator[FFNLayer]:
+    pattern = re.compile(rf"(?:^|\.){architecture.mlp}$")
+    for name, module in model.named_modules():
+        match = pattern.search(name)
+        if match is None:
+            continue
+        projections = [
+            getattr(module, attribute, None)
+            for attribute in (architecture.gate, architecture.up, architecture.down)
+        ]
+        if not all(isinstance(projection, nn.Module) for projection in projections):
+            continue
+        parent_name, _, attribute = name.rpartition(".")
+        yield FFNLayer(
+            index=int(match.group(1)),
+            name=name,
+            parent=model.get_submodule(parent_name),
+            attribute=attribute,
+            mlp=module,
+            gate=projections[0],  # type: ignore[arg-type]
+            up=projections[1],  # type: ignore[arg-type]
+            down=projections[2],  # type: ignore[arg-type]
+            activation=activation,
+            projections=(architecture.gate, architecture.up, architecture.down),
+        )
+
+
+def _check_activation(layer: FFNLayer, name: str) -> None:
+    """The module's own activation is the config's; a few numbers tell."""
+    act = getattr(layer.mlp, name, None)
+    x = torch.linspace(-4, 4, 33)
+    with torch.no_grad():
+        # Its forward, not itself: a user's hooks are for the user's calls.
+        found = act.forward(x) if isinstance(act, nn.Module) else None
+    expected = ACTIVATION_FUNCTIONS[layer.activation](x)
+    if found is None or found.shape != x.shape or not torch.allclose(found, expected, atol=1e-4):
+        raise UnsupportedArchitectureError(
+            f"{layer.name}: its activation {name} is {act}, which does not compute "
+            f"{layer.activation!r} as the model's config says; put the model's own back"
+        )
+
+
+def _check_layer(layer: FFNLayer) -> None:
+    for role in ("gate", "up", "down"):
+        problem = weight_problem(getattr(layer, role))
+        if problem is not None:
+            raise UnsupportedArchitectureError(
+                f"{layer.name}: the {role} projection {problem}. Load the model unquantized, and merge "
+                "or remove adapters and parametrizations first"
+            )
+    weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
+    present = [weight for weight in weights if weight.device.type != "meta"]  # not offloaded
+    kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in present]
+    if len(set(kinds)) > 1:
+        raise UnsupportedArchitectureError(
+            f"{layer.name}: its projections are {', '.join(kinds)}; expected one dtype on one device"
+        )
