@@ -97,17 +97,21 @@ def fisher_weights(
             handle.remove()
         for parameter in trained:
             parameter.requires_grad_(True)
-    weights = []
-    for layer, of_windows in zip(layers, means, strict=True):
-        values = torch.stack(of_windows)
-        if not values.sum(-1).isfinite().any():
-            raise ModelError(
-                f"{layer.name}: the gradients of all {len(windows)} windows hold infinities or NaN, "
-                f"computed in {model.dtype}; build in bfloat16 or float32 (--dtype), or with "
-                "importance 'norm', loop_weights off and distill 0, which need no gradients"
-            )
-        weights.append(robust_mean(values).sqrt().cpu())
-    return weights
+    return [
+        _weights(torch.stack(of_windows), layer.name, model.dtype)
+        for layer, of_windows in zip(layers, means, strict=True)
+    ]
+
+
+def _weights(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    """w [I] of a layer from its windows' mean squared gradients [W, I]."""
+    if not values.sum(-1).isfinite().any():
+        raise ModelError(
+            f"{name}: the gradients of all {len(values)} windows hold infinities or NaN, computed in "
+            f"{dtype}; build in bfloat16 or float32 (--dtype), or with importance 'norm', "
+            "loop_weights off and distill 0, which need no gradients"
+        )
+    return robust_mean(values).sqrt().cpu()
 
 
 def _out_of_memory(error: BaseException) -> bool:

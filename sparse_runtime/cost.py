@@ -13,11 +13,18 @@ from typing import Literal, TypeVar
 import torch
 from torch import Tensor
 
-from sparse_runtime.kernels.bitmaps import packed_size
-from sparse_runtime.kernels.low_bit import record_size
-
 #: Neurons of one token, or of each of several.
 Amount = TypeVar("Amount", float, Tensor)
+
+
+def packed_size(num_neurons: int) -> int:
+    """Bytes of a bitmap over ``num_neurons`` neurons: ⌈I/8⌉ (``kernels/bitmaps.py``)."""
+    return (num_neurons + 7) // 8
+
+
+def record_size(hidden_size: int) -> int:
+    """Bytes of one neuron's low-bit copy: 68·⌈H/64⌉ (``kernels/low_bit.py``)."""
+    return 68 * (-(-hidden_size // 64))
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.clusters.importance import chunk_slices
+from sparse_runtime.cost import packed_size
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.kernels.bitmaps import pack_bits, packed_size
+from sparse_runtime.kernels.bitmaps import pack_bits
 
 #: Float32 elements of the largest temporary: 64 MiB, big enough for full matmul speed.
 _BLOCK_ELEMENTS = 1 << 24

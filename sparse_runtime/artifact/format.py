@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sparse_runtime.kernels.bitmaps import packed_size
+from sparse_runtime.cost import packed_size
 
 FORMAT = "sparse_runtime.clusters"
 #: Written; versions from 1 on are read.

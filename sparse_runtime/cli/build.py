@@ -32,47 +32,65 @@ if TYPE_CHECKING:
     from sparse_runtime.clusters import BuildConfig
 
 
+_Output = Annotated[
+    Path,
+    typer.Option(
+        "-o",
+        "--output",
+        help="Folder of the artifact.",
+        callback=check_output_folder,
+    ),
+]
+_Importance = Annotated[str | None, typer.Option(help="fisher (default of awc), norm or binary.")]
+_Allocation = Annotated[
+    str | None,
+    typer.Option(help="Budget over layers: global (one price; default of awc) or uniform."),
+]
+_Verify = Annotated[
+    bool | None,
+    typer.Option(help="Leave some neurons to a look at low-bit copies; default if global."),
+]
+_LoopWeights = Annotated[
+    bool | None,
+    typer.Option(help="Weigh layers by what they leave out in the loop; default if global."),
+]
+_Distill = Annotated[
+    int | None,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback,
+        help="Steps that tune biases and corrections; 0: none. 60 if global.",
+    ),
+]
+_CorrectionRank = Annotated[
+    int | None,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback, help="Of the distilled correction; 16 with --distill."
+    ),
+]
+_MemoryMib = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Bound on buffers; above it, files.")
+]
+_Percentile = Annotated[
+    float | None,
+    typer.Option(callback=PERCENTAGE.callback, help="Threshold of binary patterns; 50 with them."),
+]
+_PaperInit = Annotated[str | None, typer.Option(help="awc-paper: random (default) or kmeans++.")]
+_PaperPooled = Annotated[
+    bool | None, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
+]
+
+
 def build(
     model: ModelArgument,
-    output: Annotated[
-        Path,
-        typer.Option(
-            "-o",
-            "--output",
-            help="Folder of the artifact.",
-            callback=check_output_folder,
-        ),
-    ],
+    output: _Output,
     data: DataOption = None,
     method: Annotated[str, typer.Option(help="awc, or awc-paper (the paper's method).")] = "awc",
-    importance: Annotated[
-        str | None, typer.Option(help="fisher (default of awc), norm or binary.")
-    ] = None,
-    allocation: Annotated[
-        str | None,
-        typer.Option(help="Budget over layers: global (one price; default of awc) or uniform."),
-    ] = None,
-    verify: Annotated[
-        bool | None,
-        typer.Option(help="Leave some neurons to a look at low-bit copies; default if global."),
-    ] = None,
-    loop_weights: Annotated[
-        bool | None,
-        typer.Option(help="Weigh layers by what they leave out in the loop; default if global."),
-    ] = None,
-    distill: Annotated[
-        int | None,
-        typer.Option(
-            callback=NOT_NEGATIVE.callback,
-            help="Steps that tune biases and corrections; 0: none. 60 if global.",
-        ),
-    ] = None,
-    correction_rank: Annotated[
-        int | None,
-        typer.Option(
-            callback=NOT_NEGATIVE.callback, help="Of the distilled correction; 16 with --distill."
-        ),
-    ] = None,
+    importance: _Importance = None,
+    allocation: _Allocation = None,
+    verify: _Verify = None,
+    loop_weights: _LoopWeights = None,
+    distill: _Distill = None,
+    correction_rank: _CorrectionRank = None,
     clusters: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
     ] = 256,
@@ -83,21 +101,10 @@ def build(
     ] = 65_536,
     window: WindowOption = 512,
     seed: SeedOption = 0,
-    memory_mib: Annotated[
-        int, typer.Option(callback=POSITIVE.callback, help="Bound on buffers; above it, files.")
-    ] = 1024,
-    percentile: Annotated[
-        float | None,
-        typer.Option(
-            callback=PERCENTAGE.callback, help="Threshold of binary patterns; 50 with them."
-        ),
-    ] = None,
-    paper_init: Annotated[
-        str | None, typer.Option(help="awc-paper: random (default) or kmeans++.")
-    ] = None,
-    paper_pooled: Annotated[
-        bool | None, typer.Option("--paper-pooled", help="awc-paper: one table for all layers.")
-    ] = None,
+    memory_mib: _MemoryMib = 1024,
+    percentile: _Percentile = None,
+    paper_init: _PaperInit = None,
+    paper_pooled: _PaperPooled = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     json_file: JsonOption = None,

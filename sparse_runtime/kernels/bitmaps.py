@@ -8,11 +8,6 @@ from torch import Tensor
 _BIT_VALUES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
-def packed_size(num_neurons: int) -> int:
-    """Bytes of a bitmap over ``num_neurons`` neurons: ⌈I/8⌉."""
-    return (num_neurons + 7) // 8
-
-
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack a bool mask [..., I] into a bitmap [..., ⌈I/8⌉] uint8, padding bits zero."""
     padding = -mask.shape[-1] % 8

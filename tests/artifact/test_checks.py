@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-import sparse_runtime.tables as tables
+import sparse_runtime.cli.tables as tables
 from sparse_runtime import ClusterSet, recut
 from sparse_runtime.artifact.checks import file_record
 from sparse_runtime.artifact.format import (
@@ -23,8 +23,8 @@ from sparse_runtime.artifact.format import (
     LAYER_KEYS,
     TENSORS,
 )
+from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError
-from sparse_runtime.tables import artifact_summary, print_summary
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from kernels.cases import first_largest, flat_reference
 from kernels.library import ops
 
-from sparse_runtime.kernels.bitmaps import packed_size
+from sparse_runtime.cost import packed_size
 from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 

@@ -7,13 +7,9 @@ import pytest
 import torch
 from kernels.cases import TOLERANCE, assert_close, case, flat_sparse_ffn
 
+from sparse_runtime.cost import record_size
 from sparse_runtime.kernels import load_cpu_library
-from sparse_runtime.kernels.low_bit import (
-    dequantize_rows,
-    quantize_rows,
-    record_size,
-    rounded_tokens,
-)
+from sparse_runtime.kernels.low_bit import dequantize_rows, quantize_rows, rounded_tokens
 
 HAS_LIBRARY = load_cpu_library()
 ops = torch.ops.sparse_runtime

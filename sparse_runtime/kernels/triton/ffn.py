@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_runtime.kernels.low_bit import record_size
+from sparse_runtime.cost import record_size
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
