@@ -6,7 +6,6 @@ python -m sparse_runtime.eval.report.quality_markdown RUN_FOLDER QUALITY.md READ
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +57,7 @@ _OTHERS = {
 
 
 def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
-    """Every method on the first text at one budget, best first; clusters on the other texts.
+    """Every method on the first text at one budget, best first.
 
     Raises:
         DataError: the run has no quality.json, or not this budget.
@@ -82,18 +81,7 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
         f"dense perplexity {dense:.2f}, {figures['dtype']}, {figures['host']['date']}."
     )
     table = markdown_table(["every token sparse", *columns], lines)
-    return f"{table}\n{escaped(measured)}\n{_other_texts(curves, title, columns, budget)}"
-
-
-def _other_texts(curves: dict[str, Any], first: str, columns: Sequence[str], budget: float) -> str:
-    """Clusters with looks on all texts and protocols but the first; nothing if there are none."""
-    lines = [
-        [escaped(title), *_quality(row), f"{row['cost_share']:.2f}"]
-        for title, result in curves.items()
-        for row in result["rows"]
-        if title != first and row["budget"] == budget and row["verify"]
-    ]
-    return f"\n{markdown_table(['clusters with looks on', *columns], lines)}" if lines else ""
+    return f"{table}\n{escaped(measured)}\n"
 
 
 def replaced(text: str, table: str) -> str:
