@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +16,10 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
 from sparse_runtime.ffn.model_state import ModelState
+from sparse_runtime.ffn.placement import mean_share, own_copy, placed, plain_tensors
 from sparse_runtime.ffn.projections import Seen, projection_problem
 from sparse_runtime.ffn.rule import DENSE_REASONS, TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
-from sparse_runtime.kernels.bitmaps import set_sizes
 from sparse_runtime.kernels.linear import needs_gradient
 from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.operands import (
@@ -34,16 +34,6 @@ from sparse_runtime.models.ffn_layers import FFNLayer
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
-_FLOAT_BUFFERS = (
-    "router_down",
-    "router_up",
-    "router_bias",
-    "cluster_bias",
-    "correction_down",
-    "correction_up",
-)
-
-
 _Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
 
 
@@ -97,15 +87,15 @@ class SparseFFN(nn.Module):
         self.config = config
         self.state = state
         self._first = first
-        self._clusters = _own(clusters.collapsed(layer.intermediate_size))
+        self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
         self.cost = FFNCost(
             hidden_size=layer.hidden_size,
             intermediate_size=layer.intermediate_size,
             extra_elements=self._clusters.extra_elements,
             verified=clusters.maybe_sets is not None,
         )
-        self.density = _mean_share(self._clusters.active_sets, layer.intermediate_size)
-        self.looked_at = _mean_share(self._clusters.maybe_sets, layer.intermediate_size)
+        self.density = mean_share(self._clusters.active_sets, layer.intermediate_size)
+        self.looked_at = mean_share(self._clusters.maybe_sets, layer.intermediate_size)
         self.route: Callable[[Tensor], Tensor] | None = None
         self.problem: str | None = None
         self._seen: Seen | None = None
@@ -113,7 +103,7 @@ class SparseFFN(nn.Module):
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self.backend = "dense"
         self.rule = TokenRule(0)
-        with _plain_tensors():
+        with plain_tensors():
             self._place(layer.gate.weight.device, layer.gate.weight.dtype)
             if self.backend != "dense":
                 self._look_at(layer.gate.weight, layer.up.weight)
@@ -285,7 +275,7 @@ class SparseFFN(nn.Module):
 
         Where the kernels cannot stand in for them, the FFN runs as it stands from here on.
         """
-        with _ADOPTING, _plain_tensors():
+        with _ADOPTING, plain_tensors():
             if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
             self._seen = self._operands = None
@@ -319,7 +309,7 @@ class SparseFFN(nn.Module):
         owner = self._owner[0]
         if projection_problem(owner, self.projections) is None:
             down = self._projection_weights()[2]
-            with _plain_tensors():
+            with plain_tensors():
                 down.data = down.data.contiguous()
 
     def _is_intact(self) -> bool:
@@ -351,39 +341,22 @@ class SparseFFN(nn.Module):
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put tables and counters beside weights of a device and dtype, and choose the backend."""
         clusters, config = self._clusters, self.config
-        buffers = self._buffers
         if self._placed == (device, dtype):
             return
         self.backend = resolve_backend(config.backend, device, dtype, strict=config.strict)
         self.cost = replace(self.cost, element_size=element_size(dtype))
-        tensors: dict[str, Tensor | None] = {
-            name: getattr(clusters, name) for name in _FLOAT_BUFFERS
-        }
-        placed_tensors = {
-            name: None if tensor is None else tensor.to(device, dtype)
-            for name, tensor in tensors.items()
-        }
         looks = clusters.maybe_sets is not None and self.backend != "dense"
-        placed_tensors |= {
-            "active_sets": clusters.active_sets.to(device),
-            "maybe_sets": clusters.maybe_sets.to(device) if looks else None,  # type: ignore[union-attr]
-            # The kernels want the factors in float32, whatever the weights are.
-            "factors": clusters.factors.to(device, torch.float32) if looks else None,  # type: ignore[union-attr]
-            "low_bit": None,
-            "programs": None,
-        }
+        tensors = placed(clusters, device, dtype, looks=looks) | {"low_bit": None, "programs": None}
         sizes = {
             "cluster_counts": clusters.num_clusters,
             "row_counts": 2,
             "dense_counts": len(DENSE_REASONS),
         }
         for name, size in sizes.items():
-            counts = buffers.get(name)
-            placed_tensors[name] = (
-                torch.zeros(size, dtype=torch.int64, device=device)
-                if counts is None
-                else counts.to(device)
-            )
+            counts = self._buffers.get(name)
+            if counts is None:
+                counts = torch.zeros(size, dtype=torch.int64)
+            tensors[name] = counts.to(device)
         bound = config.max_sparse_tokens
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
@@ -391,10 +364,10 @@ class SparseFFN(nn.Module):
 
             shape = (self.cost.hidden_size, self.cost.intermediate_size)
             bound = bound or config_for(device, *shape, dtype).max_tokens
-            placed_tensors["programs"] = torch.zeros(
+            tensors["programs"] = torch.zeros(
                 num_counters(shape[0]), dtype=torch.int32, device=device
             )
-        for name, tensor in placed_tensors.items():
+        for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self._placed = (device, dtype)
         self.rule = token_rule(
@@ -423,27 +396,3 @@ class SparseFFN(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> SparseFFN:
         # Tables follow the weights (adopt, called by the FFN's own _apply), in their own dtypes.
         return self
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """Make tensors that outlive the caller's inference mode, and are not recorded."""
-    with torch.inference_mode(False), torch.no_grad():
-        yield
-
-
-def _own(clusters: LayerClusters) -> LayerClusters:
-    """Copies of what a call needs, on the CPU: the artifact's tensors are its owner's to change."""
-    names = {field.name for field in fields(clusters)} - {"static_set"}
-    tensors = {name: getattr(clusters, name) for name in names}
-    with _plain_tensors():
-        copies = {
-            name: tensor.detach().to("cpu", copy=True) if isinstance(tensor, Tensor) else None
-            for name, tensor in tensors.items()
-            if name not in ("centroids", "bias_shift")
-        }
-    return replace(clusters, **copies, centroids=None, bias_shift=None)  # type: ignore[arg-type]
-
-
-def _mean_share(sets: Tensor | None, num_neurons: int) -> float:
-    return 0.0 if sets is None else set_sizes(sets).float().mean().item() / num_neurons

@@ -1,0 +1,73 @@
+"""An artifact's tensors beside a model's weights: copies, on their device, in their dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.kernels.bitmaps import set_sizes
+
+_FLOATS = (
+    "router_down",
+    "router_up",
+    "router_bias",
+    "cluster_bias",
+    "correction_down",
+    "correction_up",
+)
+# What recut and reports need, and no call.
+_NOT_OF_A_CALL = ("static_set", "centroids", "bias_shift")
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Make tensors that outlive the caller's inference mode, and are not recorded."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
+def own_copy(clusters: LayerClusters) -> LayerClusters:
+    """What a call needs of a layer's clusters, copied to the CPU: the artifact's are its owner's."""
+    names = [field.name for field in fields(clusters) if field.name not in _NOT_OF_A_CALL]
+    with plain_tensors():
+        copies = {
+            name: tensor.detach().to("cpu", copy=True)
+            for name in names
+            if isinstance(tensor := getattr(clusters, name), Tensor)
+        }
+    return replace(clusters, **copies, centroids=None, bias_shift=None)
+
+
+def placed(
+    clusters: LayerClusters, device: torch.device, dtype: torch.dtype, *, looks: bool
+) -> dict[str, Tensor | None]:
+    """Tensors of a layer's clusters by name, for weights of a device and dtype.
+
+    Args:
+        clusters: of the layer.
+        device: of the weights.
+        dtype: of the weights; router, bias and correction take it.
+        looks: with the band of neurons that low-bit copies decide on.
+    """
+    floats: dict[str, Tensor | None] = {name: getattr(clusters, name) for name in _FLOATS}
+    tensors = {
+        name: None if tensor is None else tensor.to(device, dtype)
+        for name, tensor in floats.items()
+    }
+    tensors["active_sets"] = clusters.active_sets.to(device)
+    tensors["maybe_sets"] = tensors["factors"] = None
+    if looks and clusters.maybe_sets is not None and clusters.factors is not None:
+        tensors["maybe_sets"] = clusters.maybe_sets.to(device)
+        # The kernels want the factors in float32, whatever the weights are.
+        tensors["factors"] = clusters.factors.to(device, torch.float32)
+    return tensors
+
+
+def mean_share(sets: Tensor | None, num_neurons: int) -> float:
+    """Mean share of the neurons in bitmaps [K, ⌈I/8⌉]; 0 if there are none."""
+    return 0.0 if sets is None else set_sizes(sets).float().mean().item() / num_neurons
