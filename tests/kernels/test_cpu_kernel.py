@@ -271,6 +271,25 @@ def test_rounding_matches_torch(isa, dtype):
     assert torch.equal(same.nan_to_num(), special.nan_to_num())
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_ties_are_rounded_to_even(isa, dtype):
+    """Values plus half a unit in their last place, by both conversions: of linear and of the FFN."""
+    digits = {torch.bfloat16: 8, torch.float16: 11, torch.float32: 24}[dtype]
+    values = torch.randn(8191, generator=torch.Generator().manual_seed(3)).to(dtype).float()
+    halves = 2.0 ** (values.frexp().exponent - 1 - digits)
+    usable = halves >= 2.0**-24 if dtype == torch.float16 else halves > 0
+    both = torch.stack([values[usable], halves[usable]])
+    expected = both.sum(0).to(dtype)
+    assert (expected != both[0].to(dtype)).float().mean() > 0.4  # every other one goes up
+    both = both.to(dtype)
+    assert torch.equal(both[1].float(), halves[usable])
+    one = torch.ones(1, 2, dtype=dtype)
+    assert torch.equal(ops.cpu_linear(both.t().contiguous(), one, None)[:, 0], expected)
+    first = torch.zeros(2, both.shape[1], dtype=dtype)
+    first[:, 0] = 1
+    assert torch.equal(ops.cpu_dense_ffn(first[:1], first, first, both, "relu")[0], expected)
+
+
 @pytest.mark.parametrize("threads", [1, 5])
 def test_read(isa, threads):
     data = torch.randint(-(2**62), 2**62, (100_003,), generator=torch.Generator().manual_seed(1))

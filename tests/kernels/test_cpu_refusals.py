@@ -49,6 +49,7 @@ def routed_arguments(**changes):
         ({"router_bias": torch.ones(5)}, "router_bias has size 5"),
         ({"router_bias": torch.ones(8)[::2]}, "router_bias is not contiguous"),
         ({"cluster_bias": torch.ones(4, 25)}, "cluster_bias has size 25"),
+        ({"cluster_bias": torch.ones(3, 24)}, "cluster_bias has size 3.*expected K = 4"),
         ({"cluster_counts": torch.zeros(4)}, "cluster_counts does not have dtype int64"),
         ({"cluster_counts": torch.zeros(3, dtype=torch.int64)}, "cluster_counts has size 3"),
         (
