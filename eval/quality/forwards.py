@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.api import sparse_modules
-from sparse_runtime.ffn.rule import DENSE_REASONS
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 
 #: Hidden states [B, T, H] -> the FFN's output [B, T, H].
@@ -81,7 +80,7 @@ def dense_prompts(model: nn.Module, prompt_tokens: int) -> Iterator[None]:
 
 def _counted_dense(module: SparseFFN) -> Forward:
     def forward(hidden_states: Tensor) -> Tensor:
-        module.dense_counts[DENSE_REASONS.index("long call")] += hidden_states.shape[:-1].numel()
+        module.count_dense("long call", hidden_states.shape[:-1].numel())
         return module.dense(hidden_states)
 
     return forward

@@ -34,6 +34,8 @@ from sparse_runtime.models.ffn_layers import FFNLayer
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
+# An addition of torch's is no atomic one. The kernels of the other backends count atomically.
+_COUNTING = threading.Lock()
 _Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
 
 
@@ -115,7 +117,7 @@ class SparseFFN(nn.Module):
         num_tokens = hidden_states.numel() // self.cost.hidden_size
         path, reason = self._path(hidden_states, num_tokens)
         if reason is not None:
-            self.dense_counts[DENSE_REASONS.index(reason)] += num_tokens
+            self.count_dense(reason, num_tokens)
         if self._first and not torch.compiler.is_compiling():
             self.state.note_call(num_tokens, long=reason == "long call" and path == "dense")
         if path == "dense":
@@ -127,6 +129,15 @@ class SparseFFN(nn.Module):
             x = x.to(router_up.dtype)  # autocast to the weights' dtype: see _path
         output = self.sparse(x) if path == "sparse" else self.all_rows(x)
         return output.reshape(hidden_states.shape)
+
+    def count_dense(self, reason: str, num_tokens: int) -> None:
+        """Count tokens that run dense for one of ``DENSE_REASONS``."""
+        counts = self.dense_counts[DENSE_REASONS.index(reason)]
+        if torch.compiler.is_compiling():
+            counts += num_tokens
+            return
+        with _COUNTING:
+            counts += num_tokens
 
     def sparse(self, x: Tensor) -> Tensor:
         """Compute the neurons of each token's cluster: [n, H] of hidden states [n, H]."""
