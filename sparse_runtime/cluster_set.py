@@ -67,8 +67,11 @@ class LayerClusters:
         correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x) to
             the output; None without a correction.
         correction_up: see ``correction_down``.
-        bias_shift: part of ``cluster_bias`` that distillation found, whatever the sets [K, H]; None if
-            it was not distilled, or loaded without centroids.
+        bias_shift: part of ``cluster_bias`` that distillation found [K, H]; None if it was not
+            distilled, or loaded without centroids.
+        left_out: share of the importance Σ e² that the sets are expected to leave out, which
+            ``bias_shift`` and ``correction_up`` go with when sets are cut for another budget; None
+            where sets were not cut at a price.
         maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
             None.
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
@@ -85,6 +88,7 @@ class LayerClusters:
     correction_down: Tensor | None = None
     correction_up: Tensor | None = None
     bias_shift: Tensor | None = None
+    left_out: float | None = None
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
     centroids: LayerCentroids | None = None
@@ -259,6 +263,7 @@ class ClusterSet:
                 correction_down=tensors.get(f"{prefix}correction.down"),
                 correction_up=tensors.get(f"{prefix}correction.up"),
                 bias_shift=centroid_tensors.get(f"{prefix}{_BIAS_SHIFT}"),
+                left_out=entry["left_out"],
                 maybe_sets=tensors.get(f"{prefix}maybe_sets"),
                 factors=tensors.get(f"{prefix}factors"),
                 centroids=_layer_centroids(centroid_tensors, prefix),
@@ -317,6 +322,7 @@ class ClusterSet:
                     "cluster_bias": layer.cluster_bias is not None,
                     "correction_rank": layer.correction_rank,
                     "distilled": layer.bias_shift is not None,
+                    "left_out": layer.left_out,
                     "verified": layer.maybe_sets is not None,
                 }
                 for index, layer in sorted(self.layers.items())
@@ -470,6 +476,7 @@ def _check_config(file: Path, config: dict[str, Any]) -> None:
             ("cluster_bias", bool),
             ("correction_rank", int),
             ("distilled", bool),
+            ("left_out", (float, type(None))),
             ("verified", bool),
         ):
             require(entry, key, kind, f"layers[{number}].")
