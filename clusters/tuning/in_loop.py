@@ -50,6 +50,7 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
         weights = {int(index): weight for index, weight in figures["loop_weights"].items()}
         clusters = scaled(clusters, weights)
     held_out = context.held_out_windows[:count]
+    clusters = _with_excess(model, clusters, held_out, options)
     if config.distill:
         with timed(context.times, "distill"):
             clusters, figures["tuning"] = tune(
@@ -63,9 +64,22 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
                 state_file=context.work / "distill.safetensors",
                 progress=context.progress,
             )
+        if figures["tuning"]["kept"]:
+            clusters = _with_excess(model, clusters, held_out, options)
+    return recut(model, clusters, **options), figures
+
+
+def _with_excess(
+    model: Any, clusters: ClusterSet, held_out: Tensor, options: dict[str, Any]
+) -> ClusterSet:
+    """An artifact that aims lower by what held-out text reads beyond its budget.
+
+    Found before anything is tuned, as compensation fits the cut that it was tuned at; and once more
+    after it, as other states ask for other neurons.
+    """
     share = cost_share_in_loop(model, recut(model, clusters, **options), held_out)
-    excess = min(max(share - config.budget, -_MOST_EXCESS), _MOST_EXCESS)
-    return recut(model, replace(clusters, excess=excess), **options), figures
+    excess = clusters.excess + share - options["budget"]
+    return replace(clusters, excess=min(max(excess, -_MOST_EXCESS), _MOST_EXCESS))
 
 
 def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:

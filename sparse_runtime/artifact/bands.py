@@ -70,6 +70,7 @@ class Bands:
         computed: neurons computed per token, mean over clusters.
         looked: neurons looked at per token, mean over clusters.
         loss: estimated loss per token, mean over clusters.
+        share_left_out: that loss as a share of Σ e² over all neurons.
     """
 
     sure: Tensor
@@ -78,6 +79,7 @@ class Bands:
     computed: float
     looked: float
     loss: float
+    share_left_out: float
 
 
 def cut_bands(centroids: LayerCentroids, price: float, look_share: float | None) -> Bands:
@@ -99,7 +101,7 @@ def cut_bands(centroids: LayerCentroids, price: float, look_share: float | None)
         loss = squares.masked_fill(sure, 0)
         computed = (shares @ sure.sum(-1).float()).item()
         left_out = activations.masked_fill(sure, 0)
-        return Bands(sure, None, left_out, computed, 0.0, (shares @ loss.sum(-1)).item())
+        return Bands(sure, None, left_out, computed, 0.0, *_losses(loss, centroids))
     tail = _LogNormal(squares, centroids.mean_magnitudes.float(), price)
     maybe = look_share * price + tail.loss + price * tail.exceeds < squares.clamp_max(price)
     sure &= ~maybe
@@ -107,13 +109,20 @@ def cut_bands(centroids: LayerCentroids, price: float, look_share: float | None)
     computed = (shares @ (sure.sum(-1) + (tail.exceeds * maybe).sum(-1))).item()
     looked = (shares @ maybe.sum(-1).float()).item()
     left_out = torch.where(maybe, activations * tail.small_part, activations).masked_fill(sure, 0)
-    return Bands(sure, maybe, left_out, computed, looked, (shares @ loss.sum(-1)).item())
+    return Bands(sure, maybe, left_out, computed, looked, *_losses(loss, centroids))
+
+
+def _losses(loss: Tensor, centroids: LayerCentroids) -> tuple[float, float]:
+    """Mean over clusters of what neurons lose [K, I], and that as a share of Σ e²."""
+    lost = (centroids.shares @ loss.sum(-1)).item()
+    whole = (centroids.shares @ centroids.mean_squares.float().sum(-1)).item()
+    return lost, lost / max(whole, 1e-30)
 
 
 def all_neurons(centroids: LayerCentroids) -> Bands:
     """Bands of a layer that computes every neuron."""
     sure = torch.ones_like(centroids.mean_squares, dtype=torch.bool)
-    return Bands(sure, None, torch.zeros(sure.shape), float(sure.shape[1]), 0.0, 0.0)
+    return Bands(sure, None, torch.zeros(sure.shape), float(sure.shape[1]), 0.0, 0.0, 0.0)
 
 
 class _LogNormal:

@@ -26,6 +26,7 @@ from sparse_runtime.artifact.format import (
     FORMAT,
     FORMAT_VERSION,
     LAYER_KEYS,
+    NEW_LAYER_KEYS,
     OBJECT,
     SHA256,
     TENSORS,
@@ -115,7 +116,8 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     else:
         _check_fingerprint(file, fingerprint)
         indices = fingerprint["layers"]
-    keys = {name: layer_key.kind for name, layer_key in LAYER_KEYS.items()}
+    absent = NEW_LAYER_KEYS if config["format_version"] == 1 else ()
+    keys = {name: key.kind for name, key in LAYER_KEYS.items() if name not in absent}
     seen: set[int] = set()
     for number, entry in enumerate(config["layers"]):
         where = f"layers[{number}]."

@@ -300,7 +300,7 @@ class ClusterSet:
             tensors |= read_tensors(path / name, expected_tensors(config, name))
             check_record(path / name, config)
         layers = {
-            entry["index"]: layer_from_tensors(tensors, entry["index"])
+            entry["index"]: layer_from_tensors(tensors, entry["index"], entry.get("left_out"))
             for entry in config["layers"]
         }
         unread = None

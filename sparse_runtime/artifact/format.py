@@ -80,6 +80,10 @@ SHA256 = Kind(
 BUDGET = Kind(
     "a cost share above 0 and at most 1", lambda value: _is_number(value) and 0 < value <= 1
 )
+LEFT_OUT = Kind(
+    "a share above 0 and at most 1, or null",
+    lambda value: value is None or (_is_number(value) and 0 < value <= 1),
+)
 EXCESS = Kind(
     "a cost share between -1 and 1",
     lambda value: _is_number(value) and -1 < value < 1,
@@ -143,7 +147,10 @@ LAYER_KEYS: dict[str, LayerKey] = {
     "correction_rank": LayerKey(whole(0), attrgetter("correction_rank")),
     "verified": LayerKey(FLAG, _has("maybe_sets")),
     "distilled": LayerKey(FLAG, _has("bias_shift")),
+    "left_out": LayerKey(LEFT_OUT, attrgetter("left_out")),
 }
+#: Not in version 1.
+NEW_LAYER_KEYS = ("left_out",)
 
 
 @dataclass(frozen=True)

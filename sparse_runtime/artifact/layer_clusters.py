@@ -30,8 +30,11 @@ class LayerClusters:
         correction_down: with ``correction_up``, both [c, H], adds correction_upᵀ·(correction_down·x) to
             the output; None without a correction.
         correction_up: see ``correction_down``.
-        bias_shift: part of ``cluster_bias`` that distillation found, whatever the sets [K, H]; None if
-            it was not distilled, or loaded without centroids.
+        bias_shift: part of ``cluster_bias`` that distillation found [K, H]; None if it was not
+            distilled, or loaded without centroids.
+        left_out: share of the importance Σ e² that the sets are expected to leave out, which
+            ``bias_shift`` and ``correction_up`` go with when sets are cut for another budget; None
+            where sets were not cut at a price.
         maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
             None.
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
@@ -48,6 +51,7 @@ class LayerClusters:
     correction_down: Tensor | None = None
     correction_up: Tensor | None = None
     bias_shift: Tensor | None = None
+    left_out: float | None = None
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
     centroids: LayerCentroids | None = None
@@ -110,8 +114,10 @@ def layer_tensors(layer: LayerClusters) -> Iterator[tuple[TensorKey, Tensor]]:
             yield key, tensor
 
 
-def layer_from_tensors(tensors: Mapping[str, Tensor], index: int) -> LayerClusters:
-    """A layer out of the checked tensors of an artifact's files."""
+def layer_from_tensors(
+    tensors: Mapping[str, Tensor], index: int, left_out: float | None
+) -> LayerClusters:
+    """A layer out of the checked tensors of an artifact's files, and its ``left_out``."""
     own: dict[str, Tensor] = {}
     of_centroids: dict[str, Tensor] = {}
     for key in TENSORS:
@@ -120,4 +126,4 @@ def layer_from_tensors(tensors: Mapping[str, Tensor], index: int) -> LayerCluste
             owner, _, name = key.attribute.rpartition(".")
             (of_centroids if owner else own)[name] = tensor
     centroids = LayerCentroids(**of_centroids) if of_centroids else None
-    return LayerClusters(**own, centroids=centroids)
+    return LayerClusters(**own, left_out=left_out, centroids=centroids)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from numbers import Real
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
@@ -20,6 +20,8 @@ from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17
+# Share of Σ e² below which compensation fades no further, so that other budgets can be cut again.
+_LEAST_LEFT_OUT = 1e-4
 
 
 def recut(
@@ -157,12 +159,13 @@ class _Part:
         bands = cut_bands(self._centroids, price, self._look_share)
         if self._share(bands, price) == 1.0:
             bands = all_neurons(self._centroids)
+        shift, correction, left_out = self._compensation(bands)
         bias = None
         if self._clusters.cluster_bias is not None:
             down = self._layer.down.weight.detach()
             bias = (bands.left_out.to(down) @ down.t()).float().cpu()
-            if self._clusters.bias_shift is not None:
-                bias += self._clusters.bias_shift.float()
+            if shift is not None and bands.share_left_out > 0:
+                bias += shift
             bias = bias.to(torch.bfloat16)
         factors = None
         if bands.maybe is not None:
@@ -172,8 +175,29 @@ class _Part:
             active_sets=pack_bits(bands.sure),
             static_set=pack_bits(self._centroids.static_set(bands.computed)),
             cluster_bias=bias,
+            correction_up=correction,
+            bias_shift=shift,
+            left_out=left_out,
             maybe_sets=None if bands.maybe is None else pack_bits(bands.maybe),
             factors=factors,
+        )
+
+    def _compensation(self, bands: Bands) -> tuple[Tensor | None, Tensor | None, float | None]:
+        """Shift [K, H] and C of the correction [c, H] for these bands, and the share left out.
+
+        Both make good what is left out, and go as its root mean square does: to nothing, as a budget
+        goes to one.
+        """
+        clusters, left_out = self._clusters, min(1.0, max(bands.share_left_out, _LEAST_LEFT_OUT))
+        shift, correction = clusters.bias_shift, clusters.correction_up
+        if shift is None or clusters.left_out is None:
+            # Not tuned, or in an artifact that does not say at which cut.
+            return shift, correction, left_out if shift is None else None
+        fade = math.sqrt(left_out / clusters.left_out)
+        return (
+            shift.float() * fade,
+            None if correction is None else correction.float() * fade,
+            left_out,
         )
 
 

@@ -40,7 +40,7 @@ def own_copy(clusters: LayerClusters) -> LayerClusters:
             for name in names
             if isinstance(tensor := getattr(clusters, name), Tensor)
         }
-    return replace(clusters, **copies, centroids=None, bias_shift=None)
+    return replace(clusters, **copies, centroids=None, bias_shift=None)  # type: ignore[arg-type]
 
 
 def placed(

@@ -292,6 +292,8 @@ class TestFormat1:
             "activation": fingerprint["activation"],
             "weights_sha256": self.digest(tiny_model),
         }
+        for entry in config["layers"]:
+            del entry["left_out"]
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         return folder
 
