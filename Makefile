@@ -37,12 +37,11 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "slow or not slow"
 
-# The oldest Python, torch, transformers, … that pyproject.toml claims, in an environment of its own. On Linux
-# x86_64 torch 2.10 comes as a CUDA build of some gigabytes.
-LOWEST_PYTHON ?= python3.10
+# The oldest torch, transformers, … that pyproject.toml claims, in an environment of its own (on Linux x86_64
+# torch 2.10 is a CUDA build of some gigabytes). PYTHON=python3.11 for the oldest Python too.
 LOWEST := .venv-lowest
 test-lowest:
-	test -x $(LOWEST)/bin/python || $(LOWEST_PYTHON) -m venv $(LOWEST)
+	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
 		pytest hypothesis gguf matplotlib jinja2 --editable .

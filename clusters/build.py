@@ -52,7 +52,7 @@ from sparse_runtime.errors import DataError, ModelError
 from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
-from sparse_runtime.progress import ProgressReporter, SilentProgress
+from sparse_runtime.progress import ProgressReporter, TqdmProgress
 from sparse_runtime.version import __version__
 
 
@@ -79,7 +79,7 @@ def build_clusters(
         output: folder to write the artifact to; without it nothing is kept on disk, and an
             interrupted build starts over.
         model_name: recorded in the artifact.
-        progress: draws bars.
+        progress: draws bars; transformers' own if None.
         times: filled with the seconds that each stage took here; they are no part of the artifact.
 
     Returns:
@@ -93,7 +93,7 @@ def build_clusters(
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     settings = (config or BuildConfig()).resolved()
-    progress = progress or SilentProgress()
+    progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     _check_in_memory(layers)
     text = calibration_windows(

@@ -9,11 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.errors import OutputFolderError
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
@@ -44,9 +43,7 @@ class ImportanceScorer:
 
     def activations(self, hidden_states: Tensor) -> Tensor:
         """h of hidden states [n, H], float32 [n, I]."""
-        x = hidden_states.float()
-        act = ACTIVATION_FUNCTIONS[self.activation]
-        return act(F.linear(x, self.gate)).mul_(F.linear(x, self.up))
+        return activations(hidden_states.float(), self.gate, self.up, self.activation)
 
 
 def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> ImportanceScorer:

@@ -18,8 +18,20 @@ class ProgressReporter(Protocol):
         ...
 
 
+class TqdmProgress:
+    """Draws with transformers' bars, which know notebooks and ``disable_progress_bar()``."""
+
+    @contextmanager
+    def task(self, description: str, total: float) -> Iterator[Advance]:
+        """Open a bar of ``total`` units."""
+        from transformers.utils.logging import tqdm
+
+        with tqdm(total=total, desc=description) as bar:
+            yield bar.update
+
+
 class SilentProgress:
-    """Draws nothing; the default of library functions."""
+    """Draws nothing; the default of most library functions."""
 
     @contextmanager
     def task(self, description: str, total: float) -> Iterator[Advance]:

@@ -291,7 +291,7 @@ def test_generation_through_a_wrapper(tiny_model, wrap):
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0}
     expected = tiny_model.generate(BATCH, attention_mask=MASK, **options)
     if wrap == "peft":
-        import peft
+        peft = pytest.importorskip("peft")
 
         config = peft.LoraConfig(r=2, target_modules=["q_proj"])  # adds nothing yet
         wrapper = peft.get_peft_model(tiny_model, config)

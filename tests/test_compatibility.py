@@ -47,7 +47,7 @@ def mlp(model, index=1):
 
 
 def lora(model, targets, *, scale=8, merge=False):
-    import peft
+    peft = pytest.importorskip("peft")
 
     torch.manual_seed(1)
     config = peft.LoraConfig(r=2, lora_alpha=scale, target_modules=targets, init_lora_weights=False)
@@ -56,7 +56,7 @@ def lora(model, targets, *, scale=8, merge=False):
 
 
 def add_adapter(model):
-    import peft
+    peft = pytest.importorskip("peft")
 
     torch.manual_seed(1)
     config = peft.LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
@@ -88,8 +88,7 @@ class StudentFFN(nn.Module):
             output: Tensor = layer.mlp(hidden_states)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
-        act = ACTIVATION_FUNCTIONS[layer.activation]
-        h = act(F.linear(x, layer.gate.weight)) * F.linear(x, layer.up.weight)
+        h = activations(x, layer.gate.weight, layer.up.weight, layer.activation)
         with torch.no_grad():
             ids = masks.route(x)
             chosen = masks.chosen(ids, h)

@@ -19,6 +19,7 @@ from sparse_runtime.cli.options import (
     JsonOption,
     ModelArgument,
     NewBudgetOption,
+    RevisionOption,
     SeedOption,
     WindowOption,
     resolve_dtype,
@@ -177,9 +178,10 @@ def _build(
 
 def inspect(
     clusters: Annotated[str, typer.Argument(metavar="DIR", help="Folder or Hub id.")],
+    revision: RevisionOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Show what an artifact holds."""
-    summary = artifact_summary(ClusterSet.from_pretrained(clusters))
+    summary = artifact_summary(ClusterSet.from_pretrained(clusters, revision=revision))
     print_summary(clusters, summary)
     write_figures(json_file, summary)

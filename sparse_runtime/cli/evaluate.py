@@ -21,6 +21,7 @@ from sparse_runtime.cli.options import (
     DeviceOption,
     JsonOption,
     ModelArgument,
+    RevisionOption,
     VerifyOption,
     WindowOption,
     resolve_dtype,
@@ -80,6 +81,7 @@ def evaluate(
         ),
     ] = 0,
     budget: BudgetOption = None,
+    revision: RevisionOption = None,
     budgets: Annotated[
         str | None,
         typer.Option(help="Compare these cost shares, with commas, with looks and without."),
@@ -104,7 +106,7 @@ def evaluate(
     for_baselines = {"calibration": calibration, "calibration-tokens": calibration_tokens}
     _check_options(budget, budgets, names, for_baselines)
     _check_names(names, [*sources, *(calibration or [])])
-    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
     texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]

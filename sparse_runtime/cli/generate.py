@@ -20,6 +20,7 @@ from sparse_runtime.cli.options import (
     DtypeOption,
     JsonOption,
     ModelArgument,
+    RevisionOption,
     SeedOption,
     VerifyOption,
     resolve_dtype,
@@ -54,6 +55,7 @@ def generate(
     ] = False,
     budget: BudgetOption = None,
     verify: VerifyOption = None,
+    revision: RevisionOption = None,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
     json_file: JsonOption = None,
@@ -64,7 +66,7 @@ def generate(
     """
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
-    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict)

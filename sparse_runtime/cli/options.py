@@ -18,6 +18,10 @@ ModelArgument = Annotated[
 ClustersOption = Annotated[
     str, typer.Option("--clusters", help="Cluster artifact: folder or Hub id.", metavar="DIR")
 ]
+RevisionOption = Annotated[
+    str | None,
+    typer.Option(help="Branch, tag or commit of the Hub repository that the clusters come from."),
+]
 JsonOption = Annotated[
     Path | None,
     typer.Option(

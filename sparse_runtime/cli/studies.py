@@ -22,6 +22,7 @@ from sparse_runtime.cli.options import (
     ModelArgument,
     NewBudgetOption,
     PercentileOption,
+    RevisionOption,
     SeedOption,
     TestOption,
     TestTokensOption,
@@ -259,6 +260,7 @@ def tasks(
         int, typer.Option(callback=POSITIVE.callback, help="Documents per call.")
     ] = 1,
     budget: BudgetOption = None,
+    revision: RevisionOption = None,
     verify: VerifyOption = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
@@ -268,7 +270,7 @@ def tasks(
     from sparse_runtime.eval.latency.host import host_record
     from sparse_runtime.eval.quality.downstream import evaluate_tasks
 
-    artifact = ClusterSet.from_pretrained(clusters, centroids=True)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     if budget is not None or verify is not None:
         artifact = recut(loaded, artifact, budget=budget, verify=verify)

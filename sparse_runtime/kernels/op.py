@@ -78,7 +78,8 @@ def sparse_ffn(
         tables.maybe_sets,
         weights.low_bit if looks else None,
         tables.factors,
-        row_counts,
+        # Never None: torch 2.10 cannot mutate an argument that is left at its default.
+        x.new_zeros(2, dtype=torch.int64) if row_counts is None else row_counts,
     )
     return output
 
@@ -157,10 +158,10 @@ def _sparse_ffn(
     sets: Tensor,
     cluster_ids: Tensor,
     activation: str,
-    maybe_sets: Tensor | None = None,
-    low_bit: Tensor | None = None,
-    factors: Tensor | None = None,
-    row_counts: Tensor | None = None,
+    maybe_sets: Tensor | None,
+    low_bit: Tensor | None,
+    factors: Tensor | None,
+    row_counts: Tensor,
 ) -> Tensor:
     return sparse_ffn_reference(
         x,

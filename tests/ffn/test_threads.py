@@ -11,7 +11,7 @@ import pytest
 import torch
 from helpers import random_cluster_set
 
-from sparse_runtime import dense, sparsify
+from sparse_runtime import cost_report, dense, sparse_modules, sparsify
 from sparse_runtime.eval.latency.shapes import random_clusters
 from sparse_runtime.kernels import load_cpu_library
 
@@ -139,3 +139,19 @@ def test_fork(sparse_model):
         assert os.read(reading, 1) == b"y"
     finally:
         os.waitpid(child, 0)
+
+
+def test_counts_of_dense_tokens_lose_nothing(sparse_model):
+    (ffn, *_) = sparse_modules(sparse_model)
+
+    def work():
+        with torch.inference_mode():
+            for _ in range(3000):
+                ffn.count_dense("long call", 1)
+
+    workers = [threading.Thread(target=work) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert cost_report(sparse_model).dense_reasons == {"long call": 9000}

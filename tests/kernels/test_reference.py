@@ -88,7 +88,8 @@ def test_no_tokens():
 def test_opcheck():
     x, weights, mask, ids = case(3, 24, 50, 4, 0.5, torch.float32)
     torch.library.opcheck(
-        torch.ops.sparse_runtime.sparse_ffn, (x, *weights, pack_bits(mask), ids, "silu")
+        torch.ops.sparse_runtime.sparse_ffn,
+        (x, *weights, pack_bits(mask), ids, "silu", None, None, None, torch.zeros(2).long()),
     )
 
 

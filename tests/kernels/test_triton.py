@@ -62,7 +62,9 @@ def test_given_clusters(row):
 def test_no_tokens():
     given = case(2, (24, 50, 3), torch.float32)
     x, *weights, sets, ids, activation = given.arguments[:7]
-    y = triton_ffn.triton_sparse_ffn(*moved(x[:0], *weights, sets, ids[:0], activation))
+    counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+    arguments = moved(x[:0], *weights, sets, ids[:0], activation)
+    y = triton_ffn.triton_sparse_ffn(*arguments, None, None, None, counts)
     assert y.shape == (0, 24)
 
 

@@ -126,10 +126,10 @@ def triton_sparse_ffn(
     sets: Tensor,
     cluster_ids: Tensor,
     activation: str,
-    maybe_sets: Tensor | None = None,
-    low_bit: Tensor | None = None,
-    factors: Tensor | None = None,
-    row_counts: Tensor | None = None,
+    maybe_sets: Tensor | None,
+    low_bit: Tensor | None,
+    factors: Tensor | None,
+    row_counts: Tensor,
 ) -> Tensor:
     """Compute the neurons of given clusters; arguments of :func:`sparse_runtime.kernels.sparse_ffn`."""
     counters = torch.zeros(num_counters(x.shape[1]), dtype=torch.int32, device=x.device)

@@ -46,6 +46,7 @@ def run_folder(made_once, tmp_path):
 
 @pytest.fixture(scope="module")
 def made_once(tmp_path_factory, tiny_tokenizer):
+    pytest.importorskip("lm_eval")
     tmp_path = tmp_path_factory.mktemp("made")
     folder, tiny_folder = tmp_path / "run", tmp_path / "model"
     tiny_model = make_tiny_model()
