@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.linear import has_no_hooks
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: Name of the ``SparseFFN`` in the FFN that it makes sparse.
@@ -29,7 +30,8 @@ class SparseForward(nn.Module):
         sparse = self._modules.get(CHILD)
         if sparse is None:  # somebody kept this method beyond unsparsify
             return type(self).forward(self, hidden_states)
-        output: Tensor = sparse(hidden_states)
+        call = sparse.forward if has_no_hooks(sparse) else sparse
+        output: Tensor = call(hidden_states)
         return output
 
     def dense_forward(self, hidden_states: Tensor) -> Tensor:

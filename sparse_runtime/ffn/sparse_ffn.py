@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -89,6 +90,8 @@ class SparseFFN(nn.Module):
         self.config = config
         self.state = state
         self._first = first
+        self._hidden_size = layer.hidden_size
+        self._most_sparse_values = 0.0
         self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
         self.cost = FFNCost(
             hidden_size=layer.hidden_size,
@@ -114,6 +117,33 @@ class SparseFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
+        operands = self._operands
+        if operands is not None and self._is_plain_decode(hidden_states):
+            if self._first:
+                self.state.note_call(1, long=False)
+            x = hidden_states.reshape(-1, self._hidden_size)
+            output = routed_ffn(x, *operands, backend=self.backend)
+            return output.reshape(hidden_states.shape)
+        return self._any_call(hidden_states)
+
+    def _is_plain_decode(self, hidden_states: Tensor) -> bool:
+        """Whether :meth:`_any_call` would find a sparse call and nothing else to do, for less time."""
+        seen, placed = self._seen, self._placed
+        return (
+            seen is not None
+            and placed is not None
+            and self.route is None
+            and not torch.compiler.is_compiling()
+            and not torch.is_grad_enabled()
+            and hidden_states.numel() <= self._most_sparse_values
+            and hidden_states.dtype == placed[1]
+            and hidden_states.device == placed[0]
+            and not torch.is_autocast_enabled(placed[0].type)
+            and self.state.switch.depth == 0
+            and seen.is_current()
+        )
+
+    def _any_call(self, hidden_states: Tensor) -> Tensor:
         num_tokens = hidden_states.numel() // self.cost.hidden_size
         path, reason = self._path(hidden_states, num_tokens)
         if reason is not None:
@@ -256,13 +286,15 @@ class SparseFFN(nn.Module):
         names = ("active_sets", "maybe_sets", "factors")
         before = self.route, [self._buffers[name] for name in names]
         try:
+            # Without operands every call goes the general way, which looks for both.
             self.route, self._operands = route, None
             if tables is not None:
                 self._buffers.update({name: getattr(tables, name) for name in names})
             yield
         finally:
-            self.route, self._operands = before[0], None
+            self.route = before[0]
             self._buffers.update(zip(names, before[1], strict=True))
+            self._operands = None if self._seen is None else self._flattened()
 
     def reset_counts(self) -> None:
         """Set the counters to zero."""
@@ -384,6 +416,8 @@ class SparseFFN(nn.Module):
         self.rule = token_rule(
             self.backend, sparse_tokens=bound, every_call=config.prefill == "sparse"
         )
+        most = math.inf if self.rule.sparse is None else self.rule.sparse
+        self._most_sparse_values = most * self._hidden_size
 
     def _look_at(self, gate: Tensor, up: Tensor) -> None:
         """Make the low-bit copies of gate and up [I, H], if clusters leave neurons to a look."""
