@@ -141,7 +141,7 @@ def build(
         typer.Option(help="Steps that tune biases and corrections; 0: none. 60 if global."),
     ] = None,
     correction_rank: Annotated[
-        int | None, typer.Option(help="Of the distilled correction; 16 with --distill.")
+        int | None, typer.Option(help="Of a correction that is distilled too; none by default.")
     ] = None,
     clusters: Annotated[int, typer.Option(help="Clusters per layer.")] = 256,
     budget: Annotated[float, typer.Option(help="Mean cost share, router included.")] = 0.5,
@@ -526,6 +526,7 @@ def ingredients(
         budget=budget,
         router=router,
         distill=distill,
+        correction_rank=16,
         max_tokens=max_tokens,
         window=window,
     )
