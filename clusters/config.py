@@ -37,11 +37,12 @@ class BuildConfig:
         loop_weights: weigh layers by what they leave out of the sparse model, see
             ``clusters/tuning/loop_weights.py``; needs, and is the default with, allocation
             ``global``.
-        distill: steps that tune biases and a low-rank correction against the dense model's
-            predictions, 0 for none; what does not help held-out text is not kept. Needs allocation
+        distill: steps that tune biases, and a correction, against the dense model's predictions, 0
+            for none; what does not help held-out text is not kept. Needs allocation
             ``global`` and cluster biases, and is 60 with them.
-        correction_rank: of that correction (default 16), 0 for none; it takes its bytes from the
-            budget. Needs ``distill``.
+        correction_rank: of a low-rank correction that is tuned beside the biases; its bytes come out
+            of the budget, and in small models it is not worth them (default 0: none; docs/LOG.md).
+            Needs ``distill``.
         cluster_bias: add, for each cluster, the mean of what its set leaves out (``awc`` only, where
             it is the default).
         num_clusters: K, 1 to 16,384.
@@ -144,7 +145,7 @@ class BuildConfig:
         settle("loop_weights", True, cuts, reason, False)
         reason = "cluster_bias False" if cuts else reason
         settle("distill", 60, cuts and values["cluster_bias"], reason, 0)
-        settle("correction_rank", 16, values["distill"] > 0, f"distill {values['distill']}", 0)
+        settle("correction_rank", 0, values["distill"] > 0, f"distill {values['distill']}", 0)
         return BuildSettings(**values)
 
 

@@ -51,14 +51,15 @@ class Distillation:
         step_tokens: tokens per step, whole windows.
         learning_rate: peak of a cosine schedule with ten steps of warm-up, in units of what each
             layer leaves out (``StudentFFN.output_scale``).
+        cluster_share: of that rate for each cluster's own part of the shift, which few tokens tell of.
         seed: of the text's order and the correction's start.
     """
 
     steps: int = 60
-    rank: int = 16
+    rank: int = 0
     step_tokens: int = 1024
     learning_rate: float = 0.02
-    cluster_rate: float = 0.25
+    cluster_share: float = 0.25
     seed: int = 0
 
 
@@ -201,7 +202,7 @@ class _Training:
         self._optimizer = torch.optim.Adam(
             [
                 {"params": others, "of_peak": 1.0},
-                {"params": of_clusters, "of_peak": config.cluster_rate},
+                {"params": of_clusters, "of_peak": config.cluster_share},
             ],
             betas=(0.9, 0.95),
         )

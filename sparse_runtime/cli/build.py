@@ -65,7 +65,8 @@ _Distill = Annotated[
 _CorrectionRank = Annotated[
     int | None,
     typer.Option(
-        callback=NOT_NEGATIVE.callback, help="Of the distilled correction; 16 with --distill."
+        callback=NOT_NEGATIVE.callback,
+        help="Of a correction that is distilled too; none by default.",
     ),
 ]
 _MemoryMib = Annotated[

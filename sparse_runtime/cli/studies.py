@@ -220,6 +220,7 @@ def ingredients(
         budget=budget,
         router=router,
         distill=distill,
+        correction_rank=16,
         max_tokens=max_tokens,
         window=window,
     )
