@@ -190,11 +190,11 @@ def follow_router(
         "cluster_sizes": torch.bincount(assignment, minlength=len(sets)).tolist(),
         "unassigned": int((clustering.assignment < 0).sum()),
     }
-    centroids = _layer_centroids(data, layer, fisher, assignment, len(sets))
+    centroids = layer_centroids(data, layer, fisher, assignment, len(sets))
     return FittedLayer(router, sets, centroids, figures)
 
 
-def _layer_centroids(
+def layer_centroids(
     data: LayerData,
     layer: FFNLayer,
     fisher: Tensor | None,

@@ -225,6 +225,10 @@ def test_bench_usage(run):
     assert run("bench")[0] == 2
     assert run("bench", "demo", "--shape", "mistral-7b")[0] == 2
     assert run("bench", "--shape", "mistral-7b", "--budget", 0.4)[0] == 2
+    for command in ("bench", "tune"):
+        code, _, err = run(command, "--shape", "mistral-7b", "--revision", "main")
+        assert code == 2
+        assert "--revision" in err
     for option, value in (("--layers", 1), ("--density", 0.3)):
         code, _, err = run("bench", "demo", "--clusters", "a folder", option, value)
         assert code == 2

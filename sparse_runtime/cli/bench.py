@@ -13,7 +13,13 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import write_figures
-from sparse_runtime.cli.options import BudgetOption, DeviceOption, DtypeOption, JsonOption
+from sparse_runtime.cli.options import (
+    BudgetOption,
+    DeviceOption,
+    DtypeOption,
+    JsonOption,
+    RevisionOption,
+)
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
 from sparse_runtime.cli.tables import print_bench, print_rows
@@ -35,6 +41,7 @@ _LOOKED_AT = 0.65
 def bench(
     model: ModelOrNoneArgument = None,
     clusters: ClustersOrNoneOption = None,
+    revision: RevisionOption = None,
     shape: ShapeOption = None,
     layers: Annotated[
         int | None, typer.Option(callback=POSITIVE.callback, help="Layers of --shape.")
@@ -76,9 +83,9 @@ def bench(
     options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     options |= {"repeats": repeats, "progress": RichProgress(err)}
     if shape is not None:
-        if model is not None or clusters is not None:
+        if model is not None or clusters is not None or revision is not None:
             raise ConfigError(
-                "--shape makes its own model and clusters; leave MODEL and --clusters"
+                "--shape makes its own model and clusters; leave out MODEL, --clusters and --revision"
             )
         if budget is not None:
             raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
@@ -92,7 +99,7 @@ def bench(
         for option, value in (("--layers", layers), ("--density", density)):
             if value is not None:
                 raise ConfigError(f"{option} is for --shape, and MODEL is given; leave it out")
-        loaded, artifact = _of_artifact(model, clusters, budget, verify, dtype, device)
+        loaded, artifact = _of_artifact(model, clusters, revision, budget, verify, dtype, device)
         artifacts = [artifact]
     record = {"model": shape or model, "clusters": clusters, "budget": budget, "verify": verify}
     if (device or "cpu").startswith("cpu"):
@@ -127,6 +134,7 @@ def _of_shape(
 def _of_artifact(
     name: str,
     clusters: str,
+    revision: str | None,
     budget: float | None,
     verify: bool | None,
     dtype: str,
@@ -134,7 +142,7 @@ def _of_artifact(
 ) -> tuple[Any, ClusterSet]:
     """A model, and an artifact as users hold it who generate: without centroids."""
     cut = budget is not None or verify is not None
-    artifact = ClusterSet.from_pretrained(clusters, centroids=cut)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     model, _ = load_model(name, dtype=parse_dtype(dtype), device=device)
     if cut:
         artifact = recut(model, artifact, budget=budget, verify=verify)
@@ -146,6 +154,7 @@ def _of_artifact(
 def tune(
     model: ModelOrNoneArgument = None,
     clusters: ClustersOrNoneOption = None,
+    revision: RevisionOption = None,
     shape: ShapeOption = None,
     layers: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Layers to measure on.")
@@ -159,6 +168,8 @@ def tune(
 
     if (shape is None) == (model is None) or (model is None) != (clusters is None):
         raise ConfigError("give MODEL and --clusters DIR, or --shape")
+    if shape is not None and revision is not None:
+        raise ConfigError("--revision is of --clusters, and --shape makes its own; leave it out")
     if not device.startswith("cuda") or not torch.cuda.is_available():
         raise ConfigError(
             f"--device is {device!r}; expected a GPU, and torch finds "
@@ -169,7 +180,7 @@ def tune(
         artifact = random_clusters(loaded, density=0.5, looked=_LOOKED_AT)
     else:
         loaded, _ = load_model(str(model), dtype=parse_dtype(dtype), device=device)
-        artifact = ClusterSet.from_pretrained(str(clusters))
+        artifact = ClusterSet.from_pretrained(str(clusters), revision=revision)
     from sparse_runtime.eval.latency.gpu_tuning import tune as run_tune
 
     sparsify(loaded, artifact, backend="triton", prefill="sparse")

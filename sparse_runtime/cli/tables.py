@@ -77,11 +77,6 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
             *(_score(_within(scores, name)) for name in ("coverage", "chance", "static_coverage")),
         )
     out.print(table)
-    if "seconds_total" in summary:
-        out.print(
-            f"{summary['seconds_total']:.0f} s in all, peak memory "
-            f"{summary['peak_memory_mib']:.0f} MiB"
-        )
 
 
 def _within(record: Any, *keys: str) -> Any:

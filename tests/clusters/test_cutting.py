@@ -9,6 +9,8 @@ from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
 from sparse_runtime.clusters import BuildConfig, build_clusters, fisher
 from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights, robust_mean
 from sparse_runtime.clusters.importance import importance_scorer
+from sparse_runtime.clusters.layer_build import layer_centroids
+from sparse_runtime.clusters.layer_data import LayerData
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
@@ -45,6 +47,22 @@ def test_a_window_with_exploding_gradients_is_left_out():
     # Twice as much in one neuron is no reason, nor is one window alone.
     assert robust_mean(exploded[3:]).tolist() == [100.0, 5.0]
     assert robust_mean(torch.zeros(3, 2)).tolist() == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("by_fisher", [False, True])
+def test_no_token_counts_beyond_the_99th_percentile(tiny_model, by_fisher):
+    layer = find_ffn_layers(tiny_model)[0]
+    states = torch.randn(400, layer.hidden_size, generator=torch.Generator().manual_seed(0))
+    states[7] *= 100
+    fisher = torch.ones(layer.intermediate_size) if by_fisher else None
+
+    data = LayerData(states, torch.empty(0), num_fit=400)
+    found = layer_centroids(data, layer, fisher, torch.arange(400) % 2, 2)
+    # Token 7 is in the second cluster, and would be all there is to it.
+    first, second = found.mean_squares.sum(-1)
+    assert second < 1.5 * first
+    first, second = found.mean_magnitudes.sum(-1)
+    assert second < 1.5 * first
 
 
 def test_fisher_leaves_no_trace(tiny_model):

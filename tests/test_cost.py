@@ -1,0 +1,18 @@
+"""The currency, by numbers worked out by hand."""
+
+import pytest
+
+from sparse_runtime.cost import FFNCost
+
+
+def test_bytes_of_a_token():
+    # SmolLM2-135M's FFN in bfloat16: a neuron has 3 · 576 weights of 2 bytes, its low-bit copy nine
+    # groups of 64 along H, each 2 · 32 bytes of codes and 2 · 2 of scales; a bitmap has 1536 bits.
+    plain = FFNCost(576, 1536, extra_elements=1000)
+    looks = FFNCost(576, 1536, extra_elements=1000, verified=True)
+    assert plain.dense_bytes == looks.dense_bytes == 1536 * 3456
+    assert plain.sparse_bytes(700) == 700 * 3456 + 2000 + 192
+    assert looks.sparse_bytes(400, 900) == 400 * 3456 + 900 * 612 + 2000 + 2 * 192
+    assert looks.share(400, 900) == pytest.approx((400 * 3456 + 900 * 612 + 2384) / (1536 * 3456))
+    assert FFNCost(576, 1536, 0, element_size=4).sparse_bytes(1) == 6912 + 192
+    assert FFNCost(576, 1536, 0, clustered=False).sparse_bytes(1) == 3456
