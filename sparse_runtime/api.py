@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +26,7 @@ from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.kernels.linear import only_moves_inputs
+from sparse_runtime.kernels.linear import runs_own_forward
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -142,7 +142,7 @@ def _obstacle(layer: FFNLayer) -> str | None:
             "accelerate offloads their weights, and moving whole matrices costs more than skipping "
             "rows saves. Give the model more device memory to run them sparsely"
         )
-    if "forward" in layer.mlp.__dict__ and not only_moves_inputs(layer.mlp):
+    if not runs_own_forward(layer.mlp):
         return (
             "their forward has been replaced on the module itself, by accelerate's hooks or by hand, "
             "so that it would never ask for clusters. Undo that, and call sparsify first"
@@ -157,7 +157,8 @@ def unsparsify(model: ModelT) -> ModelT:
         NotSparseError: the model holds no sparse FFN.
     """
     modules = _require_sparse(model)
-    restore(modules[0].state.fast_linears)
+    for state in _states(modules):
+        restore(state.fast_linears)
     with torch.inference_mode(False), torch.no_grad():
         for owner in list(owners(model)):
             unpatch(owner)
@@ -174,8 +175,9 @@ def dense(model: ModelT) -> Iterator[ModelT]:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    (state,) = {module.state for module in _require_sparse(model)}
-    with state.switch.on():
+    with ExitStack() as stack:
+        for state in _states(_require_sparse(model)):
+            stack.enter_context(state.switch.on())
         yield model
 
 
@@ -205,6 +207,11 @@ def sparse_modules(model: nn.Module) -> list[SparseFFN]:
         NotSparseError: the model holds no sparse FFN.
     """
     return _require_sparse(model)
+
+
+def _states(modules: Iterable[SparseFFN]) -> list[ModelState]:
+    """What the FFNs share: of one model one, and one more for each layer that was copied apart."""
+    return list({id(module.state): module.state for module in modules}.values())
 
 
 def _require_sparse(model: nn.Module) -> list[SparseFFN]:

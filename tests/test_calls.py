@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import time
-import warnings
 
 import pytest
 import torch
@@ -13,10 +12,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, StaticCache
 
-from sparse_runtime import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.shapes import random_clusters, random_model
-from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels import backends, load_cpu_library
 
 pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
 IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
@@ -83,38 +82,6 @@ def test_padding_does_not_change_the_tokens_beside_it(sparse_model):
 
 
 # Autograd, autocast, inference mode
-
-
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
-@pytest.mark.parametrize("tokens", [1, 2, 5, 20])
-def test_gradients_are_those_of_the_dense_model(tiny_model, backend, tokens):
-    ids = torch.randint(0, 256, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
-    tiny_model(input_ids=ids, labels=ids).loss.backward()
-    expected = [p.grad.clone() for p in tiny_model.parameters()]
-    tiny_model.zero_grad()
-    clusters = random_cluster_set(tiny_model, 0.3)
-    sparsify(tiny_model, clusters, backend=backend, fast_linear=True)
-    with pytest.warns(UserWarning, match=r"no_grad") if tokens == 1 else warnings.catch_warnings():
-        tiny_model(input_ids=ids, labels=ids).loss.backward()
-    for gradient, parameter in zip(expected, tiny_model.parameters(), strict=True):
-        torch.testing.assert_close(parameter.grad, gradient, atol=1e-5, rtol=1e-4)
-
-
-def test_gradients_to_inputs_alone(sparse_model):
-    sparse_model.requires_grad_(False)
-    embeds = torch.randn(1, 2, 32, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    sparse_model(inputs_embeds=embeds).logits.sum().backward()
-    found = embeds.grad.clone()
-    embeds.grad = None
-    unsparsify(sparse_model)(inputs_embeds=embeds).logits.sum().backward()
-    torch.testing.assert_close(found, embeds.grad)
-
-
-def test_nothing_that_needs_gradients_runs_sparse_under_grad_mode(sparse_model):
-    sparse_model.requires_grad_(False)
-    reset_cost(sparse_model)
-    sparse_model(input_ids=IDS)
-    assert cost_report(sparse_model).dense_tokens == 0
 
 
 @pytest.mark.parametrize("inside", [torch.inference_mode, torch.no_grad, torch.enable_grad])
@@ -261,6 +228,26 @@ def test_unsparsify_leaves_what_the_user_made_fast(tiny_model):
     assert fast() == before != set()
 
 
+def test_weights_are_put_back_under_an_adapter(tiny_model, tmp_path):
+    peft = pytest.importorskip("peft")
+
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
+    for name in ("gate_proj", "down_proj"):
+        peft.inject_adapter_in_model(peft.LoraConfig(r=2, target_modules=[name]), tiny_model)
+    save_file(tiny_model.state_dict(), tmp_path / "sparse.safetensors")
+    unsparsify(tiny_model)
+    assert all(weight.is_contiguous() for weight in tiny_model.parameters())
+
+
+def test_a_replaced_projection_is_put_back(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+    mlp = tiny_model.model.layers[0].mlp
+    before, mlp.down_proj = mlp.down_proj, nn.Linear(44, 32, bias=False)
+    logits(tiny_model)
+    assert before.weight.is_contiguous()
+    assert not mlp.down_proj.weight.is_contiguous()
+
+
 def test_state_dict_can_be_saved_as_it_is(tiny_model, tmp_path):
     state = copy.deepcopy(tiny_model.state_dict())
     sparsify(tiny_model, random_cluster_set(tiny_model, 0.4))
@@ -316,6 +303,38 @@ def test_a_chunked_prompt_means_what_a_whole_one_does(sparse_model):
     cache = DynamicCache(config=sparse_model.config)
     parts = [logits(sparse_model, part, past_key_values=cache) for part in IDS.split(2, dim=1)]
     torch.testing.assert_close(torch.cat(parts, 1), logits(sparse_model), atol=1e-5, rtol=0)
+
+
+# The call itself
+
+
+def test_arguments_are_those_of_the_ffn(tiny_model):
+    mlp = tiny_model.model.layers[0].mlp
+    x = torch.randn(1, 1, 32, generator=torch.Generator().manual_seed(0))
+    sparsify(tiny_model, random_cluster_set(tiny_model, 1.0))
+    with torch.no_grad():
+        assert torch.equal(mlp(x=x), mlp(x))
+        with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
+            mlp(torch.randn(2, 16))
+        with pytest.raises(TypeError, match="'x'"):
+            mlp(hidden=x)
+
+
+def test_layers_that_were_copied_apart(sparse_model):
+    layers = sparse_model.model.layers
+    layers[1] = copy.deepcopy(layers[0])
+    with dense(sparse_model):
+        logits(sparse_model)
+    assert cost_report(sparse_model).dense_reasons["dense()"] == 3 * IDS.numel()
+    unsparsify(sparse_model)
+
+
+def test_each_model_says_that_it_has_no_backend(tiny_model, monkeypatch):
+    monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
+    for model in (tiny_model, copy.deepcopy(tiny_model)):
+        with pytest.warns(UserWarning, match="run dense"):
+            sparsify(model, random_cluster_set(model, 0.4))
+        assert "every call dense" in str(model)
 
 
 def test_checks_cost_little():

@@ -9,7 +9,6 @@ changed model gives: nothing derived from the weights may be old.
 from __future__ import annotations
 
 import copy
-import io
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +17,36 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import cpu_offload, dispatch_model
+from accelerate import cpu_offload
+from changes import (
+    IDS,
+    PROJECTIONS,
+    adapter_disabled,
+    add_adapter,
+    class_forward_replaced,
+    compiled,
+    dispatch_removed,
+    dispatched,
+    dispatched_after,
+    edited,
+    functional,
+    global_hook,
+    hook_removed,
+    hooked,
+    loaded,
+    lora,
+    old_weight_norm,
+    other_activation,
+    other_class,
+    other_linear,
+    other_neurons,
+    parametrized,
+    pickled,
+    pruned,
+    quantized,
+    replaced_forward,
+    weight_subclass,
+)
 from helpers import make_tiny_model, random_cluster_set
 from torch import nn
 
@@ -33,197 +61,14 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
 ]
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
-PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
-
-
-def logits(model, ids=IDS):
-    with torch.no_grad():
-        return model(input_ids=ids).logits
-
-
-def mlp(model, index=1):
-    return model.get_submodule(f"model.layers.{index}.mlp")
-
-
-def lora(model, targets, *, scale=8, merge=False):
-    peft = pytest.importorskip("peft")
-
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, lora_alpha=scale, target_modules=targets, init_lora_weights=False)
-    adapted = peft.get_peft_model(model, config)
-    return adapted.merge_and_unload() if merge else adapted
-
-
-def add_adapter(model):
-    peft = pytest.importorskip("peft")
-
-    torch.manual_seed(1)
-    config = peft.LoraConfig(r=2, target_modules=PROJECTIONS, init_lora_weights=False)
-    model.add_adapter(config)
-    return model
-
-
-def adapter_disabled(model):
-    add_adapter(model)
-    model.disable_adapters()
-    return model
-
-
-def hooked(model, name, *, pre=False):
-    module = mlp(model).get_submodule(name) if name else mlp(model)
-    if pre:
-        module.register_forward_pre_hook(lambda module, args: (args[0] * 1.5,))
-    else:
-        module.register_forward_hook(lambda module, args, output: output * 1.5)
-    return model
-
-
-def hook_removed(model):
-    handle = mlp(model).gate_proj.register_forward_hook(lambda *a: a[2] * 2)
-    logits(model)
-    handle.remove()
-    return model
-
-
-def replaced_forward(model, name):
-    module = mlp(model).get_submodule(name) if name else mlp(model)
-    before = module.forward
-    module.forward = lambda x: before(x) * 0.5
-    return model
-
-
-def parametrized(model):
-    nn.utils.parametrizations.weight_norm(mlp(model).up_proj)
-    with torch.no_grad():
-        mlp(model).up_proj.parametrizations.weight.original0.mul_(1.5)
-    return model
-
-
-def old_weight_norm(model):
-    nn.utils.weight_norm(mlp(model).gate_proj)
-    with torch.no_grad():
-        mlp(model).gate_proj.weight_g.mul_(1.5)
-    return model
-
-
-def pruned(model, *, remove=False):
-    from torch.nn.utils import prune
-
-    prune.l1_unstructured(mlp(model).up_proj, "weight", 0.5)
-    if remove:
-        logits(model)
-        prune.remove(mlp(model).up_proj, "weight")
-    return model
-
-
-class HalvedWeight(torch.Tensor):
-    """A weight that means something else than its storage says, as quantized ones do."""
-
-    @classmethod
-    def __torch_function__(cls, func, types, args=(), kwargs=None):
-        if func is nn.functional.linear:
-            x, weight = args[:2]
-            return nn.functional.linear(x, weight.as_subclass(torch.Tensor) / 2)
-        return super().__torch_function__(func, types, args, kwargs or {})
-
-
-def weight_subclass(model):
-    linear = mlp(model).up_proj
-    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(HalvedWeight))
-    return model
-
-
-def quantized(model):
-    quantization = pytest.importorskip("torchao.quantization")
-    quantization.quantize_(
-        model, quantization.Int8WeightOnlyConfig(), lambda module, name: "mlp" in name
-    )
-    return model
-
-
-def other_state(model):
-    return {key: value * 1.25 for key, value in copy.deepcopy(model.state_dict()).items()}
-
-
-def loaded(model, *, assign):
-    model.load_state_dict(other_state(model), assign=assign)
-    return model
-
-
-def edited(model, name, how):
-    weight = mlp(model).get_submodule(name).weight
-    with torch.no_grad():
-        if how == "in place":
-            weight.mul_(1.5)
-        elif how == "data":
-            weight.data = weight.data * 1.5
-        elif how == "inference":
-            with torch.inference_mode():
-                weight.mul_(1.5)
-        else:
-            mlp(model).get_submodule(name).weight = nn.Parameter(weight.clone() * 1.5)
-    return model
-
-
-def other_linear(model):
-    torch.manual_seed(2)
-    mlp(model).gate_proj = nn.Linear(32, 44, bias=False)
-    return model
-
-
-def other_activation(model):
-    mlp(model).act_fn = nn.ReLU()
-    return model
-
-
-def dispatched(model):
-    """accelerate's hooks on single layers, nothing offloaded."""
-    names = ["model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"]
-    names += [f"model.layers.{i}" for i in range(3)]
-    return dispatch_model(model, dict.fromkeys(names, "cpu"), main_device="cpu", force_hooks=True)
-
-
-def pickled(model):
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
-
-
-def functional(model):
-    weights = {name: value * 1.25 for name, value in model.named_parameters()}
-
-    def call(input_ids):
-        return torch.func.functional_call(model, weights, kwargs={"input_ids": input_ids})
-
-    return call
-
-
-def compiled(model):
-    return torch.compile(model, backend="eager")
-
-
-def global_hook(model):
-    handle = nn.modules.module.register_module_forward_hook(
-        lambda module, args, output: output * 1.01 if isinstance(module, nn.Linear) else None
-    )
-
-    def call(input_ids):
-        try:
-            return model(input_ids=input_ids)
-        finally:
-            handle.remove()
-
-    return call
 
 
 @dataclass(frozen=True)
 class Row:
     """A change, and what becomes of the model.
 
-    ``before`` and ``after`` sparsify: ``sparse``, ``dense`` (the changed layers run as they stand) or
-    the error's text.
+    ``before`` and ``after`` sparsify: ``sparse``, ``dense`` (the changed layers run as they stand),
+    ``theirs`` (the FFN is no longer ours), or the error's text.
     """
 
     name: str
@@ -253,6 +98,9 @@ ROWS = [
         lambda m: replaced_forward(m, "gate_proj"),
         *["dense"] * 2,
     ),
+    Row("an FFN's class replaced", other_class, "HalvedFFN does not compute", "theirs"),
+    Row("its class's forward replaced", class_forward_replaced, "dense", "dense"),
+    Row("another number of neurons", other_neurons, "intermediate_size.*48.*44", "dense"),
     Row("weight_norm, parametrized", parametrized, "Parametrized.*parametrizations", "dense"),
     Row("weight_norm, old", old_weight_norm, "no parameter named weight", "dense"),
     Row("pruning", pruned, "no parameter named weight", "dense"),
@@ -279,6 +127,18 @@ ROWS = [
     Row("double", lambda m: m.double(), "float64", "dense"),
     Row("offload", lambda m: cpu_offload(m, torch.device("cpu")), "offloads", "dense"),
     Row("dispatch_model", dispatched, "sparse", "sparse"),
+    Row("dispatch_model and its hooks removed", dispatch_removed, "sparse", "sparse"),
+    Row(
+        "a projection's forward replaced, dispatch_model",
+        lambda m: dispatched_after(m, "gate_proj"),
+        *["dense"] * 2,
+    ),
+    Row(
+        "an FFN's forward replaced, dispatch_model",
+        lambda m: dispatched_after(m, ""),
+        "dense",
+        "sparse",
+    ),
     Row("deepcopy", copy.deepcopy, "sparse", "sparse"),
     Row("torch.save and load", pickled, "sparse", "sparse"),
     Row("functional_call", functional, "dense", "dense"),
@@ -369,6 +229,9 @@ def test_nothing_derived_is_old(row, dense_model):
 
 def check_path(wanted, model, caught):
     report = cost_report(model)
+    if wanted == "theirs":
+        assert report.sparse_tokens == 2 * IDS.numel()
+        return
     said = [str(w.message) for w in caught if "dense" in str(w.message)]
     if wanted == "sparse":
         assert report.dense_tokens == 0
@@ -392,7 +255,8 @@ def test_the_page_says_what_was_run():
     written = {cells[0]: tuple(cells[1:]) for cells in lines[2:]}
 
     def words(outcome):
-        return {"sparse": "sparse", "dense": "as it stands"}.get(outcome, "refused")
+        said = {"sparse": "sparse", "dense": "as it stands", "theirs": "your class runs"}
+        return said.get(outcome, "refused")
 
     run = {row.name: (words(row.before), words(row.after)) for row in ROWS}
     assert {

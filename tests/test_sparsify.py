@@ -210,7 +210,6 @@ def test_backends_agree_and_count_alike(tiny_model):
 
 def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
     monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
-    backends._warn_once.cache_clear()
     clusters = random_cluster_set(tiny_model, 0.4)
     for config in (SparseConfig(backend="cpu"), SparseConfig(strict=True)):
         with pytest.raises(BackendUnavailableError, match="pip install"):
@@ -219,7 +218,6 @@ def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
         sparsify(tiny_model, clusters)
     assert {module.backend for module in sparse_modules(tiny_model)} == {"dense"}
     expected = logits(unsparsify(tiny_model))
-    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="run dense"):
         sparsify(tiny_model, clusters)
     assert torch.equal(logits(tiny_model), expected)

@@ -16,7 +16,7 @@ from torch import nn
 from sparse_runtime.errors import NothingMatchedError
 from sparse_runtime.ffn.patch import owners
 from sparse_runtime.kernels import cpu_problem
-from sparse_runtime.kernels.linear import FastLinear
+from sparse_runtime.kernels.linear import FastLinear, change_class
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -46,8 +46,8 @@ def slow_linears(model: nn.Module, ffns: Iterable[nn.Module]) -> list[nn.Linear]
     Raises:
         NothingMatchedError: there is none.
     """
-    weight = next(model.parameters())
-    problem = cpu_problem(weight.device, weight.dtype)
+    weight = next(model.parameters(), None)
+    problem = None if weight is None else cpu_problem(weight.device, weight.dtype)
     if problem is not None:
         warnings.warn(f"linear layers stay as they are: {problem}", stacklevel=3)
         return []
@@ -65,7 +65,7 @@ def slow_linears(model: nn.Module, ffns: Iterable[nn.Module]) -> list[nn.Linear]
 def swap(linears: Iterable[nn.Linear]) -> None:
     """Make linear layers fast. Not wrapped: names, state dict and hooks stay those of the layer."""
     for linear in linears:
-        linear.__class__ = FastLinear
+        change_class(linear, FastLinear)
 
 
 def slow_linear(model: ModelT) -> ModelT:
@@ -78,4 +78,4 @@ def restore(linears: Iterable[nn.Module]) -> None:
     """Undo :func:`swap` for those that are still fast."""
     for linear in linears:
         if type(linear) is FastLinear:
-            linear.__class__ = nn.Linear  # type: ignore[assignment]
+            change_class(linear, nn.Linear)

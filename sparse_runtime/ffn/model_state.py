@@ -36,12 +36,14 @@ class DenseSwitch(threading.local):
     @contextmanager
     def on(self) -> Iterator[None]:
         """Run the original FFNs in this thread, inside the context."""
-        self.depth += 1
+        # Those of the thread that enters: a generator may be closed in another one.
+        own = self.__dict__
+        own["depth"] += 1
         try:
             yield
         finally:
             # Counted, not restored: contexts may end in any order.
-            self.depth -= 1
+            own["depth"] -= 1
 
 
 @dataclass(eq=False)

@@ -7,13 +7,14 @@ and ``fully_shard`` change classes in the same way.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.kernels.linear import has_no_hooks
+from sparse_runtime.kernels.linear import change_class, has_no_hooks
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: Name of the ``SparseFFN`` in the FFN that it makes sparse.
@@ -25,13 +26,16 @@ _CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
 class SparseForward(nn.Module):
     """Mixin of the classes that :func:`patch` gives to FFNs, before the FFN's own class."""
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map hidden states [..., H] to the FFN's output [..., H]."""
+    def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """Map hidden states [..., H], under whatever name, to the FFN's output [..., H]."""
         sparse = self._modules.get(CHILD)
         if sparse is None:  # somebody kept this method beyond unsparsify
-            return type(self).forward(self, hidden_states)
+            return type(self).forward(self, *args, **kwargs)
+        if len(args) != 1 or kwargs:
+            bound = inspect.signature(own_class(self).forward).bind(self, *args, **kwargs)
+            args = tuple(bound.arguments.values())[1:]
         call = sparse.forward if has_no_hooks(sparse) else sparse
-        output: Tensor = call(hidden_states)
+        output: Tensor = call(*args)
         return output
 
     def dense_forward(self, hidden_states: Tensor) -> Tensor:
@@ -47,9 +51,14 @@ class SparseForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Its class has no importable name.
-        return _new, (_own_class(self),), self.__dict__
+        return _new, (own_class(self),), self.__dict__
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        _adopt_anew(self)  # a copy looks at its own projections, and a compiled call cannot
 
     def _apply(self, *args: Any, **kwargs: Any) -> SparseForward:
+        sparse_ffn_of(self).forget()  # lets go of the weights, which torch may want to swap
         super()._apply(*args, **kwargs)
         _adopt_anew(self)
         return self
@@ -66,8 +75,7 @@ def patch(layers: Sequence[FFNLayer], ffns: Sequence[SparseFFN]) -> None:
             ffn.train(mlp.training)
             mlp.register_state_dict_post_hook(_contiguous)
             mlp.register_load_state_dict_post_hook(_adopt_loaded)
-            mlp.__class__ = _sparse_class(type(mlp))
-            _rebind(mlp)
+            change_class(mlp, _sparse_class(type(mlp)))
             ffn.adopt()
     except BaseException:
         for mlp in done:
@@ -83,8 +91,7 @@ def unpatch(owner: nn.Module) -> None:
             if hook in (_contiguous, _adopt_loaded):
                 del hooks[key]
     if isinstance(owner, SparseForward):
-        owner.__class__ = _own_class(owner)  # type: ignore[assignment]
-        _rebind(owner)
+        change_class(owner, own_class(owner))
     if isinstance(ffn, SparseFFN):
         ffn.release()
 
@@ -101,12 +108,6 @@ def sparse_ffn_of(owner: nn.Module) -> SparseFFN:
     return ffn
 
 
-def _rebind(module: nn.Module) -> None:
-    """Let accelerate's hooks on a module call the forward of the class that it has now."""
-    if "_old_forward" in module.__dict__:
-        module.__dict__["_old_forward"] = type(module).forward.__get__(module)
-
-
 def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
     if own not in _CLASSES:
         _CLASSES[own] = type(
@@ -115,7 +116,8 @@ def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
     return _CLASSES[own]
 
 
-def _own_class(owner: nn.Module) -> type[nn.Module]:
+def own_class(owner: nn.Module) -> type[nn.Module]:
+    """The class that a sparse FFN module had before."""
     return type(owner).__bases__[1]
 
 
@@ -128,10 +130,11 @@ def _contiguous(
     module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any]
 ) -> None:
     """The down projection is transposed in memory; safetensors wants it as it was."""
-    for name in sparse_ffn_of(module).projections:
-        key = f"{prefix}{name}.weight"
-        if isinstance(state_dict.get(key), Tensor):
-            state_dict[key] = state_dict[key].contiguous()
+    ffn = sparse_ffn_of(module)
+    for key, value in state_dict.items():
+        # Whatever its name: an adapter on the projection has moved it.
+        if key.startswith(prefix) and isinstance(value, Tensor) and ffn.has_transposed(value):
+            state_dict[key] = value.contiguous()
 
 
 def _adopt_loaded(module: nn.Module, incompatible_keys: Any) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.ffn.rule import DENSE_REASONS
 from sparse_runtime.kernels.bitmaps import set_sizes
 
 _FLOATS = (
@@ -29,6 +30,13 @@ def plain_tensors() -> Iterator[None]:
     """Make tensors that outlive the caller's inference mode, and are not recorded."""
     with torch.inference_mode(False), torch.no_grad():
         yield
+
+
+def lay_out(weight: Tensor, *, transposed: bool) -> None:
+    """Put a matrix in memory by columns, or by rows again; its values, shape and kind stay."""
+    with torch.inference_mode(weight.is_inference()), torch.no_grad():
+        data = weight.data
+        weight.data = data.t().contiguous().t() if transposed else data.contiguous()
 
 
 def own_copy(clusters: LayerClusters) -> LayerClusters:
@@ -66,6 +74,27 @@ def placed(
         # The kernels want the factors in float32, whatever the weights are.
         tensors["factors"] = clusters.factors.to(device, torch.float32)
     return tensors
+
+
+def counters(
+    num_clusters: int, device: torch.device, before: Mapping[str, Tensor | None]
+) -> dict[str, Tensor | None]:
+    """Counters of an FFN by name, on a device: those there were, or zeros."""
+    sizes = {"cluster_counts": num_clusters, "row_counts": 2, "dense_counts": len(DENSE_REASONS)}
+    tensors: dict[str, Tensor | None] = {"programs": None}
+    for name, size in sizes.items():
+        counts = before.get(name)
+        if counts is None:
+            counts = torch.zeros(size, dtype=torch.int64)
+        tensors[name] = counts.to(device)
+    return tensors
+
+
+def triton_programs(hidden_size: int, device: torch.device) -> Tensor:
+    """Zeros that the Triton kernels count finished programs in."""
+    from sparse_runtime.kernels.triton.ffn import num_counters
+
+    return torch.zeros(num_counters(hidden_size), dtype=torch.int32, device=device)
 
 
 def mean_share(sets: Tensor | None, num_neurons: int) -> float:

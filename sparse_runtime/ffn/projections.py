@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -16,8 +17,16 @@ from sparse_runtime.kernels.linear import (
 )
 
 
-def projection_problem(owner: nn.Module, projections: Sequence[str]) -> str | None:
-    """Why the kernels cannot read an FFN's projections; None if they can."""
+def projection_problem(
+    owner: nn.Module, projections: Sequence[str], sizes: tuple[int, int]
+) -> str | None:
+    """Why the kernels cannot read an FFN's projections; None if they can.
+
+    Args:
+        owner: the FFN.
+        projections: names of gate, up and down in it.
+        sizes: I and H that the clusters are for.
+    """
     kinds = set()
     for name in projections:
         linear = owner._modules.get(name)
@@ -29,6 +38,9 @@ def projection_problem(owner: nn.Module, projections: Sequence[str]) -> str | No
         assert weight is not None
         if weight.device.type == "meta":
             return f"{name} has its weights offloaded"
+        expected = sizes[::-1] if name == projections[-1] else sizes
+        if weight.shape != expected:
+            return f"{name} has weights {list(weight.shape)}; the clusters are for {list(expected)}"
         kinds.add((weight.dtype, weight.device))
     return "its projections differ in dtype or device" if len(kinds) > 1 else None
 
@@ -46,15 +58,21 @@ class Seen:
         weights: name, module, weight, version (None for tensors made in inference mode, which have
             none) and address of each projection.
         others: names and modules of its other children (the activation).
+        own: class that the FFN had before it was made sparse (``sparse_runtime.ffn.patch``).
+        forward: of that class.
+        held: shares the weights' memory, so that no other tensor gets the same address.
     """
 
     owner: nn.Module
     weights: tuple[tuple[str, nn.Module, Tensor, int | None, int], ...]
     others: tuple[tuple[str, nn.Module], ...]
+    own: type[nn.Module]
+    forward: Callable[..., Tensor]
+    held: tuple[Tensor, ...]
 
     @classmethod
     def of(cls, owner: nn.Module, projections: Sequence[str], besides: nn.Module) -> Seen:
-        """Look at an FFN: its projections by name, and all children but ``besides``."""
+        """Look at a sparse FFN: its projections by name, and all children but ``besides``."""
         modules = owner._modules
         weights = []
         for name in projections:
@@ -62,14 +80,15 @@ class Seen:
             assert linear is not None
             weight = linear._parameters["weight"]
             assert weight is not None
-            version = None if weight.is_inference() else weight._version
-            weights.append((name, linear, weight, version, weight.data_ptr()))
+            weights.append((name, linear, weight, _version(weight), weight.data_ptr()))
         others = tuple(
             (name, module)
             for name, module in modules.items()
             if module is not None and name not in projections and module is not besides
         )
-        return cls(owner, tuple(weights), others)
+        held = tuple(weight.detach() for _, _, weight, _, _ in weights)
+        own: Any = type(owner).__bases__[1]
+        return cls(owner, tuple(weights), others, own, own.forward, held)
 
     def is_current(self) -> bool:
         """Whether all is as it was and a call means no more than the weights say; for every call."""
@@ -86,7 +105,7 @@ class Seen:
         for name, module in self.others:
             if modules.get(name) is not module or not has_no_hooks(module):
                 return False
-        return not has_global_hooks()
+        return self.own.forward is self.forward and not has_global_hooks()
 
     def is_stale(self) -> bool:
         """Whether a weight was written to since, as far as torch knows.
@@ -110,4 +129,11 @@ class Seen:
         for name, module in self.others:
             if modules.get(name) is not module or not has_no_hooks(module):
                 return f"{name} has been replaced, or has hooks"
+        if self.own.forward is not self.forward:
+            return "the forward of its class has been replaced"
         return "hooks are registered for all modules" if has_global_hooks() else None
+
+
+def _version(weight: Tensor) -> int | None:
+    """How often a tensor was written to; None for one made in inference mode, which does not count."""
+    return None if weight.is_inference() else weight._version

@@ -1,4 +1,4 @@
-"""What a call of n tokens does: a fixed rule, the same on every machine and when compiled.
+"""What a call of n tokens does: a fixed rule, the same on every CPU and when compiled.
 
     n ≤ sparse tokens      each token's cluster only
     n ≤ dense-row tokens   all neurons, by the same kernels (CPU only)
@@ -7,7 +7,8 @@
 Several tokens read the union of their sets, so the more there are the less is skipped: with half of the
 neurons in each set, four tokens read nearly all. From there on a sparse call gains no time over a dense
 one by the same kernels, and loses quality (docs/benchmarks/cpu.md, *tokens in a call*). torch's own
-matrix products are faster than those kernels from some 16 tokens on.
+matrix products are faster than those kernels from some 16 tokens on. On a GPU the bound is a fixed one
+for the card and shape until ``tune``, run by the user ahead of time, has measured another.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ class TokenRule:
     def __str__(self) -> str:
         if self.sparse is None:
             return "every call sparse"
+        if self.sparse == 0:
+            return "every call dense"
         calls = "1 token" if self.sparse == 1 else f"≤ {self.sparse} tokens"
         return f"calls of {calls} sparse, longer ones dense"
 

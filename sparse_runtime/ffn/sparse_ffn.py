@@ -7,21 +7,31 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
+from sparse_runtime.ffn.buffers import FFNBuffers
 from sparse_runtime.ffn.model_state import ModelState
-from sparse_runtime.ffn.placement import mean_share, own_copy, placed, plain_tensors
+from sparse_runtime.ffn.placement import (
+    counters,
+    lay_out,
+    mean_share,
+    own_copy,
+    placed,
+    plain_tensors,
+    triton_programs,
+)
 from sparse_runtime.ffn.projections import Seen, projection_problem
-from sparse_runtime.ffn.rule import DENSE_REASONS, TokenRule, token_rule
+from sparse_runtime.ffn.rule import TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
-from sparse_runtime.kernels.linear import needs_gradient
+from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed, needs_gradient
 from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.operands import (
     ClusterTables,
@@ -35,12 +45,10 @@ from sparse_runtime.models.ffn_layers import FFNLayer
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
-# An addition of torch's is no atomic one. The kernels of the other backends count atomically.
-_COUNTING = threading.Lock()
 _Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
 
 
-class SparseFFN(nn.Module):
+class SparseFFN(FFNBuffers):
     """What ``sparsify`` adds to an FFN module, as its child ``sparse_ffn``.
 
     The FFN stays the module it was, with its projections, names, hooks and state dict; its forward
@@ -63,16 +71,9 @@ class SparseFFN(nn.Module):
         density: mean share of the neurons that are computed whatever looks say.
         looked_at: mean share of the neurons that are looked at.
         problem: why the FFN runs as it stands; None if it does not, as far as is known.
-        cluster_counts: tokens routed to each cluster so far [K] int64.
-        row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64.
-        dense_counts: tokens that ran dense so far, by ``DENSE_REASONS`` int64.
         route: hidden states [n, H] -> cluster ids [n] int64, instead of the router; see
             :meth:`swapped`.
     """
-
-    cluster_counts: Tensor
-    row_counts: Tensor
-    dense_counts: Tensor
 
     def __init__(
         self,
@@ -92,6 +93,8 @@ class SparseFFN(nn.Module):
         self._first = first
         self._hidden_size = layer.hidden_size
         self._most_sparse_values = 0.0
+        self._decoder_layer = (layer.parent,)
+        self._transposed: tuple[Tensor, ...] = ()  # the down projection's weight, or none
         self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
         self.cost = FFNCost(
             hidden_size=layer.hidden_size,
@@ -135,7 +138,10 @@ class SparseFFN(nn.Module):
             and self.route is None
             and not torch.compiler.is_compiling()
             and not torch.is_grad_enabled()
+            and not is_transformed()
+            and not self.training
             and hidden_states.numel() <= self._most_sparse_values
+            and hidden_states.shape[-1] == self._hidden_size
             and hidden_states.dtype == placed[1]
             and hidden_states.device == placed[0]
             and not torch.is_autocast_enabled(placed[0].type)
@@ -159,15 +165,6 @@ class SparseFFN(nn.Module):
             x = x.to(router_up.dtype)  # autocast to the weights' dtype: see _path
         output = self.sparse(x) if path == "sparse" else self.all_rows(x)
         return output.reshape(hidden_states.shape)
-
-    def count_dense(self, reason: str, num_tokens: int) -> None:
-        """Count tokens that run dense for one of ``DENSE_REASONS``."""
-        counts = self.dense_counts[DENSE_REASONS.index(reason)]
-        if torch.compiler.is_compiling():
-            counts += num_tokens
-            return
-        with _COUNTING:
-            counts += num_tokens
 
     def sparse(self, x: Tensor) -> Tensor:
         """Compute the neurons of each token's cluster: [n, H] of hidden states [n, H]."""
@@ -203,40 +200,27 @@ class SparseFFN(nn.Module):
             return "dense", "dense()"
         if self.backend == "dense":
             return "dense", "no backend" if self.problem is None else "patched"
+        if hidden_states.shape[-1] != self._hidden_size:
+            return "dense", "patched"  # whose error says what is wrong
         path = self.rule.path(num_tokens)
         if path == "dense":
             return "dense", "long call"
         if not self._is_intact():
             return "dense", "patched"
         gate, up, down = self._projection_weights()
-        if needs_gradient(hidden_states, gate, up, down):
+        if needs_gradient(hidden_states, gate, up, down) or is_checkpointed(self._decoder_layer[0]):
             self.state.warn_once(
                 "gradients",
-                "FFNs run dense where gradients are recorded: the sparse kernels have no backward. "
-                "Generate and score under torch.no_grad() or torch.inference_mode()",
+                "FFNs run dense where gradients are recorded, or gradient checkpointing will: the "
+                "sparse kernels have no derivative. Generate and score with model.eval(), under "
+                "torch.no_grad() or torch.inference_mode()",
             )
             return "dense", "gradients"
-        if not self._fits(hidden_states, gate):
+        if not fits(hidden_states, gate):
             return "dense", "autocast"
         return path, None if path == "sparse" else "long call"
 
-    @staticmethod
-    def _fits(hidden_states: Tensor, weight: Tensor) -> bool:
-        """Whether F.linear would compute in the weights' dtype, on their device."""
-        device = weight.device.type
-        if torch.is_autocast_enabled(device):
-            fits = torch.get_autocast_dtype(device) == weight.dtype
-        else:
-            fits = hidden_states.dtype == weight.dtype
-        return fits and hidden_states.device == weight.device
-
     # What it works on
-
-    @property
-    def tables(self) -> ClusterTables:
-        """Sets of the clusters."""
-        b = self._buffers
-        return ClusterTables(b["active_sets"], b["maybe_sets"], b["factors"])  # type: ignore[arg-type]
 
     def _projection_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         modules = self._owner[0]._modules
@@ -249,24 +233,6 @@ class SparseFFN(nn.Module):
         gate, up, down = self._projection_weights()
         return FFNWeights(gate, up, down.t(), self.activation, self._buffers["low_bit"])
 
-    @property
-    def router(self) -> RouterWeights:
-        """The router."""
-        b = self._buffers
-        return RouterWeights(b["router_up"], b["router_bias"], b["router_down"])  # type: ignore[arg-type]
-
-    @property
-    def compensation(self) -> Compensation:
-        """Bias and correction for what is left out."""
-        b = self._buffers
-        return Compensation(b["cluster_bias"], b["correction_down"], b["correction_up"])
-
-    @property
-    def counters(self) -> Counters:
-        """What calls have read so far."""
-        b = self._buffers
-        return Counters(b["cluster_counts"], b["row_counts"], b["programs"])  # type: ignore[arg-type]
-
     def _flattened(self) -> _Operands:
         return self.weights, self.tables, self.router, self.compensation, self.counters
 
@@ -278,6 +244,8 @@ class SparseFFN(nn.Module):
         tables: ClusterTables | None = None,
     ) -> Iterator[None]:
         """Route by another function, or use other sets, inside the context; for evaluation.
+
+        The swap is of the module, not of a thread: nobody else should use it meanwhile.
 
         Args:
             route: hidden states [n, H] -> cluster ids [n] int64.
@@ -295,11 +263,6 @@ class SparseFFN(nn.Module):
             self.route = before[0]
             self._buffers.update(zip(names, before[1], strict=True))
             self._operands = None if self._seen is None else self._flattened()
-
-    def reset_counts(self) -> None:
-        """Set the counters to zero."""
-        for counts in (self.cluster_counts, self.row_counts, self.dense_counts):
-            counts.zero_()
 
     def extra_repr(self) -> str:
         """Shown by ``print(model)``."""
@@ -321,11 +284,14 @@ class SparseFFN(nn.Module):
         with _ADOPTING, plain_tensors():
             if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
-            self._seen = self._operands = None
-            self.problem = projection_problem(self._owner[0], self.projections)
+            self.forget()
+            sizes = self.cost.intermediate_size, self.cost.hidden_size
+            self.problem = projection_problem(self._owner[0], self.projections, sizes)
             if self.problem is not None:
                 return None
             gate, up, down = self._projection_weights()
+            if all(weight is not down for weight in self._transposed):
+                self.release()  # it has been replaced, and goes back as it was
             try:
                 self._place(gate.device, gate.dtype)
             except BackendUnavailableError as error:  # moved after sparsify
@@ -333,10 +299,11 @@ class SparseFFN(nn.Module):
                     raise
                 self.backend, self.problem, self._placed = "dense", str(error), None
             if self.backend == "dense":
-                down.data = down.data.contiguous()
+                self.release()
                 self._buffers["low_bit"] = None
                 return None
-            down.data = down.data.t().contiguous().t()
+            lay_out(down, transposed=True)
+            self._transposed = (down,)
             self._look_at(gate, up)
             seen = Seen.of(self._owner[0], self.projections, self)
             self._operands = self._flattened()
@@ -345,20 +312,28 @@ class SparseFFN(nn.Module):
 
     def forget(self) -> None:
         """Look at the projections anew in the next call: one of them was put in its place."""
-        self._seen = None
+        self._seen = self._operands = None
+
+    def has_transposed(self, tensor: Tensor) -> bool:
+        """Whether a tensor is the down projection's weight as it lies in memory now."""
+        return not tensor.is_contiguous() and any(
+            tensor.data_ptr() == down.data_ptr() for down in self._transposed
+        )
 
     def release(self) -> None:
-        """Put the down projection back as it was."""
-        owner = self._owner[0]
-        if projection_problem(owner, self.projections) is None:
-            down = self._projection_weights()[2]
-            with plain_tensors():
-                down.data = down.data.contiguous()
+        """Put the down projection back as it was, whatever module holds it by now."""
+        for down in self._transposed:
+            lay_out(down, transposed=False)
+        self._transposed = ()
 
     def _is_intact(self) -> bool:
         """Whether the kernels may stand in for the projections; notices what was changed."""
         if torch.compiler.is_compiling():
-            return self.problem is None and self._seen is not None and self._seen.change() is None
+            # Looked at while torch traces; what is traced then guards hooks and modules.
+            return _is_intact_now(self) and self._seen is not None and self._seen.change() is None
+        return self._is_intact_now()
+
+    def _is_intact_now(self) -> bool:
         seen = self._seen
         if seen is not None and seen.is_current():
             return True
@@ -386,30 +361,24 @@ class SparseFFN(nn.Module):
         clusters, config = self._clusters, self.config
         if self._placed == (device, dtype):
             return
-        self.backend = resolve_backend(config.backend, device, dtype, strict=config.strict)
+        self.backend = resolve_backend(
+            config.backend,
+            device,
+            dtype,
+            strict=config.strict,
+            warn=partial(self.state.warn_once, "no backend"),
+        )
         self.cost = replace(self.cost, element_size=element_size(dtype))
         looks = clusters.maybe_sets is not None and self.backend != "dense"
-        tensors = placed(clusters, device, dtype, looks=looks) | {"low_bit": None, "programs": None}
-        sizes = {
-            "cluster_counts": clusters.num_clusters,
-            "row_counts": 2,
-            "dense_counts": len(DENSE_REASONS),
-        }
-        for name, size in sizes.items():
-            counts = self._buffers.get(name)
-            if counts is None:
-                counts = torch.zeros(size, dtype=torch.int64)
-            tensors[name] = counts.to(device)
+        tensors = placed(clusters, device, dtype, looks=looks)
+        tensors |= counters(clusters.num_clusters, device, self._buffers) | {"low_bit": None}
         bound = config.max_sparse_tokens
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
-            from sparse_runtime.kernels.triton.ffn import num_counters
 
             shape = (self.cost.hidden_size, self.cost.intermediate_size)
             bound = bound or config_for(device, *shape, dtype).max_tokens
-            tensors["programs"] = torch.zeros(
-                num_counters(shape[0]), dtype=torch.int32, device=device
-            )
+            tensors["programs"] = triton_programs(shape[0], device)
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor, persistent=False)
         self._placed = (device, dtype)
@@ -441,3 +410,8 @@ class SparseFFN(nn.Module):
     def _apply(self, *args: Any, **kwargs: Any) -> SparseFFN:
         # Tables follow the weights (adopt, called by the FFN's own _apply), in their own dtypes.
         return self
+
+
+@torch.compiler.assume_constant_result
+def _is_intact_now(ffn: SparseFFN) -> bool:
+    return ffn._is_intact_now()

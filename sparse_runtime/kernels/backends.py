@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import importlib
 import sys
 import warnings
+from collections.abc import Callable
 
 import torch
 
@@ -19,7 +19,14 @@ KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _LEAST_CAPABILITY = (7, 0)
 
 
-def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, strict: bool) -> str:
+def resolve_backend(
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    strict: bool,
+    warn: Callable[[str], None] = warnings.warn,
+) -> str:
     """Pick the kernel backend of a model on ``device``.
 
     Args:
@@ -27,6 +34,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, stri
         device: of the model's weights.
         dtype: of the model's weights.
         strict: raise instead of falling back.
+        warn: is told why, on falling back.
 
     Returns:
         ``cpu``, ``triton``, ``reference``, or ``dense`` where nothing faster than the dense FFN can
@@ -48,7 +56,7 @@ def resolve_backend(name: str, device: torch.device, dtype: torch.dtype, *, stri
         return backend
     if strict or name != "auto":
         raise BackendUnavailableError(f"backend {name!r} cannot run: {problem}")
-    _warn_once(f"sparse FFNs run dense: {problem}")
+    warn(f"sparse FFNs run dense: {problem}")
     return "dense"
 
 
@@ -97,8 +105,3 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
 def _wrong_dtype(dtype: torch.dtype) -> str:
     names = ", ".join(str(known).removeprefix("torch.") for known in KERNEL_DTYPES)
     return f"the weights are {dtype}; the kernels take {names}"
-
-
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=4)

@@ -7,11 +7,13 @@ weights) means something that only the module itself knows, and the kernels must
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.modules import module as torch_module
 
 from sparse_runtime.kernels.backends import KERNEL_DTYPES
@@ -49,8 +51,34 @@ class FastLinear(nn.Linear):
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether autograd records a call with these tensors; the kernels have no backward."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    """Whether a derivative of a call with these tensors is asked for; the kernels have none."""
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return True
+    return is_transformed()
+
+
+def is_transformed() -> bool:
+    """Whether forward-mode AD or a transform of ``torch.func`` is at work; grad mode says neither."""
+    # Both have no public question; torch.compile traces the first and never runs inside the second.
+    if forward_ad._current_level >= 0:
+        return True
+    return (
+        not torch.compiler.is_compiling()
+        and torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def is_checkpointed(layer: nn.Module) -> bool:
+    """Whether gradient checkpointing runs a layer without gradients now, and later with them."""
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def fits(x: Tensor, weight: Tensor) -> bool:
+    """Whether F.linear of an input would compute in the weight's dtype, on its device."""
+    device = weight.device.type
+    if torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device) == weight.dtype and x.device == weight.device
+    return x.dtype == weight.dtype and x.device == weight.device
 
 
 _PLAIN_CLASSES = (nn.Linear, FastLinear)
@@ -70,17 +98,44 @@ def has_no_hooks(module: nn.Module) -> bool:
         or state["_forward_pre_hooks"]
         or state["_backward_hooks"]
         or state["_backward_pre_hooks"]
-        or ("forward" in state and not only_moves_inputs(module))
+        or ("forward" in state and not runs_own_forward(module))
     )
 
 
-def only_moves_inputs(module: nn.Module) -> bool:
-    """Whether a forward that stands on a module itself is accelerate's, and offloads nothing.
+def runs_own_forward(module: nn.Module) -> bool:
+    """Whether a forward that stands on a module itself, if any, is its class's all the same.
 
-    ``dispatch_model`` puts one on every module, which only brings the inputs to its device.
+    accelerate's ``dispatch_model`` puts one on every module; where nothing is offloaded it only
+    brings the inputs to the module's device, and removed it leaves the class's own bound there.
     """
-    hook: Any = module.__dict__.get("_hf_hook")
-    return type(hook).__name__ == "AlignDevicesHook" and not hook.offload
+    state = module.__dict__
+    forward = state.get("forward")
+    if forward is None or _is_own(module, forward):
+        return True
+    hook: Any = state.get("_hf_hook")
+    return (
+        type(hook).__name__ == "AlignDevicesHook"
+        and not hook.offload
+        and isinstance(forward, functools.partial)
+        and forward.func.__module__ == "accelerate.hooks"
+        and _is_own(module, state.get("_old_forward"))
+    )
+
+
+def _is_own(module: nn.Module, forward: Any) -> bool:
+    """Whether a function is the forward of a module's class, bound to it."""
+    return (
+        getattr(forward, "__self__", None) is module
+        and getattr(forward, "__func__", None) is type(module).forward
+    )
+
+
+def change_class(module: nn.Module, to: type[nn.Module]) -> None:
+    """Give a module another class; a bound forward of the old one becomes one of the new."""
+    state = module.__dict__
+    bound = [key for key in ("forward", "_old_forward") if _is_own(module, state.get(key))]
+    module.__class__ = to
+    state.update({key: to.forward.__get__(module) for key in bound})
 
 
 def has_global_hooks() -> bool:
@@ -118,8 +173,8 @@ def weight_problem(linear: nn.Module) -> str | None:
 
 def call_problem(linear: nn.Module) -> str | None:
     """Why a call of a linear layer is more than its weight says; None if it is not."""
-    if "forward" in linear.__dict__ and not only_moves_inputs(linear):
-        if hasattr(linear, "_hf_hook"):
+    if not runs_own_forward(linear):
+        if getattr(linear.__dict__.get("_hf_hook"), "offload", False):
             return "has its weights moved by accelerate's hooks"
         return "has had its forward replaced"
     if any(linear.__dict__[hooks] for hooks in _HOOKS):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.kernels.linear import weight_problem
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
 
 #: ``hidden_act`` of a transformers config -> activation name of the kernels.
 ACTIVATIONS = {
@@ -122,6 +124,7 @@ def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
     for layer in layers:
         _check_layer(layer)
         _check_activation(layer, architecture.act)
+        _check_forward(layer)
     return sorted(layers, key=lambda layer: layer.index)
 
 
@@ -190,6 +193,47 @@ def _check_activation(layer: FFNLayer, name: str) -> None:
         raise UnsupportedArchitectureError(
             f"{layer.name}: its activation {name} is {act}, which does not compute "
             f"{layer.activation!r} as the model's config says; put the model's own back"
+        )
+
+
+def _check_forward(layer: FFNLayer) -> None:
+    """The forward of the module's class is down(act(gate(x)) · up(x)); a few numbers tell.
+
+    It is run on small matrices in place of the projections: their hooks are for the user's calls.
+    """
+    own = type(layer.mlp)
+    device = layer.gate.weight.device
+    if device.type == "meta":  # offloaded
+        return
+    generator = torch.Generator().manual_seed(0)
+    x, gate, up, down = (
+        torch.randn(shape, generator=generator).to(device)
+        for shape in ((1, 3, 6), (10, 6), (10, 6), (6, 10))
+    )
+    probe = own.__new__(own)
+    probe.__dict__.update(layer.mlp.__dict__)
+    probe.__dict__["_modules"] = {
+        name: module and module.forward for name, module in layer.mlp._modules.items()
+    }
+    for name, weight in zip(layer.projections, (gate, up, down), strict=True):
+        probe._modules[name] = functools.partial(F.linear, weight=weight)  # type: ignore[assignment]
+    with torch.no_grad(), torch.autocast(device.type, enabled=False):
+        expected = F.linear(activations(x, gate, up, layer.activation), down)
+        try:
+            # Of a module that is sparse already, what it was before.
+            found = getattr(own, "dense_forward", own.forward)(probe, x)
+            same = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
+        except Exception as error:
+            same, found = False, error
+    if not same:
+        raised = (
+            f" (tried on small matrices, it raises {found!r})"
+            if isinstance(found, Exception)
+            else ""
+        )
+        raise UnsupportedArchitectureError(
+            f"{layer.name}: the forward of {own.__module__}.{own.__qualname__} does not compute "
+            f"down(act(gate(x)) * up(x)){raised}; put the model's own class and forward back"
         )
 
 

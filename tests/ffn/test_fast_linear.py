@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from accelerate import dispatch_model
 from helpers import random_cluster_set
 from torch import nn
 
@@ -97,6 +98,22 @@ def test_weights_that_the_kernels_do_not_take(tiny_model):
     with pytest.warns(UserWarning, match=r"float64.*bfloat16, float16, float32"):
         fast_linear(tiny_model.double())
     assert not fast_names(tiny_model)
+
+
+@pytest.mark.parametrize("fast_first", [False, True])
+def test_under_hooks_that_move_inputs(tiny_model, monkeypatch, fast_first):
+    names = ["model.embed_tokens", "model.layers", "model.norm", "model.rotary_emb", "lm_head"]
+
+    def dispatch(model):
+        dispatch_model(model, dict.fromkeys(names, "cpu"), main_device="cpu", force_hooks=True)
+
+    for step in (fast_linear, dispatch) if fast_first else (dispatch, fast_linear):
+        step(tiny_model)
+    monkeypatch.setattr(torch.nn.functional, "linear", None)
+    logits(tiny_model)
+    slow_linear(tiny_model)
+    with pytest.raises(TypeError):
+        logits(tiny_model)
 
 
 def test_nothing_to_do():

@@ -113,6 +113,23 @@ def test_dense_contexts_end_in_any_order(sparse_model, compiled):
     assert torch.equal(logits(call), sparse)
 
 
+def test_dense_may_end_in_another_thread(sparse_model):
+    expected = logits(sparse_model)
+    contexts = []
+
+    def enter():
+        contexts.append(dense(sparse_model))
+        contexts[0].__enter__()
+
+    thread = threading.Thread(target=enter)
+    thread.start()
+    thread.join()
+    contexts[0].__exit__(None, None, None)
+    assert torch.equal(logits(sparse_model), expected)
+    with dense(sparse_model):
+        assert not torch.equal(logits(sparse_model), expected)
+
+
 def test_dense_is_that_of_one_model(sparse_model):
     other = copy.deepcopy(sparse_model)
     sparse = logits(other)

@@ -136,7 +136,6 @@ def test_where_it_cannot_run(tiny_model, monkeypatch):
         raise ImportError("No module named 'triton'")
 
     monkeypatch.setattr(backends.importlib, "import_module", missing)
-    backends._warn_once.cache_clear()
     with pytest.warns(UserWarning, match="run dense: Triton cannot be imported .* pip install"):
         assert backends.resolve_backend("auto", device, dtype, strict=False) == "dense"
     with pytest.raises(BackendUnavailableError, match=r"torch.float64; the kernels take bfl"):
