@@ -338,7 +338,7 @@ def test_each_model_says_that_it_has_no_backend(tiny_model, monkeypatch):
 
 
 def test_checks_cost_little():
-    """At the demo's size, in CPU time of the calling thread: 4 of 120 µs (docs/compatibility.md)."""
+    """At the demo's size, in CPU time of the calling thread: 4 of 110 µs (docs/compatibility.md)."""
     model = random_model("smollm2-135m", layers=1)
     clusters = random_clusters(model, density=0.5, looked=0.5, num_clusters=256, rank=32)
     (ffn,) = sparse_modules(sparsify(model, clusters))
