@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -9,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor
@@ -45,6 +47,9 @@ from sparse_runtime.models.ffn_layers import FFNLayer
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
+# By number, because torch 2.10 takes no module for the argument of what it calls while it traces.
+_BY_KEY: WeakValueDictionary[int, SparseFFN] = WeakValueDictionary()
+_KEYS = itertools.count()
 _Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
 
 
@@ -106,6 +111,7 @@ class SparseFFN(FFNBuffers):
         self.looked_at = mean_share(self._clusters.maybe_sets, layer.intermediate_size)
         self.route: Callable[[Tensor], Tensor] | None = None
         self.problem: str | None = None
+        self._key = -1
         self._seen: Seen | None = None
         self._operands: _Operands | None = None
         self._placed: tuple[torch.device, torch.dtype] | None = None
@@ -285,6 +291,9 @@ class SparseFFN(FFNBuffers):
             if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
             self.forget()
+            if _BY_KEY.get(self._key) is not self:  # a new one, or a copy
+                self._key = next(_KEYS)
+                _BY_KEY[self._key] = self
             sizes = self.cost.intermediate_size, self.cost.hidden_size
             self.problem = projection_problem(self._owner[0], self.projections, sizes)
             if self.problem is not None:
@@ -330,7 +339,9 @@ class SparseFFN(FFNBuffers):
         """Whether the kernels may stand in for the projections; notices what was changed."""
         if torch.compiler.is_compiling():
             # Looked at while torch traces; what is traced then guards hooks and modules.
-            return _is_intact_now(self) and self._seen is not None and self._seen.change() is None
+            return (
+                _is_intact_now(self._key) and self._seen is not None and self._seen.change() is None
+            )
         return self._is_intact_now()
 
     def _is_intact_now(self) -> bool:
@@ -413,5 +424,5 @@ class SparseFFN(FFNBuffers):
 
 
 @torch.compiler.assume_constant_result
-def _is_intact_now(ffn: SparseFFN) -> bool:
-    return ffn._is_intact_now()
+def _is_intact_now(key: int) -> bool:
+    return _BY_KEY[key]._is_intact_now()
