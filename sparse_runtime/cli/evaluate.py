@@ -9,6 +9,7 @@ import typer
 from rich.markup import escape
 from torch import Tensor
 
+from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err
@@ -111,7 +112,7 @@ def evaluate(
     artifact.check_model(loaded)
     texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
     for source, tokens in texts:
-        warn_of_overlap(source, tokens, artifact.build.get("data", {}))
+        warn_of_overlap(source, tokens, within(artifact.build, "data"))
     protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
