@@ -6,13 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from torch import Tensor
 
 from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.cli.console import err
+from sparse_runtime.cli.console import err, note
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -212,5 +211,5 @@ def _calibration(
         artifact, specs, tokenizer, max_tokens=max_tokens, window=window, model=model
     )
     if reason is not None:
-        err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
+        note(f"baselines are calibrated on wikitext2: {reason}")
     return text.windows, text.record

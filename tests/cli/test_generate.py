@@ -61,11 +61,13 @@ def test_a_template_that_refuses_is_named_with_the_remedy(answer):
         "{{ raise_exception('no users') }}",
         "{% for",
         "{{ messages.nothing.at_all }}",
+        "{{ raise_exception('no users \x1b]8;;http://x\x07[b]\x1b[2J') }}",
     ):
         code, _, err, figures = answer(template=template)
         assert code == 2
         assert "chat template cannot be applied" in err
         assert "--raw continues the text without it" in err
+        assert "\x1b" not in err
         assert figures is None
     assert answer("--raw", template="{% for")[0] == 0
 

@@ -1,5 +1,6 @@
 """What the commands refuse: in one line, with the exit code, before anything is loaded."""
 
+import json
 import sys
 import typing
 
@@ -8,7 +9,9 @@ import typer
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.cli import app as app_module
-from sparse_runtime.cli import bench, build, evaluate, figures, generate, studies, texts
+from sparse_runtime.cli import bench, build, console, evaluate, figures, generate, studies, texts
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.errors import ConfigError, DataError
 
 # What each command needs besides the option under test; nothing of it exists.
 NEEDED = {
@@ -33,7 +36,8 @@ def commands():
 
 def one_line(err):
     """The error, which is all there is on stderr."""
-    lines = [line for line in err.split("\n") if line and "Writing model shards" not in line]
+    bars = ("Writing model shards", "Loading weights")
+    lines = [line for line in err.split("\n") if line and not any(bar in line for bar in bars)]
     assert len(lines) == 1, err
     return lines[0]
 
@@ -159,6 +163,49 @@ def test_usage_errors_are_one_line(run):
     assert code == 2
     assert "generate" in out
     assert err == ""
+
+
+HOSTILE = "\x1b]8;;http://evil.example\x1b\\[bold]x[/bold]\x1b]8;;\x1b\\\x1b[2J\x9b1m\x07\u202e"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Files whose names of fields, or whose template, hold commands of a terminal."""
+    (tmp_path / "keys.jsonl").write_text(json.dumps({HOSTILE: "text"}))
+    (tmp_path / "names.csv").write_text(f"{HOSTILE},b\n1,2,3\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("keys.jsonl", "they have [bold]x[/bold]"), ("names.csv", "first line: [bold]x[/bold]")],
+)
+def test_errors_hold_no_commands_of_a_terminal(run, tiny_folder, hostile, name, found):
+    code, _, err = run("ablate", tiny_folder, "--data", hostile / name)
+    assert code == 1
+    assert found in one_line(err)
+    assert one_line(err).isprintable()
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, DataError, ConfigError])
+def test_errors_of_any_kind_are_printable(run, monkeypatch, kind):
+    def broken(*arguments, **options):
+        raise kind(f"{HOSTILE}\nsecond line")
+
+    monkeypatch.setattr(ClusterSet, "from_pretrained", broken)
+    code, _, err = run("inspect", "x")
+    assert code == (2 if kind is ConfigError else 1)
+    assert "[bold]x[/bold]" in one_line(err)
+    assert one_line(err).isprintable()
+    assert one_line(run("inspect", "--" + HOSTILE)[2]).isprintable()
+
+
+def test_notes_and_bars_are_printable(capsys):
+    console.note(f"baselines: {HOSTILE}")
+    assert capsys.readouterr().err == "baselines: [bold]x[/bold]��\n"
+    with RichProgress(console.err).task(f"dense, {HOSTILE}", 1):
+        pass
+    assert "[bold]x[/bold]" in capsys.readouterr().err
 
 
 def test_peak_memory_without_the_module_for_it(monkeypatch):
