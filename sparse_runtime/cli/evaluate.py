@@ -24,6 +24,7 @@ from sparse_runtime.cli.options import (
     RevisionOption,
     VerifyOption,
     WindowOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
@@ -106,7 +107,9 @@ def evaluate(
     for_baselines = {"calibration": calibration, "calibration-tokens": calibration_tokens}
     _check_options(budget, budgets, names, for_baselines)
     _check_names(names, [*sources, *(calibration or [])])
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    curves = shares is not None or bool(names)
+    cut = curves or cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
     texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
@@ -115,8 +118,8 @@ def evaluate(
     protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
-    if shares is None and not names:
-        if budget is not None or verify is not None:
+    if not curves:
+        if cut:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
         record |= _quality(loaded, artifact, texts, protocol)
     else:

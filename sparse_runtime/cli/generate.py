@@ -23,6 +23,7 @@ from sparse_runtime.cli.options import (
     RevisionOption,
     SeedOption,
     VerifyOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
@@ -66,7 +67,8 @@ def generate(
     """
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    centroids = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict)

@@ -28,6 +28,7 @@ from sparse_runtime.cli.options import (
     TestTokensOption,
     VerifyOption,
     WindowOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
@@ -271,9 +272,10 @@ def tasks(
     from sparse_runtime.eval.latency.host import host_record
     from sparse_runtime.eval.quality.downstream import evaluate_tasks
 
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    cut = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-    if budget is not None or verify is not None:
+    if cut:
         artifact = recut(loaded, artifact, budget=budget, verify=verify)
     result = evaluate_tasks(
         loaded,
