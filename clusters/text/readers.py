@@ -11,9 +11,16 @@ from sparse_runtime.clusters.text.chat import DEFAULT_KEYS, record_text
 from sparse_runtime.clusters.text.files import open_text
 from sparse_runtime.clusters.text.kinds import READABLE, kind_of_name
 from sparse_runtime.clusters.text.records import Record, records
-from sparse_runtime.clusters.text.sources import BUILT_IN, HUB_DATA, DataSource, expanded, shown
+from sparse_runtime.clusters.text.sources import (
+    BUILT_IN,
+    HUB_DATA,
+    DataSource,
+    expanded,
+    shown,
+    why_no_data_set,
+)
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.models import hub_failure
+from sparse_runtime.hub import hub_failure
 
 _PYDOC_TEST_EVERY = 10
 # Records without the field that are read before that is an error.
@@ -65,7 +72,9 @@ def _path_pieces(
             yield from _path_pieces(source, inside, f"{name.rstrip('/')}/{inside.name}", tokenizer)
         return
     if not path.exists():
-        raise DataError(f"data source {shown(name)}: there is no such file")
+        reason = why_no_data_set(name)
+        why = f", {reason}" if reason else ""
+        raise DataError(f"data source {shown(name)}{why}: there is no such file")
     with open_text(path, name) as file:
         if file.kind != "text":
             yield from _joined(_texts(records(file, path), source, name, tokenizer))

@@ -16,6 +16,7 @@ from typing import Any
 
 from sparse_runtime.clusters.text.kinds import has_known_suffix
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.hub import why_a_path
 
 #: Short name -> (Hub id, configuration, split for evaluation).
 HUB_DATA = {
@@ -83,17 +84,15 @@ def shown(name: str) -> str:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is evidently a path, whatever it names is there or not."""
-    path = os.path.expanduser(name)
-    folder = os.path.dirname(path)
-    return (
-        os.path.lexists(path)
-        or os.path.isabs(path)
-        or name.startswith(("./", "../", "~"))
-        or name in (".", "..")
-        or has_known_suffix(name)
-        or (folder != "" and os.path.isdir(folder))
-    )
+    """Whether a name is a path: something is there, it ends as a file's, or it is no data set's."""
+    return os.path.lexists(expanded(name)) or has_known_suffix(name) or bool(why_no_data_set(name))
+
+
+def why_no_data_set(name: str) -> str | None:
+    """Say why a name can be no Hub data set's, ``owner/name[:config]``, as :func:`why_a_path` does."""
+    identifier, _, configuration = name.partition(":")
+    written_as_path = "\\" in name or "/" in configuration
+    return why_a_path(name if written_as_path else identifier, bare_ids=True)
 
 
 def parse_source(spec: str) -> DataSource:

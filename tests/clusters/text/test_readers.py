@@ -223,13 +223,34 @@ def test_pipes_are_read_as_they_come(read, tmp_path, content, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["gone.csv", "./gone", "/gone/too", "here/gone", "~/gone.d", "x.html"]
-)
-def test_evident_paths_never_go_to_the_hub(read, tmp_path, name, monkeypatch):
+    ("name", "reason"),
+    [
+        ("gone.csv", ""), ("x.html", ""), ("./gone", ", which is written as a path"),
+        ("/gone/too", ", which is written as a path"), ("~/gone.d", ", which is written as a path"),
+        ("..", None), ("here/gone", ", taken for a path since there is a folder 'here' here"),
+        ("here/gone:x", ", taken for a path since there is a folder 'here' here"),
+        ("corpora/wiki/train", ", which is no Hub id owner/name"),
+        ("corpora/wiki/", ", which is no Hub id owner/name"),
+        ("corpora/", ", which is no Hub id owner/name"),
+        ("corpora//wiki", ", which is no Hub id owner/name"),
+        ("runs/12:30/train", ", which is no Hub id owner/name"),
+        ("corpora\\wiki", ", which is written as a path"), ("my notes", ", which is no valid Hub id"),
+    ],
+)  # fmt: skip
+def test_evident_paths_never_go_to_the_hub(read, tmp_path, name, reason, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
     (tmp_path / "here").mkdir()
-    with pytest.raises(DataError, match="there is no such file"):
+    match = "is a folder" if reason is None else rf"'{reason}: there is no such file$"
+    with pytest.raises(DataError, match=match):
         read(name)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:config", "c4", "wikitext2"])
+def test_data_sets_are_asked_of_the_hub(read, name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append(a) or RECORDS)
+    assert read(name) == EXPECTED
+    assert asked[0][0].count("/") == 1
 
 
 @pytest.mark.parametrize("text", ["A text,\nwith lines", "word, " * 900, "x" * 5000, "a\0b"])
