@@ -156,7 +156,8 @@ def test_refused_in_one_line(read, name, content, message, capfd):
 
 def test_missing_text_counts_as_empty_and_is_said_once(read):
     records = [{"text": None}, {"text": "one"}, {"id": 3}, {"text": ""}, {"text": "two"}]
-    with pytest.warns(UserWarning, match="3 of the 5 records.*count as empty") as caught:
+    records += [{"messages": []}, {"text": []}]
+    with pytest.warns(UserWarning, match="5 of the 7 records.*count as empty") as caught:
         assert read("a.jsonl", lines(*records)) == "one\n\ntwo"
     assert len(caught) == 1
     with (
