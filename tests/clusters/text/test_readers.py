@@ -140,6 +140,17 @@ def test_columnar_files_and_folders_of_shards(read, tmp_path):
         ("a.jsonl", '{"text": 3}', "line 1 has a number under 'text'"),
         ("a.jsonl", '{"a": 1}\n{"b": null}', "none of the 2 records.*they have a, b: .*,key=A"),
         ("a.csv", "text,id\na,1\na,b,c\n", "line 3 has 3 fields; expected 2.*text, id"),
+        ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "line 3 is not CSV: a quote of the record that begins there"),
+        ("a.csv", 'text,id\n"a"b,1\n', "line 2 is not CSV: ',' expected after '\"'; quote the whole"),
+        ("a.tsv", 'text\tid\n"a\t1\nb\t2\n', "line 2 is not CSV: a quote of the record that begins"),
+        ("a.csv", '"text,id\na,1\n', "line 1 is not CSV: a quote of the record that begins"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', "'{' follows after record 1; expected a comma"),
+        ("a.json", '[{"text": "a"},,{"text": "b"}]', "record 2 is not JSON"),
+        ("a.json", '[,{"text": "a"}]', "record 1 is not JSON"),
+        ("a.json", '[{"text": "a"},]', "record 2 is not JSON"),
+        ("a.json", '[{"text": "a"}', "the file ends after record 1; expected a comma or the array's"),
+        ("a.json", '[{"text": "a"}]]', "more text after its array: ']'"),
+        ("a.json", "[", "record 1 is not JSON"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.arrow", b"x" * 99, "cannot be read as arrow"),
         ("a.csv", "", "holds no text"),
@@ -152,6 +163,15 @@ def test_refused_in_one_line(read, name, content, message, capfd):
     assert "\n" not in str(caught.value)
     assert name.partition(".tar")[0] in str(caught.value)
     assert not capfd.readouterr().err  # datasets' own logs
+
+
+@pytest.mark.parametrize("between", [",", " ,\n", "\n" * 70_000 + ","], ids=["", "space", "far"])
+def test_arrays_in_any_layout(read, between):
+    records = [{"text": "x" * 40_000}, {"text": "b"}, {"text": "c" * 200_000}]
+    text = "[" + between.join(map(json.dumps, records)) + " " * 70_000 + "]\n" + " " * 70_000
+    assert read("a.json", text) == "\n\n".join(record["text"] for record in records)
+    with pytest.raises(DataError, match="holds no text"):
+        read("a.json", "[" + " " * 70_000 + "]")
 
 
 def test_missing_text_counts_as_empty_and_is_said_once(read):
