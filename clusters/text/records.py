@@ -207,8 +207,8 @@ def _next_row(rows: Any, path: str) -> list[str] | None:
     except csv.Error as error:
         if str(error) == "unexpected end of data":
             raise DataError(
-                f"{path}, line {first_line} is not CSV: a quote of the record that begins there is never closed; "
-                'write "" for a quote inside a field'
+                f"{path}, line {first_line} is not CSV: a quote of the record that begins there is "
+                'never closed; write "" for a quote inside a field'
             ) from error
         raise DataError(
             f"{path}, line {rows.line_num} is not CSV: {error}; quote the whole field, and write "

@@ -140,7 +140,7 @@ def test_columnar_files_and_folders_of_shards(read, tmp_path):
         ("a.jsonl", '{"text": 3}', "line 1 has a number under 'text'"),
         ("a.jsonl", '{"a": 1}\n{"b": null}', "none of the 2 records.*they have a, b: .*,key=A"),
         ("a.csv", "text,id\na,1\na,b,c\n", "line 3 has 3 fields; expected 2.*text, id"),
-        ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "line 3 is not CSV: a quote of the record that begins there"),
+        ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "line 3 is not CSV: a quote of the record that begins"),
         ("a.csv", 'text,id\n"a"b,1\n', "line 2 is not CSV: ',' expected after '\"'; quote the whole"),
         ("a.tsv", 'text\tid\n"a\t1\nb\t2\n', "line 2 is not CSV: a quote of the record that begins"),
         ("a.csv", '"text,id\na,1\n', "line 1 is not CSV: a quote of the record that begins"),
