@@ -9,15 +9,14 @@ from typing import Any
 
 from sparse_runtime.clusters.text.chat import DEFAULT_KEYS, record_text
 from sparse_runtime.clusters.text.files import open_text
-from sparse_runtime.clusters.text.kinds import READABLE, kind_of_name
+from sparse_runtime.clusters.text.kinds import kind_of_name
 from sparse_runtime.clusters.text.records import Record, records
 from sparse_runtime.clusters.text.sources import (
-    BUILT_IN,
     HUB_DATA,
     DataSource,
+    check_source,
     expanded,
     shown,
-    why_no_data_set,
 )
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.hub import hub_failure
@@ -43,18 +42,14 @@ def text_pieces(source: DataSource, split: str, tokenizer: Any) -> Generator[str
         DataError: the source is unknown, cannot be read, or holds no such field.
         ConfigError: an option of the source cannot apply.
     """
+    check_source(source)
     if source.is_local:
         if source.split is not None:
             raise ConfigError(f"data source {shown(source.name)} is a file and has no splits")
         return _path_pieces(source, expanded(source.name), source.name, tokenizer)
     if source.name == "pydoc":
         return _joined(_pydoc_topics(split))
-    if source.name in HUB_DATA or "/" in source.name:
-        return _joined(_texts(_hub_records(source, split), source, source.name, tokenizer))
-    raise DataError(
-        f"data source {shown(source.name)} is not known; expected a file ({READABLE}), one of "
-        f"{', '.join((*HUB_DATA, *BUILT_IN))}, or a Hub data set owner/name"
-    )
+    return _joined(_texts(_hub_records(source, split), source, source.name, tokenizer))
 
 
 def _joined(documents: Iterable[str]) -> Generator[str, None, None]:
@@ -71,10 +66,6 @@ def _path_pieces(
                 yield _BETWEEN
             yield from _path_pieces(source, inside, f"{name.rstrip('/')}/{inside.name}", tokenizer)
         return
-    if not path.exists():
-        reason = why_no_data_set(name)
-        why = f", {reason}" if reason else ""
-        raise DataError(f"data source {shown(name)}{why}: there is no such file")
     with open_text(path, name) as file:
         if file.kind != "text":
             yield from _joined(_texts(records(file, path), source, name, tokenizer))

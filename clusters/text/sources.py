@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.clusters.text.kinds import has_known_suffix
+from sparse_runtime.clusters.text.kinds import READABLE, has_known_suffix, kind_of_name
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.hub import why_a_path
 
@@ -93,6 +93,28 @@ def why_no_data_set(name: str) -> str | None:
     identifier, _, configuration = name.partition(":")
     written_as_path = "\\" in name or "/" in configuration
     return why_a_path(name if written_as_path else identifier, bare_ids=True)
+
+
+def check_source(source: DataSource) -> None:
+    """Find out whether a source can be there, without reading it.
+
+    Raises:
+        DataError: a file is missing, or of a kind that is refused by its name; a name is not known.
+    """
+    name = source.name
+    if not source.is_local:
+        if "/" not in name and name not in (*HUB_DATA, *BUILT_IN):
+            raise DataError(
+                f"data source {shown(name)} is not known; expected a file ({READABLE}), one of "
+                f"{', '.join((*HUB_DATA, *BUILT_IN))}, or a Hub data set owner/name"
+            )
+    elif not expanded(name).exists():
+        reason = why_no_data_set(name)
+        raise DataError(
+            f"data source {shown(name)}{f', {reason}' if reason else ''}: there is no such file"
+        )
+    elif not expanded(name).is_dir():
+        kind_of_name(name)
 
 
 def parse_source(spec: str) -> DataSource:

@@ -125,6 +125,60 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
     assert message in one_line(err)
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "code", "message"),
+    [
+        ("build", ["--data", "d/none.txt"], 1, "data source 'd/none.txt': there is no such file"),
+        ("build", ["--data", "d/e/f"], 1, "which is no Hub id owner/name: there is no such file"),
+        ("build", ["--data", "wikitext9"], 1, "'wikitext9' is not known"),
+        ("build", ["--seed", 2**40], 2, "--seed is 1099511627776"),
+        ("build", ["--max-tokens", 100], 2, "max_tokens is 100; expected at least one window, 512"),
+        ("eval", ["--data", "pydoc", "--data", "none.txt"], 1, "there is no such file"),
+        ("eval", ["--baselines", "cats", "--calibration", "none.txt"], 1, "there is no such file"),
+        (
+            "eval",
+            ["--max-tokens", 100],
+            2,
+            "--max-tokens is 100; expected at least one window, 512",
+        ),
+        (
+            "eval",
+            ["--baselines", "cats", "--calibration-tokens", 9],
+            2,
+            "--calibration-tokens is 9",
+        ),
+        ("eval", ["--data", "pydoc,weight=0.25"], 2, "'pydoc': weight is 0.25, but each text is"),
+        ("paper", ["--data", "none.txt"], 1, "there is no such file"),
+        ("paper", ["--test", "none.txt"], 1, "there is no such file"),
+        ("paper", ["--test", "x.txt,speed=1"], 2, "option 'speed=1' is not known"),
+        ("paper", ["--init", "bogus"], 2, "init is 'bogus'; expected one of random, kmeans++"),
+        ("paper", ["--densities", "0.5,1"], 2, "--densities is 1.0"),
+        ("paper", ["--clusters", "16,20000"], 2, "num_clusters is 20000"),
+        (
+            "ablate",
+            ["--test", "pydoc,weight=2"],
+            2,
+            "'pydoc': weight is 2.0, but each text is judged",
+        ),
+        ("ablate", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
+        ("ablate", ["--test-tokens", 100], 2, "--test-tokens is 100; expected at least one window"),
+        ("ingredients", ["--test", "none.txt"], 1, "there is no such file"),
+        ("ingredients", ["--test-tokens", 100], 2, "--test-tokens is 100"),
+        ("ingredients", ["--test", "pydoc,weight=2"], 2, "weight is 2.0"),
+        ("tasks", ["--task", "lambada=missing"], 1, "task file 'missing': there is no such file"),
+        ("tasks", ["--task", "squad=x"], 2, "task 'squad' cannot be read from a file"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_the_work(
+    run, nothing_loads, tmp_path, monkeypatch, command, options, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = run(command, *NEEDED[command], *options)
+    assert found == code, err
+    assert message in one_line(err)
+
+
 @pytest.mark.parametrize("name", NEEDED)
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     run, nothing_loads, name, tmp_path
