@@ -14,6 +14,7 @@ from sparse_runtime.clusters.text.records import Record, records
 from sparse_runtime.clusters.text.sources import (
     HUB_DATA,
     DataSource,
+    check_pydoc_split,
     check_source,
     expanded,
     shown,
@@ -44,8 +45,6 @@ def text_pieces(source: DataSource, split: str, tokenizer: Any) -> Generator[str
     """
     check_source(source)
     if source.is_local:
-        if source.split is not None:
-            raise ConfigError(f"data source {shown(source.name)} is a file and has no splits")
         return _path_pieces(source, expanded(source.name), source.name, tokenizer)
     if source.name == "pydoc":
         return _joined(_pydoc_topics(split))
@@ -130,8 +129,7 @@ def _no_field(source: DataSource, name: str, number: int, present: Iterable[str]
 
 
 def _pydoc_topics(split: str) -> Iterator[str]:
-    if split not in ("train", "test"):
-        raise ConfigError(f"data source 'pydoc' has no split {split!r}; expected train or test")
+    check_pydoc_split(split)
     from pydoc_data.topics import topics
 
     for number, name in enumerate(sorted(topics)):

@@ -153,7 +153,11 @@ def test_record_is_json_and_reads_the_same_text_again(tiny_tokenizer, tmp_path, 
     # As format version 1 recorded it.
     old = {"name": "~/a.jsonl", "split": "train", "weight": 1.0, "tokens": 640}
     assert recorded_source(old) == DataSource("~/a.jsonl")
-    for damaged in ({}, {"name": 3}, {"name": "a", "weight": "x"}, {"name": "a", "keys": 3}):
+    values = {
+        "weight": ("x", True, float("inf")), "keys": (3, "text"), "split": (3,), "name": (3, ""),
+    }  # fmt: skip
+    wrong = [{"name": "c4", name: value} for name in values for value in values[name]]
+    for damaged in ({}, *wrong):
         with pytest.raises(DataError, match="damaged data source"):
             recorded_source(damaged)
 
