@@ -42,6 +42,8 @@ _CHUNK_TOKENS = 4096
 def router_candidates(layers: Sequence[FFNLayer], config: BuildSettings) -> list[int | None]:
     """Ranks of routers (None: linear) that leave neurons of the budget on every layer.
 
+    Beside the correction that the build tunes, if there is one.
+
     Raises:
         ConfigError: none does.
     """
@@ -54,7 +56,7 @@ def router_candidates(layers: Sequence[FFNLayer], config: BuildSettings) -> list
     for rank in ranks:
         try:
             for layer in layers:
-                set_size_for(layer, config, rank)
+                set_size_for(layer, config, rank, config.correction_rank)
             fitting.append(rank)
         except ConfigError as error:
             failure = error

@@ -131,7 +131,7 @@ def is_stream(path: Path) -> bool:
     """Whether a path is a pipe or a device, or leads to what this process prints to."""
     try:
         mode = path.stat().st_mode
-    except OSError:
+    except (OSError, ValueError):
         return False
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or _printed_to(path) is not None
 

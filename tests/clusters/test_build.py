@@ -137,6 +137,9 @@ def test_a_budget_below_the_router_is_refused_before_the_text(
         linear.out_features = 4
     mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :4].clone())
     mlp.down_proj.in_features = 4
+    correction = BuildConfig(num_clusters=6, budget=0.4, router=router, correction_rank=30)
+    with pytest.raises(ConfigError, match="6 clusters with a correction of rank 30 alone costs"):
+        build_clusters(models[0], tiny_tokenizer, [text], correction)
     for model, budget in zip(models, (0.03, 0.5), strict=True):
         config = BuildConfig(num_clusters=6, budget=budget, router=router)
         with pytest.raises(ConfigError, match=r"budget is .* router .*for 6 clusters alone costs"):
