@@ -169,7 +169,7 @@ def test_version_and_help(run):
         (["--budget", 0.03], 2, "router of rank 2"),
         (["--clusters", 16385], 2, "num_clusters is 16385"),
         (["--clusters", 500, "--max-tokens", 448], 1, "500 clusters were asked for, but only"),
-        (["--clusters", 9000], 2, "router of rank 2 for 9000 clusters alone costs"),
+        (["--clusters", 9000], 2, "for 9000 clusters with a correction of rank 3 alone costs"),
         (["--method", "kmeans"], 2, "method is 'kmeans'"),
         (["--importance", "size"], 2, "importance is 'size'"),
         (["--router", "mlp"], 2, "router is 'mlp'"),
