@@ -39,7 +39,7 @@ from sparse_runtime.clusters.layer_build import (
 )
 from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
-from sparse_runtime.clusters.router_choice import choose_router
+from sparse_runtime.clusters.router_choice import choose_router, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.text import (
     CalibrationText,
@@ -96,6 +96,7 @@ def build_clusters(
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     _check_in_memory(layers)
+    router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     text = calibration_windows(
         [parse_source(source) if isinstance(source, str) else source for source in data],
         tokenizer,

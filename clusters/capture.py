@@ -135,7 +135,7 @@ def capture_hidden_states(
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
             states = arguments[0].detach().reshape(-1, hidden_size)
             if not states.isfinite().all():
-                raise _not_finite(model, f"the input of {layers[position].name}")
+                raise not_finite(model, f"the input of {layers[position].name}")
             captured[str(position)].append(states.to("cpu", _DTYPE))
 
         return hook
@@ -155,7 +155,7 @@ def capture_hidden_states(
                         output = decoder(input_ids=batch.to(model.device), use_cache=False)
                         final = output.last_hidden_state.reshape(-1, hidden_size)
                         if not final.isfinite().all():
-                            raise _not_finite(model, "the decoder's last hidden state")
+                            raise not_finite(model, "the decoder's last hidden state")
                         captured[_FINAL].append(final.cpu())
                         advance(len(batch))
                     _write_shard(folder, index, captured)
@@ -166,8 +166,8 @@ def capture_hidden_states(
     return HiddenStates(folder)
 
 
-def _not_finite(model: Any, where: str) -> ModelError:
-    """Tell weights that are wrong from a dtype that is too narrow."""
+def not_finite(model: Any, where: str) -> ModelError:
+    """The error about values that are not finite; tells wrong weights from a dtype too narrow."""
     for name, parameter in model.named_parameters():
         if not parameter.is_meta and not parameter.isfinite().all():
             return ModelError(

@@ -51,12 +51,12 @@ class BuildConfig:
         router: ``auto`` tries several kinds on three layers and takes the one with the least estimated
             loss on held-out tokens at this budget; ``linear``; or the rank of a low-rank router.
         router_rounds: reassign–recompute rounds after the first training (``awc`` only, default 1).
-        max_tokens: calibration tokens; None takes all the text there is.
+        max_tokens: calibration tokens, one window at least; None takes all the text there is.
         window: tokens per calibration window.
         held_out_share: share of the windows kept from fitting, for early stop and the figures.
         clustering_tokens: at most this many tokens take part in the clustering's iterations (default
             65,536); the final sets and routers use all of them. ``awc`` only.
-        seed: of windows, initialization and training.
+        seed: of windows, initialization and training, below 2³².
         memory_mib: bound, each, on the capture's buffers and on one layer's importance matrix; above
             it both go through files.
         percentile: scores above this percentile of their layer count as active (default 50; importance
@@ -227,14 +227,16 @@ def _ranges(config: BuildConfig) -> dict[str, tuple[bool, str]]:
         "num_clusters": (1 <= config.num_clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}"),
         "budget": (0 < config.budget <= 1, "a cost share above 0 and at most 1"),
         "router_rounds": at_least("router_rounds", 0, "0 or more"),
-        "max_tokens": at_least("max_tokens", 1, "1 or more"),
         "window": at_least("window", 2, "2 or more"),
+        "max_tokens": at_least(
+            "max_tokens", config.window, f"at least one window, {config.window}, or None"
+        ),
         "held_out_share": (0 < config.held_out_share < 1, "a share between 0 and 1"),
         "fisher_tokens": at_least("fisher_tokens", 1, "1 or more"),
         "distill": at_least("distill", 0, "0 or more steps"),
         "correction_rank": at_least("correction_rank", 0, "0 or more"),
         "clustering_tokens": at_least("clustering_tokens", 1, "1 or more"),
-        "seed": at_least("seed", 0, "0 or more"),
+        "seed": (0 <= config.seed < 2**32, "0 to 2³² − 1"),
         "memory_mib": at_least("memory_mib", 1, "1 or more"),
         "percentile": (
             config.percentile is None or 0 < config.percentile < 100,

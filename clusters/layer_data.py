@@ -59,28 +59,32 @@ class LayerData:
         return slice(self.num_fit, len(self.hidden_states))
 
 
-def layer_cost(layer: FFNLayer, config: BuildSettings, rank: int | None) -> FFNCost:
+def layer_cost(
+    layer: FFNLayer, config: BuildSettings, rank: int | None, correction_rank: int = 0
+) -> FFNCost:
     """Cost of a layer with a router of this rank, in the runtime's default bfloat16."""
     extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
-    if config.cluster_bias:
-        extra += layer.hidden_size
+    extra += (config.cluster_bias + 2 * correction_rank) * layer.hidden_size
     return FFNCost(layer.hidden_size, layer.intermediate_size, extra)
 
 
-def set_size_for(layer: FFNLayer, config: BuildSettings, rank: int | None) -> int:
-    """Neurons per active set that the budget allows beside a router of this rank.
+def set_size_for(
+    layer: FFNLayer, config: BuildSettings, rank: int | None, correction_rank: int = 0
+) -> int:
+    """Neurons per active set that the budget allows beside a router, and a correction, of these ranks.
 
     Raises:
-        ConfigError: the router alone exceeds the budget.
+        ConfigError: they alone exceed the budget.
     """
-    cost = layer_cost(layer, config, rank)
+    cost = layer_cost(layer, config, rank, correction_rank)
     size = int(cost.density_for(config.budget) * layer.intermediate_size)
     if size < 1:
         kind = "linear router" if rank is None else f"router of rank {rank}"
+        correction = f" with a correction of rank {correction_rank}" if correction_rank else ""
         raise ConfigError(
-            f"budget is {config.budget}, but the {kind} for {config.num_clusters} clusters alone "
-            f"costs {cost.share(0):.3f} of the FFN; expected a larger budget, fewer clusters or a "
-            "smaller router rank"
+            f"budget is {config.budget}, but the {kind} for {config.num_clusters} clusters{correction} "
+            f"alone costs {cost.share(0):.3f} of the FFN; expected a larger budget, fewer clusters or "
+            "smaller ranks"
         )
     return size
 

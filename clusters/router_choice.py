@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -38,6 +39,32 @@ _PROBE_TOKENS = 16_384
 _CHUNK_TOKENS = 4096
 
 
+def router_candidates(layers: Sequence[FFNLayer], config: BuildSettings) -> list[int | None]:
+    """Ranks of routers (None: linear) that leave neurons of the budget on every layer.
+
+    Beside the correction that the build tunes, if there is one.
+
+    Raises:
+        ConfigError: none does.
+    """
+    if config.router == "auto":
+        sizes = [config.num_clusters, *(layer.hidden_size for layer in layers)]
+        ranks = [rank for rank in ROUTER_CANDIDATES if rank is None or rank < min(sizes)]
+    else:
+        ranks = [None if config.router == "linear" else int(config.router)]
+    fitting, failure = [], None
+    for rank in ranks:
+        try:
+            for layer in layers:
+                set_size_for(layer, config, rank, config.correction_rank)
+            fitting.append(rank)
+        except ConfigError as error:
+            failure = error
+    if failure is not None and not fitting:
+        raise failure
+    return fitting
+
+
 def choose_router(context: BuildContext) -> int | None:
     """Rank of the router (None: linear) that loses least for its bytes, on three layers.
 
@@ -45,15 +72,13 @@ def choose_router(context: BuildContext) -> int | None:
     what perplexity does not (docs/LOG.md).
     """
     config, layers = context.config, context.layers
+    candidates = router_candidates(layers, config)
     if config.router != "auto":
-        return None if config.router == "linear" else int(config.router)
+        return candidates[0]
     file = context.work / "router.json"
     if file.exists():
         rank: int | None = json.loads(file.read_text(encoding="utf-8"))
         return rank
-    candidates = [rank for rank in ROUTER_CANDIDATES if _fits(layers[0], config, rank)]
-    if not candidates:
-        set_size_for(layers[0], config, ROUTER_CANDIDATES[-1])  # raises, with the figures
     probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
     fits: dict[tuple[int, int | None], FittedLayer] = {}
     held_out: dict[int, Tensor] = {}
@@ -97,14 +122,6 @@ def _probe_price(context: BuildContext, fits: dict[int, FittedLayer]) -> float |
     uncut = {layers[p].index: uncut_layer(layers[p], config, fitted) for p, fitted in fits.items()}
     clusters = ClusterSet(uncut, {}, config.budget)
     return price_for(context.model, clusters, config.budget, verify=config.verify)
-
-
-def _fits(layer: FFNLayer, config: BuildSettings, rank: int | None) -> bool:
-    try:
-        set_size_for(layer, config, rank)
-    except ConfigError:
-        return False
-    return rank is None or rank < min(layer.hidden_size, config.num_clusters)
 
 
 def priced_loss(

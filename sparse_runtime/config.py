@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 from sparse_runtime.errors import ConfigError
@@ -23,7 +24,7 @@ class SparseConfig:
         prefill: ``dense`` runs calls of many tokens through all neurons; ``sparse`` routes every
             token of every call, whatever its size (evaluation does).
         max_sparse_tokens: largest number of tokens in one call (batch · sequence) that is run
-            sparsely when ``prefill`` is ``dense``. None: 2 on a CPU, on a GPU what
+            sparsely; only with ``prefill="dense"``. None: 2 on a CPU, on a GPU what
             ``sparse-runtime tune`` found. ``sparse-runtime bench`` shows what is fastest where.
         fast_linear: also run the model's other linear layers (attention, output head) through the
             CPU kernels in calls of few tokens, where torch reads bfloat16 weights at half of the
@@ -55,24 +56,18 @@ class SparseConfig:
             raise ConfigError(f"prefill is {self.prefill!r}; expected 'dense' or 'sparse'")
         for name in ("strict", "fast_linear", "check_fingerprint"):
             _check(name, getattr(self, name), _is_bool, "True or False")
-        _check("verify", self.verify, lambda v: v is None or _is_bool(v), "True, False or None")
         _check(
             "max_sparse_tokens",
             self.max_sparse_tokens,
             lambda v: v is None or (_is_whole(v) and v >= 1),
             "a whole number of 1 or more, or None",
         )
-        _check(
-            "budget",
-            self.budget,
-            lambda v: v is None or _is_share(v),
-            "a cost share above 0 and at most 1, or None",
-        )
-        for index, share in (self.layer_budgets or {}).items():
-            _check("a layer of layer_budgets", index, _is_whole, "a whole number")
-            _check(
-                f"layer_budgets[{index}]", share, _is_share, "a cost share above 0 and at most 1"
+        if self.prefill == "sparse" and self.max_sparse_tokens is not None:
+            raise ConfigError(
+                f"max_sparse_tokens is {self.max_sparse_tokens}, which has no effect with prefill "
+                "'sparse'; leave max_sparse_tokens out, or change the other"
             )
+        check_cut(self.budget, self.verify, self.layer_budgets)
 
     def with_options(self, options: dict[str, Any]) -> SparseConfig:
         """Return a copy with some fields changed.
@@ -87,6 +82,26 @@ class SparseConfig:
         return replace(self, **options)
 
 
+def check_cut(budget: Any, verify: Any, layer_budgets: Any) -> None:
+    """Check what sets are to be cut for; None where the artifact's own holds.
+
+    Raises:
+        ConfigError: a value is of the wrong kind or out of range.
+    """
+    share = "a cost share above 0 and at most 1"
+    _check("budget", budget, lambda v: v is None or _is_share(v), f"{share}, or None")
+    _check("verify", verify, lambda v: v is None or _is_bool(v), "True, False or None")
+    _check(
+        "layer_budgets",
+        layer_budgets,
+        lambda v: v is None or isinstance(v, Mapping),
+        "a mapping of layer index to cost share, or None",
+    )
+    for index, own in (layer_budgets or {}).items():
+        _check("a layer of layer_budgets", index, _is_whole, "a whole number")
+        _check(f"layer_budgets[{index}]", own, _is_share, share)
+
+
 def _check(name: str, value: Any, is_valid: Callable[[Any], bool], expected: str) -> None:
     if not is_valid(value):
         raise ConfigError(f"{name} is {value!r}; expected {expected}")
@@ -97,8 +112,8 @@ def _is_bool(value: Any) -> bool:
 
 
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _is_share(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value <= 1
+    return isinstance(value, Real) and not isinstance(value, bool) and 0 < float(value) <= 1

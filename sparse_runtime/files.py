@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -83,13 +85,72 @@ def copy_file(source: Path, path: Path) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON to a file, atomically. Raises OutputFolderError like :func:`atomic_path`."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
+    write_text(path, json_text(value))
+
+
+def json_text(value: Any) -> str:
+    """A value as JSON, see :func:`finite`."""
+    return json.dumps(finite(value), indent=2, allow_nan=False) + "\n"
+
+
+def finite(value: Any) -> Any:
+    """A JSON value with null in place of NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically. Raises OutputFolderError like :func:`atomic_path`."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+def write_output(path: Path, text: str) -> None:
+    """Write text where a user asks for it.
+
+    A pipe, a device, or what this process prints to (``/dev/stdout``) is written to as it is. All else
+    is written atomically; of a symlink, the file that it leads to.
+
+    Raises:
+        OutputFolderError: it could not be written.
+    """
+    if not is_stream(path):
+        write_text(Path(os.path.realpath(path)), text)
+        return
+    try:
+        with open(_descriptor(path), "w", encoding="utf-8") as stream:
+            stream.write(text)
+    except OSError as error:
+        raise OutputFolderError(_explain(path, error)) from error
+
+
+def is_stream(path: Path) -> bool:
+    """Whether a path is a pipe or a device, or leads to what this process prints to."""
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError):
+        return False
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)) or _printed_to(path) is not None
+
+
+def _descriptor(path: Path) -> int:
+    """A descriptor to write a stream with; of what is printed to, one that goes on where it is."""
+    printed_to = _printed_to(path)
+    if printed_to is None:
+        return os.open(path, os.O_WRONLY)
+    sys.stdout.flush()
+    return os.dup(printed_to)
+
+
+def _printed_to(path: Path) -> int | None:
+    for descriptor in (1, 2):
+        with suppress(OSError):  # closed
+            if os.path.samestat(path.stat(), os.fstat(descriptor)):
+                return descriptor
+    return None
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:

@@ -30,11 +30,11 @@ def printable(value: object, *, longest: int = _LONGEST) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def markup(value: object) -> str:
+def markup(value: object, *, longest: int = _LONGEST) -> str:
     """The same, to be put into text that Rich renders: ``[`` begins no markup."""
     from rich.markup import escape
 
-    return escape(printable(value))
+    return escape(printable(value, longest=longest))
 
 
 def shown(value: object) -> str:

@@ -1,10 +1,14 @@
 """Files on disk: whole or not there, whoever writes at the same time, with modes by the umask."""
 
+import json
+import math
 import os
+import stat
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,6 +22,7 @@ from sparse_runtime.files import (
     is_temporary,
     remove_leftovers,
     write_json,
+    write_output,
     write_tensors,
     write_text,
 )
@@ -100,6 +105,77 @@ def test_leftovers_of_killed_processes_go_and_files_in_use_stay(tmp_path):
         assert users.exists()
         temporary.write_text("whole")
     assert (tmp_path / "a").read_text() == "whole"
+
+
+def test_output_goes_through_symlinks(tmp_path):
+    file, link, dangling = (tmp_path / name for name in ("file", "link", "dangling"))
+    file.write_text("old")
+    link.symlink_to(file)
+    dangling.symlink_to(tmp_path / "deep" / "new")
+    for path in (link, dangling):
+        write_output(path, "text")
+        assert path.is_symlink()
+        assert path.read_text() == "text"
+    assert file.read_text() == (tmp_path / "deep" / "new").read_text() == "text"
+    # An artifact's files stand for themselves: those of the Hub's cache are links to what others use.
+    write_text(link, "own")
+    assert not link.is_symlink()
+    assert file.read_text() == "text"
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_output_into_pipes_and_devices(tmp_path):
+    pipe, got = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    (tmp_path / "link").symlink_to(pipe)
+    for path in (pipe, tmp_path / "link"):
+        reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+        reader.start()
+        write_output(path, "text")
+        reader.join()
+    assert got == ["text"] * 2
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    # A terminal of our own: no test may put a file in the place of the machine's devices.
+    master, terminal = os.openpty()
+    write_output(Path(os.ttyname(terminal)), "text")
+    assert os.read(master, 99) == b"text"
+    assert stat.S_ISCHR(os.stat(os.ttyname(terminal)).st_mode)
+    os.close(master)
+    os.close(terminal)
+    source, sink = os.pipe()
+    os.close(source)
+    with pytest.raises(OutputFolderError, match="Broken pipe"):
+        write_output(Path(f"/dev/fd/{sink}"), "text")
+    os.close(sink)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="no /proc here")
+@pytest.mark.parametrize("place", ["file", "pipe"])
+def test_output_to_what_is_printed_to(tmp_path, place):
+    """Between what is printed before and after, in a file too."""
+    link = tmp_path / "stdout"
+    link.symlink_to("/proc/self/fd/1")  # as /dev/stdout is
+    code = (
+        "import sys; from pathlib import Path; from sparse_runtime.files import write_output\n"
+        "print('before'); write_output(Path(sys.argv[1]), 'text\\n'); print('after')"
+    )
+    command = [sys.executable, "-c", code, str(link)]
+    if place == "pipe":
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    else:
+        with open(tmp_path / "out", "w") as file:
+            subprocess.run(command, stdout=file, check=True)
+        text = (tmp_path / "out").read_text()
+    assert text == "before\ntext\nafter\n"
+    assert link.is_symlink()
+
+
+def test_json_is_json(tmp_path):
+    value = {"a": [math.nan, -math.inf, (1.5, {"b": math.inf})]}
+    write_json(tmp_path / "a", value)
+    text = (tmp_path / "a").read_text()
+    strict = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert strict == {"a": [None, None, [1.5, {"b": None}]]}
 
 
 def test_metadata_that_would_be_written_in_random_order(tmp_path):

@@ -383,6 +383,7 @@ def test_ffn_without_the_expected_linears(tiny_model):
     "options",
     [
         {"backend": "gpu9"},
+        {"backend": ["cpu"]},
         {"prefill": "some"},
         {"max_sparse_tokens": 0},
         {"max_sparse_tokens": 2.0},
@@ -399,6 +400,15 @@ def test_config_out_of_range(options):
     (name,) = options
     with pytest.raises(ConfigError, match=name):
         SparseConfig(**options)
+
+
+def test_a_bound_on_calls_that_are_all_sparse():
+    with pytest.raises(
+        ConfigError, match="max_sparse_tokens is 1, which has no effect with prefill"
+    ):
+        SparseConfig(prefill="sparse", max_sparse_tokens=1)
+    with pytest.raises(ConfigError, match="has no effect"):
+        SparseConfig(max_sparse_tokens=4).with_options({"prefill": "sparse"})
 
 
 @pytest.mark.slow

@@ -1,7 +1,12 @@
 """Text for calibration and evaluation: sources → documents → tokens → windows."""
 
 from sparse_runtime.clusters.text.overlap import overlap, overlap_warning
-from sparse_runtime.clusters.text.sources import DataSource, parse_source, recorded_source
+from sparse_runtime.clusters.text.sources import (
+    DataSource,
+    check_source,
+    parse_source,
+    recorded_source,
+)
 from sparse_runtime.clusters.text.windows import (
     CalibrationText,
     calibration_windows,
@@ -13,6 +18,7 @@ __all__ = [
     "CalibrationText",
     "DataSource",
     "calibration_windows",
+    "check_source",
     "hold_out",
     "overlap",
     "overlap_warning",

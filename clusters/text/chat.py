@@ -36,7 +36,7 @@ def record_text(
         tokenizer: has the chat template.
 
     Returns:
-        The text; empty where it is null, None if the record has none of the fields.
+        The text; empty where it is null or an empty list, None if the record has none of the fields.
 
     Raises:
         DataError: a field holds something else, a conversation without a chat template, or text that
@@ -58,7 +58,7 @@ def record_text(
 
 def _chosen(record: dict[str, Any], where: str, tokenizer: Any) -> str | None:
     present = [key for key in DEFAULT_KEYS if key in record]
-    key = next((key for key in present if record[key] is not None), None)
+    key = next((key for key in present if not _is_empty(record[key])), None)
     if key is None:
         return "" if present else None
     value = record[key]
@@ -75,6 +75,11 @@ def _chosen(record: dict[str, Any], where: str, tokenizer: Any) -> str | None:
             f"field of its text: ,key={key} joins the strings of a list, ,key=A.B is a field inside"
         )
     return _rendered(messages, where, tokenizer, key)
+
+
+def _is_empty(value: Any) -> bool:
+    """Whether a field is there and says nothing: null, or a conversation without turns."""
+    return value is None or value == []
 
 
 def _joined(
@@ -167,7 +172,7 @@ def _content(content: Any, where: str) -> str:
 def _dialogue(prompt: Any, completion: Any, where: str) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     for role, value in (("user", prompt), ("assistant", completion)):
-        if value is None or isinstance(value, str):
+        if _is_empty(value) or isinstance(value, str):
             messages.append({"role": role, "content": value or ""})
             continue
         turns = _messages(value, where)

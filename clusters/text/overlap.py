@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from torch import Tensor
+
+from sparse_runtime.artifact.build_record import recorded_sources
 
 # Tokens of a shingle: long enough to be the text's own, short enough to survive another cut.
 _SHINGLE = 16
@@ -31,7 +32,7 @@ def sketch(tokens: Tensor) -> str:
     return "".join(f"{value:016x}" for value in _hashes(tokens)[:_KEPT].tolist())
 
 
-def overlap(tokens: Tensor, record: Mapping[str, Any]) -> dict[str, float]:
+def overlap(tokens: Tensor, record: Any) -> dict[str, float]:
     """The share of a text that each source of a calibration text holds.
 
     Of the text's runs of 16 tokens, those whose hash is in the range that the source's sketch covers
@@ -40,15 +41,15 @@ def overlap(tokens: Tensor, record: Mapping[str, Any]) -> dict[str, float]:
 
     Args:
         tokens: [n] int64.
-        record: of :class:`CalibrationText`.
+        record: of :class:`CalibrationText`; an artifact's may be anything.
 
     Returns:
         Name of each source that has a sketch -> 0 to 1.
     """
     found = _hashes(tokens)
     shares: dict[str, float] = {}
-    for source in record.get("sources", []):
-        digits = str(source.get("sketch", ""))
+    for source in recorded_sources(record):
+        digits = source.get("sketch", "")
         if not digits:
             continue
         kept = np.array(
@@ -63,7 +64,7 @@ def overlap(tokens: Tensor, record: Mapping[str, Any]) -> dict[str, float]:
     return shares
 
 
-def overlap_warning(name: str, tokens: Tensor, record: Mapping[str, Any]) -> str | None:
+def overlap_warning(name: str, tokens: Tensor, record: Any) -> str | None:
     """What to tell a user whose test text was calibrated on.
 
     Args:

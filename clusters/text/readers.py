@@ -9,11 +9,18 @@ from typing import Any
 
 from sparse_runtime.clusters.text.chat import DEFAULT_KEYS, record_text
 from sparse_runtime.clusters.text.files import open_text
-from sparse_runtime.clusters.text.kinds import READABLE, kind_of_name
+from sparse_runtime.clusters.text.kinds import kind_of_name
 from sparse_runtime.clusters.text.records import Record, records
-from sparse_runtime.clusters.text.sources import BUILT_IN, HUB_DATA, DataSource, expanded, shown
+from sparse_runtime.clusters.text.sources import (
+    HUB_DATA,
+    DataSource,
+    check_pydoc_split,
+    check_source,
+    expanded,
+    shown,
+)
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.models import hub_failure
+from sparse_runtime.hub import hub_failure
 
 _PYDOC_TEST_EVERY = 10
 # Records without the field that are read before that is an error.
@@ -36,18 +43,12 @@ def text_pieces(source: DataSource, split: str, tokenizer: Any) -> Generator[str
         DataError: the source is unknown, cannot be read, or holds no such field.
         ConfigError: an option of the source cannot apply.
     """
+    check_source(source)
     if source.is_local:
-        if source.split is not None:
-            raise ConfigError(f"data source {shown(source.name)} is a file and has no splits")
         return _path_pieces(source, expanded(source.name), source.name, tokenizer)
     if source.name == "pydoc":
         return _joined(_pydoc_topics(split))
-    if source.name in HUB_DATA or "/" in source.name:
-        return _joined(_texts(_hub_records(source, split), source, source.name, tokenizer))
-    raise DataError(
-        f"data source {shown(source.name)} is not known; expected a file ({READABLE}), one of "
-        f"{', '.join((*HUB_DATA, *BUILT_IN))}, or a Hub data set owner/name"
-    )
+    return _joined(_texts(_hub_records(source, split), source, source.name, tokenizer))
 
 
 def _joined(documents: Iterable[str]) -> Generator[str, None, None]:
@@ -64,8 +65,6 @@ def _path_pieces(
                 yield _BETWEEN
             yield from _path_pieces(source, inside, f"{name.rstrip('/')}/{inside.name}", tokenizer)
         return
-    if not path.exists():
-        raise DataError(f"data source {shown(name)}: there is no such file")
     with open_text(path, name) as file:
         if file.kind != "text":
             yield from _joined(_texts(records(file, path), source, name, tokenizer))
@@ -130,8 +129,7 @@ def _no_field(source: DataSource, name: str, number: int, present: Iterable[str]
 
 
 def _pydoc_topics(split: str) -> Iterator[str]:
-    if split not in ("train", "test"):
-        raise ConfigError(f"data source 'pydoc' has no split {split!r}; expected train or test")
+    check_pydoc_split(split)
     from pydoc_data.topics import topics
 
     for number, name in enumerate(sorted(topics)):

@@ -18,8 +18,8 @@ from sparse_runtime.errors import DataError
 
 #: A record and where it is.
 Record = tuple[dict[str, Any], str]
-# Space and commas between the elements of an array.
-_BETWEEN = " \t\n\r,"
+# Between the elements of an array.
+_SPACE = " \t\n\r"
 
 
 def file_records(path: Path, name: str) -> Iterator[Record]:
@@ -100,38 +100,79 @@ def _whole(path: str, first: str, lines: Iterator[tuple[int, str]], number: int)
 
 def _array_elements(path: str, text: str, blocks: Iterator[str]) -> Iterator[tuple[Any, str]]:
     """Elements of an array that may be longer than memory, decoded one by one."""
-    decoder = json.JSONDecoder()
-    index, position = 0, 0
-    wanted = 1 << 16
-    ended = False
-    while True:
-        while position < len(text) and text[position] in _BETWEEN:
-            position += 1
-        if position < len(text) and text[position] == "]":
-            rest = (text[position + 1 :] + "".join(blocks)).strip()
-            if rest:
-                raise DataError(f"{path} has more text after its array: {rest[:40]!r}")
-            return
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except (ValueError, RecursionError) as error:
-            # Cut short, perhaps: read on, twice as much each time, and try again.
-            if ended or isinstance(error, RecursionError):
-                raise DataError(f"{path}, record {index + 1} is not JSON: {error}") from error
-            more = [text[position:]]
-            length = 0
-            for block in blocks:
-                more.append(block)
-                length += len(block)
-                if length >= wanted:
-                    break
-            else:
-                ended = True
-            text, position, wanted = "".join(more), 0, 2 * wanted
-            continue
-        wanted = 1 << 16
+    rest = _Rest(text, blocks)
+    symbol, index = rest.symbol(), 0
+    while not (symbol == "]" and index == 0):
         index += 1
+        try:
+            value = rest.value()
+        except (ValueError, RecursionError) as error:
+            reason = getattr(error, "msg", error)
+            raise DataError(f"{path}, record {index} is not JSON: {reason}") from error
         yield value, f"{path}, record {index}"
+        symbol = rest.symbol()
+        if symbol == "]":
+            break
+        if symbol != ",":
+            found = f"{symbol!r} follows" if symbol else "the file ends"
+            raise DataError(
+                f"{path}: {found} after record {index}; expected a comma or the array's ]"
+            )
+        rest.skip()
+    rest.skip()
+    if further := rest.all():
+        raise DataError(f"{path} has more text after its array: {further[:40]!r}")
+
+
+class _Rest:
+    """What is left of a text; blocks are added as they are needed, and forgotten."""
+
+    def __init__(self, text: str, blocks: Iterator[str]) -> None:
+        self._text = text
+        self._position = 0
+        self._blocks = blocks
+        self._decoder = json.JSONDecoder()
+
+    def symbol(self) -> str:
+        """The next character that is no space; empty at the end."""
+        while True:
+            while self._position < len(self._text):
+                symbol = self._text[self._position]
+                if symbol not in _SPACE:
+                    return symbol
+                self._position += 1
+            if not self._read_on(1):
+                return ""
+
+    def skip(self) -> None:
+        """Go past that character."""
+        self._position += 1
+
+    def value(self) -> Any:
+        """Decode a value. Raises ValueError or RecursionError where there is none."""
+        self.symbol()
+        wanted = 1 << 16
+        while True:
+            try:
+                value, self._position = self._decoder.raw_decode(self._text, self._position)
+                return value
+            except ValueError:
+                # Cut short, perhaps: read on, twice as much each time, and try again.
+                if not self._read_on(wanted):
+                    raise
+                wanted *= 2
+
+    def all(self) -> str:
+        """All of it, without space around."""
+        return (self._text[self._position :] + "".join(self._blocks)).strip()
+
+    def _read_on(self, wanted: int) -> bool:
+        parts, length = [self._text[self._position :]], 0
+        while length < wanted and (block := next(self._blocks, "")):
+            parts.append(block)
+            length += len(block)
+        self._text, self._position = "".join(parts), 0
+        return length > 0
 
 
 def _not_json(path: str, line: int, error: Exception) -> DataError:
@@ -142,7 +183,7 @@ def _not_json(path: str, line: int, error: Exception) -> DataError:
 
 
 def _csv_records(file: TextFile, delimiter: str) -> Iterator[Record]:
-    rows = csv.reader(split_lines(file.blocks()), delimiter=delimiter)
+    rows = csv.reader(split_lines(file.blocks()), delimiter=delimiter, strict=True)
     names = _next_row(rows, file.path)
     if names is None:
         return
@@ -160,10 +201,19 @@ def _csv_records(file: TextFile, delimiter: str) -> Iterator[Record]:
 def _next_row(rows: Any, path: str) -> list[str] | None:
     # The limit is the process's: it is raised for one row, and put back.
     limit = csv.field_size_limit(sys.maxsize)
+    first_line = rows.line_num + 1
     try:
         row: list[str] | None = next(rows, None)
     except csv.Error as error:
-        raise DataError(f"{path}, line {rows.line_num} is not CSV: {error}") from error
+        if str(error) == "unexpected end of data":
+            raise DataError(
+                f"{path}, line {first_line} is not CSV: a quote of the record that begins there is "
+                'never closed; write "" for a quote inside a field'
+            ) from error
+        raise DataError(
+            f"{path}, line {rows.line_num} is not CSV: {error}; quote the whole field, and write "
+            '"" for a quote inside it'
+        ) from error
     finally:
         csv.field_size_limit(limit)
     return row

@@ -10,12 +10,15 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from sparse_runtime.clusters.text.kinds import has_known_suffix
+from sparse_runtime.clusters.text.kinds import READABLE, has_known_suffix, kind_of_name
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.hub import why_a_path
 
 #: Short name -> (Hub id, configuration, split for evaluation).
 HUB_DATA = {
@@ -44,7 +47,8 @@ class DataSource:
             is held out.
 
     Raises:
-        ConfigError: the weight is not a positive finite number.
+        ConfigError: a value is of the wrong kind or out of range, or cannot apply to such a source.
+        DataError: the name is a text, not the name of one.
     """
 
     name: str
@@ -54,10 +58,55 @@ class DataSource:
     max_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.weight < math.inf:
+        if not isinstance(self.name, str) or not self.name:
             raise ConfigError(
-                f"data source {shown(self.name)}: weight is {self.weight}; expected a number above 0"
+                f"a data source's name is {self.name!r}; expected a file or a data set"
             )
+        if "\n" in self.name or "\0" in self.name or len(self.name) > _LONGEST_NAME:
+            raise DataError(
+                f"data source {shown(self.name)} is a text of {len(self.name)} characters; expected a "
+                "file or the name of a data set. Write the text to a file"
+            )
+        for name, (valid, expected) in self._ranges().items():
+            if not valid:
+                raise ConfigError(
+                    f"data source {shown(self.name)}: {name} is {getattr(self, name)!r}; expected "
+                    f"{expected}"
+                )
+        if self.split is not None:
+            self._check_split(self.split)
+        if self.keys and self.name in BUILT_IN:
+            raise ConfigError(
+                f"data source {shown(self.name)} has no fields, but key= is given; leave it out"
+            )
+
+    def _ranges(self) -> dict[str, tuple[bool, str]]:
+        """Whether a field's value is one that it may have, and what is expected."""
+        weight, keys, limit = self.weight, self.keys, self.max_tokens
+        return {
+            "weight": (_is(Real, weight) and 0 < weight < math.inf, "a number above 0"),
+            "keys": (
+                isinstance(keys, tuple) and all(isinstance(key, str) and key for key in keys),
+                "a tuple of fields' names: key=A or key=A+B",
+            ),
+            "split": (
+                self.split is None or (isinstance(self.split, str) and self.split != ""),
+                "a name",
+            ),
+            "max_tokens": (
+                limit is None or (_is(Integral, limit) and limit >= 1),
+                "1 or more, or None",
+            ),
+        }
+
+    def _check_split(self, split: str) -> None:
+        if self.is_local or self.name == "self":
+            raise ConfigError(
+                f"data source {shown(self.name)} has no splits, but split={split} is given; leave it "
+                "out"
+            )
+        if self.name == "pydoc":
+            check_pydoc_split(split)
 
     @property
     def is_local(self) -> bool:
@@ -77,23 +126,49 @@ class DataSource:
         return result
 
 
+def check_pydoc_split(split: str) -> None:
+    """Refuse a split that ``pydoc`` has not. Raises ConfigError."""
+    if split not in ("train", "test"):
+        raise ConfigError(f"data source 'pydoc' has no split {split!r}; expected train or test")
+
+
 def shown(name: str) -> str:
     """The name in quotes, cut to the length of a message."""
     return repr(name if len(name) <= _SHOWN else name[:_SHOWN] + "…")
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is evidently a path, whatever it names is there or not."""
-    path = os.path.expanduser(name)
-    folder = os.path.dirname(path)
-    return (
-        os.path.lexists(path)
-        or os.path.isabs(path)
-        or name.startswith(("./", "../", "~"))
-        or name in (".", "..")
-        or has_known_suffix(name)
-        or (folder != "" and os.path.isdir(folder))
-    )
+    """Whether a name is a path: something is there, it ends as a file's, or it is no data set's."""
+    return os.path.lexists(expanded(name)) or has_known_suffix(name) or bool(why_no_data_set(name))
+
+
+def why_no_data_set(name: str) -> str | None:
+    """Say why a name can be no Hub data set's, ``owner/name[:config]``, as :func:`why_a_path` does."""
+    identifier, _, configuration = name.partition(":")
+    written_as_path = "\\" in name or "/" in configuration
+    return why_a_path(name if written_as_path else identifier, bare_ids=True)
+
+
+def check_source(source: DataSource) -> None:
+    """Find out whether a source can be there, without reading it.
+
+    Raises:
+        DataError: a file is missing, or of a kind that is refused by its name; a name is not known.
+    """
+    name = source.name
+    if not source.is_local:
+        if "/" not in name and name not in (*HUB_DATA, *BUILT_IN):
+            raise DataError(
+                f"data source {shown(name)} is not known; expected a file ({READABLE}), one of "
+                f"{', '.join((*HUB_DATA, *BUILT_IN))}, or a Hub data set owner/name"
+            )
+    elif not expanded(name).exists():
+        reason = why_no_data_set(name)
+        raise DataError(
+            f"data source {shown(name)}{f', {reason}' if reason else ''}: there is no such file"
+        )
+    elif not expanded(name).is_dir():
+        kind_of_name(name)
 
 
 def parse_source(spec: str) -> DataSource:
@@ -105,11 +180,6 @@ def parse_source(spec: str) -> DataSource:
         DataError: what is given is a text, not the name of one.
     """
     name, options = _split_name(spec)
-    if "\n" in name or "\0" in name or len(name) > _LONGEST_NAME:
-        raise DataError(
-            f"data source {shown(name)} is a text of {len(name)} characters; expected a file or the "
-            "name of a data set. Write the text to a file"
-        )
     if not name:
         raise ConfigError(f"data source {shown(spec)} has no name; expected NAME[,weight=W]…")
     fields: dict[str, Any] = {}
@@ -123,17 +193,8 @@ def parse_source(spec: str) -> DataSource:
             )
         if field in fields:
             raise ConfigError(f"data source {shown(spec)}: option {key} is given twice")
-        fields[field] = _value(spec, field, value)
-    source = DataSource(name, **fields)
-    if source.split is not None and (source.is_local or name == "self"):
-        raise ConfigError(
-            f"data source {shown(name)} has no splits, but split={source.split} is given; leave it out"
-        )
-    if source.keys and name in BUILT_IN:
-        raise ConfigError(
-            f"data source {shown(name)} has no fields, but key= is given; leave it out"
-        )
-    return source
+        fields[field] = _value(field, value)
+    return DataSource(name, **fields)
 
 
 def recorded_source(entry: Mapping[str, Any]) -> DataSource:
@@ -146,16 +207,15 @@ def recorded_source(entry: Mapping[str, Any]) -> DataSource:
         DataError: the entry has no name or values of a wrong kind.
     """
     try:
+        keys = entry.get("keys", ())
         source = DataSource(
-            entry["name"],
-            float(entry.get("weight", 1.0)),
-            tuple(entry.get("keys", ())),
+            entry["name"], entry.get("weight", 1.0), tuple(keys) if isinstance(keys, list) else keys
         )
         split = entry.get("split")
         if source.is_local or source.name == "self":
             split = None  # format version 1 recorded one for them too
         return DataSource(source.name, source.weight, source.keys, split)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, ConfigError) as error:
         raise DataError(f"the build record has a damaged data source: {error!r}") from error
 
 
@@ -176,20 +236,14 @@ def _split_name(spec: str) -> tuple[str, list[str]]:
     return parts[0], parts[1:]
 
 
-def _value(spec: str, field: str, value: str) -> Any:
-    if field == "split":
-        return value
+def _value(field: str, value: str) -> Any:
     if field == "keys":
-        keys = tuple(value.split("+"))
-        if not all(keys):
-            raise ConfigError(f"data source {shown(spec)}: key is {value!r}; expected A or A+B")
-        return keys
-    try:
-        weight = float(value)
-    except ValueError:
-        weight = math.nan
-    if not 0 < weight < math.inf:
-        raise ConfigError(
-            f"data source {shown(spec)}: weight is {value!r}; expected a number above 0"
-        )
-    return weight
+        return tuple(value.split("+"))
+    if field == "weight":
+        with suppress(ValueError):  # DataSource says what is wrong with it
+            return float(value)
+    return value
+
+
+def _is(kind: type, value: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.tuning.student import (
     DenseStates,
@@ -165,9 +166,15 @@ def held_out_divergence(
         windows: token ids [W, window] int64.
         dense_states: as of :func:`distill`; ``windows`` have the numbers from ``first`` on.
         first: see ``dense_states``.
+
+    Raises:
+        ModelError: it is not finite.
     """
     with students(model, clusters.layers, 0, 0) as modules:
-        return _mean_divergence(model, modules, windows, dense_states, first)
+        value = _mean_divergence(model, modules, windows, dense_states, first)
+    if not math.isfinite(value):
+        raise not_finite(model, "the divergence of held-out text from the dense model")
+    return value
 
 
 @torch.no_grad()

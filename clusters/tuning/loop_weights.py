@@ -22,6 +22,7 @@ from torch import Tensor
 
 from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.tuning.student import DenseStates, divergence, students
 from sparse_runtime.progress import ProgressReporter, SilentProgress
@@ -49,6 +50,9 @@ def loop_weights(
 
     Returns:
         Layer index -> r_ℓ of the line, at least 0.1. Without a layer that leaves something out, 1.
+
+    Raises:
+        ModelError: what is measured of a layer is not finite.
     """
     measured = _measured(model, clusters, windows, dense_states, progress or SilentProgress())
     return _line(sorted(clusters.layers), measured)
@@ -81,13 +85,15 @@ def _measured(
             for index, module in modules.items():
                 left_out[index] += module.left_out
             advance(1)
-        return {
-            index: -module.restored.grad.item() / left_out[index]
-            for index, module in modules.items()
-            if module.restored is not None
-            and module.restored.grad is not None
-            and left_out[index] > 0  # else it outputs nothing, or every neuron is computed
-        }
+        measured = {}
+        for index, module in modules.items():
+            gradient = None if module.restored is None else module.restored.grad
+            if gradient is None or left_out[index] == 0:
+                continue  # it outputs nothing, or every neuron is computed
+            measured[index] = -gradient.item() / left_out[index]
+            if not math.isfinite(measured[index]):
+                raise not_finite(model, f"the loop weight of layer {index}")
+        return measured
 
 
 def _line(indices: list[int], measured: dict[int, float]) -> dict[int, float]:

@@ -37,6 +37,11 @@ from sparse_runtime.models.ffn_layers import find_ffn_layers, select_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 
+def paper_settings(num_clusters: int, density: float, init: str) -> AWCPaperConfig:
+    """Settings for centroids of a density. Raises ConfigError where a value is out of range."""
+    return AWCPaperConfig(num_clusters=num_clusters, top_percentile=1 - density, init=init)
+
+
 def paper_coverage(
     model: Any,
     fit_windows: Tensor,
@@ -84,7 +89,7 @@ def paper_coverage(
     fits: list[tuple[dict[str, Any], Fit]] = []
     for count in clusters:
         for density in densities:
-            settings = AWCPaperConfig(num_clusters=count, top_percentile=1 - density, init=init)
+            settings = paper_settings(count, density, init)
             fits.append((_row("awc-paper", count, density), _paper_fit(settings)))
         for name, fit in BINARY_CLUSTERINGS.items() if compare else ():
             fits.append((_row(name, count, None), fit))
@@ -181,7 +186,7 @@ def paper_perplexity(
     dense = perplexity(model, tokens, window=window, progress=progress)
     thresholds_only, rows = None, []
     for density in densities:
-        settings = AWCPaperConfig(num_clusters=num_clusters, top_percentile=1 - density, init=init)
+        settings = paper_settings(num_clusters, density, init)
         generator = torch.Generator().manual_seed(seed)
         masks = fit_paper_masks(
             fitted, settings, pooled=pooled, generator=generator, progress=progress

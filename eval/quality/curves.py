@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.artifact.build_record import recorded_sources, within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.capture import HiddenStates
@@ -330,7 +331,7 @@ def baseline_calibration(
 
     if specs:
         return read([parse_source(spec) for spec in specs]), None
-    recorded = clusters.build.get("data", {}).get("sources", [])
+    recorded = recorded_sources(within(clusters.build, "data"))
     reason = "its build record names no sources"
     if recorded:
         try:

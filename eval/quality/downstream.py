@@ -138,10 +138,16 @@ def evaluate_tasks(
     return {"rows": rows, "cost_share": cost.cost_share, "limit": limit}
 
 
-def _spec(task: str, folder: Path) -> str | dict[str, Any]:
+def check_task(task: str) -> tuple[str, Path | None]:
+    """A task's name, and its file if it has one; nothing is read.
+
+    Raises:
+        ConfigError: tasks of this name cannot be read from a file.
+        DataError: there is no such file.
+    """
     name, separator, file = task.partition("=")
     if not separator:
-        return name
+        return name, None
     if name not in LOCAL_TASKS:
         raise ConfigError(
             f"task {name!r} cannot be read from a file; expected one of {', '.join(LOCAL_TASKS)}, or "
@@ -149,7 +155,17 @@ def _spec(task: str, folder: Path) -> str | dict[str, Any]:
         )
     if not file:
         raise ConfigError(f"task {task!r} names no file; expected {name}=FILE")
-    settings = LOCAL_TASKS[name](Path(file).expanduser(), folder)
+    path = Path(file).expanduser()
+    if not path.exists():
+        raise DataError(f"task file {file!r}: there is no such file")
+    return name, path
+
+
+def _spec(task: str, folder: Path) -> str | dict[str, Any]:
+    name, file = check_task(task)
+    if file is None:
+        return name
+    settings = LOCAL_TASKS[name](file, folder)
     # Its loader keeps a copy of what it reads: in the same folder, which is deleted.
     settings["dataset_kwargs"]["cache_dir"] = str(folder)
     return {"task": f"{name}_local", "dataset_path": "json", **settings}

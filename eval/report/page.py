@@ -11,7 +11,7 @@ from typing import Any
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.plots import Plot, make_plots
 from sparse_runtime.eval.report.run_folder import RunFolder, method_label, text_name
-from sparse_runtime.files import atomic_path, write_text
+from sparse_runtime.files import atomic_path, write_output
 
 #: Beside the page: every figure as PNG and SVG.
 FIGURES_FOLDER = "figures"
@@ -74,7 +74,7 @@ def write_report(run: RunFolder, output: Path) -> None:
     sections += _tables(run)
     hosts = [(name, figures["host"]) for name, figures in run.figures.items() if "host" in figures]
     sections.append(Section("measured", "How it was measured", hosts=hosts))
-    write_text(output, _page(title=_title(run), summary=_summary(run), sections=sections))
+    write_output(output, _page(title=_title(run), summary=_summary(run), sections=sections))
 
 
 def _page(**values: Any) -> str:

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparse_runtime.artifact.build_record import objects_within
+from sparse_runtime.artifact.format import list_of, whole
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.run_folder import METHOD_LABELS, RunFolder, method_label
 from sparse_runtime.kernels.bitmaps import set_sizes
@@ -37,6 +39,7 @@ _STYLE = {
 }
 # A ratio beyond this is off the picture; the table has it.
 _LARGEST_RATIO = 10.0
+_SIZES = list_of(whole(0))
 
 
 @dataclass(frozen=True)
@@ -305,7 +308,13 @@ def _densities(run: RunFolder) -> Plot:
 
 def _cluster_sizes(run: RunFolder) -> Plot | None:
     assert run.clusters is not None
-    layers = [layer for layer in run.clusters.build.get("layers", []) if "cluster_sizes" in layer]
+    layers = [
+        layer
+        for layer in objects_within(run.clusters.build, "layers")
+        if _SIZES.accepts(layer.get("cluster_sizes"))
+        and sum(layer["cluster_sizes"])
+        and isinstance(layer.get("index"), int)
+    ]
     if not layers:
         return None
     figure, axes = _new(7, 3)

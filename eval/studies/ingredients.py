@@ -165,8 +165,10 @@ class _Base:
         budget, clusters = self.clusters.budget, self.clusters
 
         def cut(clusters: ClusterSet, budget: float) -> ClusterSet:
-            own = None if parts.one_price else dict.fromkeys(clusters.layers, budget)
-            return recut(self.model, clusters, budget=budget, verify=parts.looks, layer_budgets=own)
+            options: dict[str, Any] = {"budget": budget}
+            if not parts.one_price:
+                options = {"layer_budgets": dict.fromkeys(clusters.layers, budget)}
+            return recut(self.model, clusters, verify=parts.looks, **options)
 
         count = max(1, LOOP_TOKENS // self.fit_windows.shape[1])
         if not parts.bias:

@@ -36,6 +36,7 @@ from sparse_runtime.artifact.format import (
     whole,
 )
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError
+from sparse_runtime.files import finite
 from sparse_runtime.models.fingerprint import decode_weights
 from sparse_runtime.printable import printable, shown
 from sparse_runtime.version import __version__
@@ -70,6 +71,8 @@ def read_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG_FILE
     try:
         config = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        if isinstance(config, dict) and "build" in config:
+            config["build"] = finite(config["build"])
     except FileNotFoundError:
         raise ArtifactError(
             f"{folder} is not a cluster artifact: it has no {CONFIG_FILE}. If a build was interrupted "

@@ -7,7 +7,6 @@ nothing (:mod:`sparse_runtime.artifact.checks`).
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -59,6 +58,7 @@ from sparse_runtime.errors import (
 )
 from sparse_runtime.files import (
     copy_file,
+    finite,
     remove_leftovers,
     write_json,
     write_tensors,
@@ -400,7 +400,7 @@ class ClusterSet:
             "excess": self.excess,
             "layers": self._entries(with_centroids, kept),
             "files": {},
-            "build": _finite(self.build),
+            "build": finite(self.build),
         }
         try:
             return dict(json.loads(json.dumps(config, default=float)))
@@ -423,15 +423,6 @@ _NO_RECORD = {"bytes": 0, "sha256": "0" * 64}
 
 def _same_file(path: Path, other: Path) -> bool:
     return other.exists() and path.samefile(other)
-
-
-def _finite(value: Any) -> Any:
-    """A JSON value with null in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _read_back(file: Path, tensors: dict[str, Tensor]) -> None:

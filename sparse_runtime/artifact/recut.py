@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from numbers import Real
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +12,7 @@ from torch import Tensor, nn
 from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.config import check_cut
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
@@ -44,21 +44,29 @@ def recut(
         verify: with or without a band of neurons that low-bit copies decide on; as the artifact is
             if None.
         layer_budgets: layer index -> cost share of its own (1: dense). The other layers share what
-            these leave of ``budget``.
+            these leave of ``budget``; if there are none, the shares' mean is the budget.
 
     Returns:
         A new artifact, which shares routers and centroids with the old one.
 
     Raises:
-        ConfigError: the artifact has no centroids, a layer is not in it, a share is out of range,
-            or the budget cannot be met.
+        ConfigError: the artifact has no centroids, a layer is not in it, a value is of the wrong
+            kind or out of range, or the budget cannot be met or has no layer to share it.
         FingerprintMismatchError: the model has other sizes than the artifact's.
     """
+    check_cut(budget, verify, layer_budgets)
     clusters.check_model(model, weights=False)
+    own = dict(layer_budgets or {})
+    _check(clusters, own)
+    if own.keys() >= clusters.layers.keys():
+        if budget is not None:
+            raise ConfigError(
+                f"budget is {budget}, but layer_budgets names every layer and leaves nothing to share; "
+                "leave budget out, or some layer"
+            )
+        budget = sum(own.values()) / len(own)
     budget = clusters.budget if budget is None else budget
     verify = clusters.verified if verify is None else verify
-    own = dict(layer_budgets or {})
-    _check(clusters, {"budget": budget, **{f"layer_budgets[{i}]": own[i] for i in own}}, own)
     parts = _parts(model, clusters, verify)
     common = [part for index, part in parts.items() if index not in own]
     aim = budget - _excess(clusters, budget)
@@ -99,10 +107,7 @@ def _parts(model: nn.Module, clusters: ClusterSet, verify: bool) -> dict[int, _P
     }
 
 
-def _check(clusters: ClusterSet, shares: Mapping[str, float], own: Mapping[int, float]) -> None:
-    for name, share in shares.items():
-        if isinstance(share, bool) or not isinstance(share, Real) or not 0 < share <= 1:
-            raise ConfigError(f"{name} is {share!r}; expected a cost share above 0 and at most 1")
+def _check(clusters: ClusterSet, own: Mapping[int, float]) -> None:
     for index in own:
         if index not in clusters.layers:
             raise ConfigError(

@@ -19,6 +19,7 @@ from sparse_runtime.cli.options import (
     DtypeOption,
     JsonOption,
     RevisionOption,
+    cuts,
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
@@ -141,7 +142,7 @@ def _of_artifact(
     device: str | None,
 ) -> tuple[Any, ClusterSet]:
     """A model, and an artifact as users hold it who generate: without centroids."""
-    cut = budget is not None or verify is not None
+    cut = cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     model, _ = load_model(name, dtype=parse_dtype(dtype), device=device)
     if cut:

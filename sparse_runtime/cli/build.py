@@ -27,6 +27,7 @@ from sparse_runtime.cli.options import (
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, POSITIVE
 from sparse_runtime.cli.tables import artifact_summary, print_summary
+from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
@@ -133,32 +134,30 @@ def build(
         paper_init=paper_init,  # type: ignore[arg-type]
         paper_pooled=paper_pooled,
     )
-    summary = _build(model, output, data or ["wikitext2"], config, dtype, device)
+    summary = _build(model, output, data, config, dtype, device)
     write_figures(json_file, summary)
 
 
 def _build(
     model: str,
     output: Path,
-    data: list[str],
+    data: list[str] | None,
     config: BuildConfig,
     dtype: str,
     device: str | None,
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
     from sparse_runtime.clusters import build_clusters, tuning_line
-    from sparse_runtime.clusters.text import parse_source
 
     check_holds_artifact(output)
-    for source in data:
-        parse_source(source)
+    sources = fit_sources(data)
     started, times = time.perf_counter(), dict[str, float]()
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     try:
         artifact = build_clusters(
             loaded,
             tokenizer,
-            data,
+            sources,
             config,
             output=output,
             model_name=model,

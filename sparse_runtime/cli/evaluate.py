@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from torch import Tensor
 
+from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.cli.console import err
+from sparse_runtime.cli.console import err, note
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -24,20 +24,39 @@ from sparse_runtime.cli.options import (
     RevisionOption,
     VerifyOption,
     WindowOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
 from sparse_runtime.cli.tables import print_curves, print_quality
-from sparse_runtime.cli.texts import held_out, warn_of_overlap
+from sparse_runtime.cli.texts import (
+    check_windows_fit,
+    fit_sources,
+    held_out,
+    judged_source,
+    warn_of_overlap,
+)
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
+    from sparse_runtime.clusters.text import DataSource
     from sparse_runtime.eval.quality.curves import Protocol
 
 _CALIBRATION_TOKENS = 16_384
 
+PromptTokensOption = Annotated[
+    int,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback,
+        help="First tokens of each window that run dense and are not scored, as a prompt.",
+    ),
+]
+BudgetsOption = Annotated[
+    str | None,
+    typer.Option(help="Compare these cost shares, with commas, with looks and without."),
+]
 BaselinesOption = Annotated[
     str | None,
     typer.Option(
@@ -73,19 +92,10 @@ def evaluate(
         int,
         typer.Option(callback=NOT_NEGATIVE.callback, help="Distance of windows; 0: the window."),
     ] = 0,
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            callback=NOT_NEGATIVE.callback,
-            help="First tokens of each window that run dense and are not scored, as a prompt.",
-        ),
-    ] = 0,
+    prompt_tokens: PromptTokensOption = 0,
     budget: BudgetOption = None,
     revision: RevisionOption = None,
-    budgets: Annotated[
-        str | None,
-        typer.Option(help="Compare these cost shares, with commas, with looks and without."),
-    ] = None,
+    budgets: BudgetsOption = None,
     verify: VerifyOption = None,
     baselines: BaselinesOption = None,
     calibration: CalibrationOption = None,
@@ -102,27 +112,31 @@ def evaluate(
     check_windows(window, stride or window, prompt_tokens)
     shares = None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE)
     names = baselines.split(",") if baselines is not None else []
-    sources = data or ["wikitext2"]
     for_baselines = {"calibration": calibration, "calibration-tokens": calibration_tokens}
     _check_options(budget, budgets, names, for_baselines)
-    _check_names(names, [*sources, *(calibration or [])])
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    limits = (calibration_tokens or _CALIBRATION_TOKENS, window)
+    check_windows_fit(window, {"--max-tokens": max_tokens})
+    if names:
+        check_windows_fit(window, {"--calibration-tokens": limits[0]})
+    sources = _checked(names, data or ["wikitext2"], calibration)
+    curves = shares is not None or bool(names)
+    centroids = curves or cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
-    texts = [(source, held_out(source, tokenizer, max_tokens, loaded)) for source in sources]
+    texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]
     for source, tokens in texts:
-        warn_of_overlap(source, tokens, artifact.build.get("data", {}))
+        warn_of_overlap(source, tokens, within(artifact.build, "data"))
     protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
-    if shares is None and not names:
-        if budget is not None or verify is not None:
+    if not curves:
+        if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
         record |= _quality(loaded, artifact, texts, protocol)
     else:
         windows = None
         if names:
-            limits = (calibration_tokens or _CALIBRATION_TOKENS, window)
             windows, record["calibration"] = _calibration(
                 artifact, calibration or [], tokenizer, *limits, loaded
             )
@@ -152,14 +166,19 @@ def _check_options(
             raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
 
 
-def _check_names(baselines: Sequence[str], sources: Sequence[str]) -> None:
-    """Refuse wrong names before the model is loaded. Raises ConfigError."""
-    from sparse_runtime.clusters.text import parse_source
+def _checked(
+    baselines: Sequence[str], data: Sequence[str], calibration: list[str] | None
+) -> list[tuple[str, DataSource]]:
+    """Texts to judge by, as they are written; wrong names are refused before the model is loaded.
+
+    Raises:
+        ConfigError, DataError: a baseline, or a text, that cannot be.
+    """
     from sparse_runtime.eval.baselines.registry import named_baselines
 
     named_baselines(baselines)
-    for source in sources:
-        parse_source(source)
+    fit_sources(calibration)
+    return [(spec, judged_source(spec)) for spec in data]
 
 
 def _quality(
@@ -211,5 +230,5 @@ def _calibration(
         artifact, specs, tokenizer, max_tokens=max_tokens, window=window, model=model
     )
     if reason is not None:
-        err.print(escape(f"baselines are calibrated on wikitext2: {reason}"))
+        note(f"baselines are calibrated on wikitext2: {reason}")
     return text.windows, text.record

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import OutputFolderError
-from sparse_runtime.files import write_json
+from sparse_runtime.files import is_stream, json_text, write_output
 
 
 def check_output_file(path: Path | None) -> Path | None:
@@ -22,7 +23,12 @@ def check_output_file(path: Path | None) -> Path | None:
     if path is not None:
         if path.is_dir():
             raise OutputFolderError(f"{path} is a folder; expected the name of a file to write")
-        _check_writable(path, path.absolute().parent)
+        if not is_stream(path):
+            _check_writable(path, Path(os.path.realpath(path)).parent)
+        elif not os.access(path, os.W_OK):
+            raise OutputFolderError(
+                f"{path} cannot be written: no permission. Choose another place"
+            )
     return path
 
 
@@ -52,7 +58,7 @@ def _check_writable(path: Path, folder: Path) -> None:
 def write_figures(json_file: Path | None, value: dict[str, Any]) -> None:
     """Write a command's figures where ``--json`` asks for them."""
     if json_file is not None:
-        write_json(json_file, value)
+        write_output(json_file, json_text(value))
 
 
 def peak_memory_mib() -> float | None:

@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.console import note, out
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     BudgetOption,
@@ -23,6 +23,7 @@ from sparse_runtime.cli.options import (
     RevisionOption,
     SeedOption,
     VerifyOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
@@ -66,7 +67,8 @@ def generate(
     """
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    centroids = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict)
@@ -264,7 +266,7 @@ def _print_figures(figures: dict[str, Any]) -> None:
         speed = f"{rate:.1f} tokens/s after the first"
     out.print(f"[dim]{speed}; {prompt}; {escape(ran(figures))}[/dim]\n", soft_wrap=True)
     if figures["nothing_sparse"]:
-        err.print(f"nothing ran sparse: {escape(figures['nothing_sparse'])}", soft_wrap=True)
+        note(f"nothing ran sparse: {figures['nothing_sparse']}")
 
 
 def ran(figures: dict[str, Any]) -> str:

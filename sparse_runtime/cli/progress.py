@@ -15,6 +15,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from sparse_runtime.printable import markup
 from sparse_runtime.progress import Advance
 
 
@@ -35,5 +36,5 @@ class RichProgress:
             TimeRemainingColumn(),
             console=self._console,
         ) as bars:
-            bar = bars.add_task(description, total=total)
+            bar = bars.add_task(markup(description), total=total)
             yield lambda units: bars.advance(bar, units)

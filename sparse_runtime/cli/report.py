@@ -65,8 +65,8 @@ def demo(
     result = run_demo(output, out, RichProgress(err), _continuation, dtype)
     print_quality("pydoc, held-out topics", result["quality"])
     write_json(output / "demo.json", result)
-    write_figures(json_file, result)
     out.print(escape(f"artifact in {output / 'clusters'}, figures in {output / 'demo.json'}"))
+    write_figures(json_file, result)
 
 
 def _continuation(

@@ -28,6 +28,7 @@ from sparse_runtime.cli.options import (
     TestTokensOption,
     VerifyOption,
     WindowOption,
+    cuts,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
@@ -36,11 +37,16 @@ from sparse_runtime.cli.ranges import (
     NOT_NEGATIVE,
     POSITIVE,
     SEED,
-    SHARE,
     parse_numbers,
 )
 from sparse_runtime.cli.tables import print_rows, shown
-from sparse_runtime.cli.texts import fit_and_test, held_out_of
+from sparse_runtime.cli.texts import (
+    check_windows_fit,
+    fit_and_test,
+    fit_sources,
+    held_out_of,
+    judged_source,
+)
 from sparse_runtime.models import load_model
 
 
@@ -76,13 +82,19 @@ def paper(
 ) -> None:
     """Reproduce the AWC paper's figures; evaluation only, nothing is saved or skipped."""
     from sparse_runtime.eval.latency.host import host_record
-    from sparse_runtime.eval.paper.tables import paper_coverage, paper_perplexity
+    from sparse_runtime.eval.paper.tables import (
+        paper_coverage,
+        paper_perplexity,
+        paper_settings,
+    )
 
     counts, shares = (
         parse_numbers("--clusters", clusters, int, POSITIVE),
-        parse_numbers("--densities", densities, float, SHARE),
+        parse_numbers("--densities", densities, float, INNER_SHARE),
     )
     chosen = None if layers is None else parse_numbers("--layers", layers, int, NOT_NEGATIVE)
+    for count in counts:
+        paper_settings(count, shares[0], init)  # raises before anything is loaded
     loaded, text, tokens, windows = fit_and_test(
         model, data, test, max_tokens, test_tokens, window, seed, dtype, device
     )
@@ -211,7 +223,6 @@ def ingredients(
 ) -> None:
     """What each ingredient of a build brings in the running model: alone, together, left out."""
     from sparse_runtime.clusters import BuildConfig
-    from sparse_runtime.clusters.text import parse_source
     from sparse_runtime.eval.latency.host import host_record
     from sparse_runtime.eval.studies.ingredients import measure_ingredients
 
@@ -225,9 +236,12 @@ def ingredients(
         window=window,
     )
     of_builds = parse_numbers("--seeds", seeds, int, SEED)
-    sources = [parse_source(source) for source in data or ["wikitext2"]]
+    check_windows_fit(window, {"--test-tokens": test_tokens})
+    sources, test_text = fit_sources(data), None if test is None else judged_source(test)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-    sources, tokens = held_out_of(sources, test, tokenizer, max_tokens, test_tokens, window, loaded)
+    sources, tokens = held_out_of(
+        sources, test_text, tokenizer, max_tokens, test_tokens, window, loaded
+    )
     measured = measure_ingredients(
         loaded,
         tokenizer,
@@ -269,11 +283,14 @@ def tasks(
 ) -> None:
     """Downstream tasks by lm-eval, every token sparse beside the dense model."""
     from sparse_runtime.eval.latency.host import host_record
-    from sparse_runtime.eval.quality.downstream import evaluate_tasks
+    from sparse_runtime.eval.quality.downstream import check_task, evaluate_tasks
 
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=True)
+    for spec in task:
+        check_task(spec)
+    cut = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-    if budget is not None or verify is not None:
+    if cut:
         artifact = recut(loaded, artifact, budget=budget, verify=verify)
     result = evaluate_tasks(
         loaded,

@@ -7,6 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
+from sparse_runtime.artifact.build_record import objects_within, within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import out
 from sparse_runtime.kernels.bitmaps import set_sizes
@@ -42,7 +43,7 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
 def print_summary(name: str, summary: dict[str, Any]) -> None:
     """Print what ``artifact_summary`` says; its ``build`` may be anybody's and hold anything."""
     build, fingerprint = summary["build"], summary["fingerprint"]
-    model = _within(build, "model")
+    model = within(build, "model")
     out.print(f"[bold]{markup(name)}[/bold]: clusters for {markup(model or 'an unnamed model')}")
     sizes = sorted(set(fingerprint["intermediate_sizes"]))
     out.print(
@@ -53,11 +54,11 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
     settings = [
         f"{label} {markup(value)}"
         for label, value in (
-            ("method", _within(build, "config", "method")),
-            ("importance", _within(build, "config", "importance")),
+            ("method", within(build, "config", "method")),
+            ("importance", within(build, "config", "importance")),
             ("budget", summary["budget"]),
-            ("seed", _within(build, "config", "seed")),
-            ("calibration tokens", _within(build, "data", "tokens")),
+            ("seed", within(build, "config", "seed")),
+            ("calibration tokens", within(build, "data", "tokens")),
         )
         if value is not None
     ]
@@ -74,24 +75,16 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
             f"{layer['density']:.3f}",
             f"{layer['looked_at']:.3f}",
             layer["router"],
-            *(_score(_within(scores, name)) for name in ("coverage", "chance", "static_coverage")),
+            *(_score(within(scores, name)) for name in ("coverage", "chance", "static_coverage")),
         )
     out.print(table)
 
 
-def _within(record: Any, *keys: str) -> Any:
-    """A value within a record that need not have it, nor be an object; None then."""
-    for key in keys:
-        record = record.get(key) if isinstance(record, dict) else None
-    return record
-
-
 def _held_out_scores(build: Any) -> dict[int, Any]:
-    entries = _within(build, "layers")
     return {
         entry["index"]: entry.get("held_out")
-        for entry in (entries if isinstance(entries, list) else [])
-        if isinstance(entry, dict) and isinstance(entry.get("index"), int)
+        for entry in objects_within(build, "layers")
+        if isinstance(entry.get("index"), int)
     }
 
 

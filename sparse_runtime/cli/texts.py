@@ -8,11 +8,43 @@ import torch
 
 from sparse_runtime.cli.console import warn
 from sparse_runtime.cli.options import resolve_dtype
-from sparse_runtime.errors import DataError
+from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
     from sparse_runtime.clusters.text import CalibrationText, DataSource
+
+
+def fit_sources(specs: list[str] | None) -> list[DataSource]:
+    """Sources to calibrate on, wikitext2 by default; what cannot be there is refused unread.
+
+    Raises:
+        ConfigError, DataError: see ``parse_source`` and ``check_source``.
+    """
+    from sparse_runtime.clusters.text import check_source, parse_source
+
+    sources = [parse_source(spec) for spec in specs or ["wikitext2"]]
+    for source in sources:
+        check_source(source)
+    return sources
+
+
+def judged_source(spec: str) -> DataSource:
+    """A text to judge by, checked in the same way; it is taken whole, and has no weight."""
+    (source,) = fit_sources([spec])
+    if source.weight != 1.0:
+        raise ConfigError(
+            f"data source {source.name!r}: weight is {source.weight}, but each text is judged by "
+            "itself; leave weight= out"
+        )
+    return source
+
+
+def check_windows_fit(window: int, tokens: dict[str, int]) -> None:
+    """Refuse options, by name, that ask for fewer tokens than one window. Raises ConfigError."""
+    for option, count in tokens.items():
+        if count < window:
+            raise ConfigError(f"{option} is {count}; expected at least one window, {window}")
 
 
 def fit_and_test(
@@ -27,12 +59,13 @@ def fit_and_test(
     device: str | None,
 ) -> tuple[Any, CalibrationText, torch.Tensor, torch.Tensor]:
     """A model, calibration text, and the tokens of held-out text, also as windows [W, window]."""
-    from sparse_runtime.clusters.text import calibration_windows, parse_source
+    from sparse_runtime.clusters.text import calibration_windows
 
-    sources = [parse_source(source) for source in data or ["wikitext2"]]
+    check_windows_fit(window, {"--max-tokens": max_tokens, "--test-tokens": test_tokens})
+    sources, test_text = fit_sources(data), None if test is None else judged_source(test)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     sources, tokens = held_out_of(
-        sources, test, tokenizer, max_tokens, test_tokens, window, loaded, seed
+        sources, test_text, tokenizer, max_tokens, test_tokens, window, loaded, seed
     )
     text = calibration_windows(
         sources, tokenizer, max_tokens=max_tokens, window=window, seed=seed, model=loaded
@@ -46,7 +79,7 @@ def fit_and_test(
 
 def held_out_of(
     sources: list[DataSource],
-    test: str | None,
+    test: DataSource | None,
     tokenizer: Any,
     max_tokens: int,
     test_tokens: int,
@@ -78,10 +111,8 @@ def warn_of_overlap(name: str, tokens: torch.Tensor, record: Any) -> None:
         warn(message)
 
 
-def held_out(source: str, tokenizer: Any, max_tokens: int, model: Any) -> torch.Tensor:
+def held_out(source: DataSource, tokenizer: Any, max_tokens: int, model: Any) -> torch.Tensor:
     """First tokens of held-out text [n]."""
-    from sparse_runtime.clusters.text import parse_source, token_stream
+    from sparse_runtime.clusters.text import token_stream
 
-    return token_stream(
-        parse_source(source), tokenizer, max_tokens=max_tokens, split="test", model=model
-    )
+    return token_stream(source, tokenizer, max_tokens=max_tokens, split="test", model=model)

@@ -1,6 +1,5 @@
 """What a model is: loading one by name, and telling models apart."""
 
-from sparse_runtime.hub import hub_failure
 from sparse_runtime.models.loading import load_model, parse_dtype
 
-__all__ = ["hub_failure", "load_model", "parse_dtype"]
+__all__ = ["load_model", "parse_dtype"]

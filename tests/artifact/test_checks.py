@@ -130,6 +130,28 @@ def test_values_that_cannot_be(folder, config, path, value, message):
     assert len(str(caught.value)) < 1000
 
 
+def test_numbers_of_a_build_record_that_json_has_not(folder, config, run, tmp_path):
+    config["build"] = {"model": "m", "seed": 1, "layers": [{"index": 0, "x": NAN}]}
+    text = json.dumps(config).replace('"seed": 1', '"seed": 1e999, "a": -Infinity')
+    (folder / "config.json").write_text(text)
+    code, _, err = run("inspect", folder, "--json", tmp_path / "figures.json")
+    assert code == 0, err
+    written = (tmp_path / "figures.json").read_text()
+    strict = json.loads(written, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert strict["build"] == {
+        "model": "m", "seed": None, "a": None, "layers": [{"index": 0, "x": None}],
+    }  # fmt: skip
+
+
+def test_a_build_record_too_deep_is_refused(folder, config, run, tmp_path):
+    config["build"] = {"x": 0}
+    for depth in (100, 600, 900):
+        deep = "[" * depth + "]" * depth
+        (folder / "config.json").write_text(json.dumps(config).replace('"x": 0', f'"x": {deep}'))
+        code, _, err = run("inspect", folder, "--json", tmp_path / "figures.json")
+        assert code == 0 or "cannot be read as JSON" in err
+
+
 def test_keys_that_are_missing(folder, config):
     def every_key(value, path):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):

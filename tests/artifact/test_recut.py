@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from helpers import cuttable_cluster_set, random_centroids
@@ -189,6 +190,44 @@ def test_bad_budgets(tiny_model, clusters, options, message):
     with pytest.raises(ConfigError, match=message):
         sparsify(tiny_model, clusters, config=SparseConfig(**options))
     assert not any(type(m).__name__ == "SparseFFN" for m in tiny_model.modules())
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"verify": "no"}, "verify is 'no'; expected True, False or None"),
+        ({"verify": 1}, "verify is 1"),
+        ({"budget": True}, "budget is True"),
+        ({"budget": "0.5"}, "budget is '0.5'"),
+        ({"budget": math.nan}, "budget is nan"),
+        ({"layer_budgets": [0.5, 0.5, 0.5]}, r"layer_budgets is \[.*; expected a mapping"),
+        ({"layer_budgets": 0.5}, "layer_budgets is 0.5"),
+        ({"layer_budgets": {"0": 0.5}}, "a layer of layer_budgets is '0'; expected a whole number"),
+        ({"layer_budgets": {0: "x"}}, r"layer_budgets\[0\] is 'x'"),
+        ({"layer_budgets": {0: False}}, r"layer_budgets\[0\] is False"),
+    ],
+    ids=str,
+)
+def test_kinds_are_those_of_the_run_time_options(tiny_model, clusters, options, message):
+    with pytest.raises(ConfigError, match=message):
+        recut(tiny_model, clusters, **options)
+    with pytest.raises(ConfigError, match=message):
+        SparseConfig(**options)
+
+
+def test_numbers_of_numpy_are_numbers(tiny_model, clusters):
+    cut = recut(
+        tiny_model, clusters, budget=np.float32(0.5), layer_budgets={np.int64(0): np.float64(0.4)}
+    )
+    assert isinstance(cut.budget, float)
+    assert cut.budget == 0.5
+
+
+def test_a_budget_that_no_layer_shares(tiny_model, clusters):
+    own = {0: 0.5, 1: 0.6, 2: 1}
+    with pytest.raises(ConfigError, match=r"budget is 0\.3, but layer_budgets names every layer"):
+        recut(tiny_model, clusters, budget=0.3, layer_budgets=own)
+    assert recut(tiny_model, clusters, layer_budgets=own).budget == pytest.approx(0.7)
 
 
 def test_factors_are_weights_over_the_price(tiny_model, clusters):

@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from helpers import random_cluster_set
+from helpers import cuttable_cluster_set, random_cluster_set
 
 from sparse_runtime.cli import generate
 
@@ -61,11 +61,13 @@ def test_a_template_that_refuses_is_named_with_the_remedy(answer):
         "{{ raise_exception('no users') }}",
         "{% for",
         "{{ messages.nothing.at_all }}",
+        "{{ raise_exception('no users \x1b]8;;http://x\x07[b]\x1b[2J') }}",
     ):
         code, _, err, figures = answer(template=template)
         assert code == 2
         assert "chat template cannot be applied" in err
         assert "--raw continues the text without it" in err
+        assert "\x1b" not in err
         assert figures is None
     assert answer("--raw", template="{% for")[0] == 0
 
@@ -118,6 +120,36 @@ def test_nothing_ran_sparse_is_said_with_the_reason(answer, monkeypatch):
     assert code == 1
     assert "cannot run" in err
     assert "is not there" in err
+
+
+def test_centroids_are_for_cuts_only(run, tiny_model, tiny_folder, tmp_path, monkeypatch):
+    """Their file, most of an artifact, may be left out of a copy."""
+    text = tmp_path / "text.txt"
+    text.write_text("alpha beta gamma " * 20)
+    tasks = {"rows": [], "cost_share": 0.5}
+    monkeypatch.setattr(
+        "sparse_runtime.eval.quality.downstream.evaluate_tasks", lambda *a, **options: tasks
+    )
+    clusters = tmp_path / "clusters"
+    cuttable_cluster_set(tiny_model).save_pretrained(clusters)
+    (clusters / "centroids.safetensors").unlink()
+    common = (tiny_folder, "--clusters", clusters, "--dtype", "float32")
+    commands = {
+        "generate": ("--prompt", "alpha", "--max-new-tokens", 3),
+        "eval": ("--data", text, "--window", 32, "--max-tokens", 64),
+        "tasks": ("--task", "x"),
+        "bench": ("--prompt-tokens", 8, "--new-tokens", 2, "--repeats", 1),
+    }
+    for name, options in commands.items():
+        code, _, err = run(name, *common, *options)
+        assert code == 0, err
+        cuts = [("--budget", 0.7), ("--no-verify",)]
+        if name == "eval":
+            cuts += [("--budgets", "0.5,0.7"), ("--baselines", "teal", "--calibration", text)]
+        for cut in cuts:
+            code, _, err = run(name, *common, *options, *cut)
+            assert code == 1
+            assert "centroids.safetensors is missing" in err
 
 
 def test_strict_fails_where_nothing_ran_sparse(answer):

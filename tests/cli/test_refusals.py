@@ -1,5 +1,6 @@
 """What the commands refuse: in one line, with the exit code, before anything is loaded."""
 
+import json
 import sys
 import typing
 
@@ -8,7 +9,9 @@ import typer
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.cli import app as app_module
-from sparse_runtime.cli import bench, build, evaluate, figures, generate, studies, texts
+from sparse_runtime.cli import bench, build, console, evaluate, figures, generate, studies, texts
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.errors import ConfigError, DataError
 
 # What each command needs besides the option under test; nothing of it exists.
 NEEDED = {
@@ -33,7 +36,8 @@ def commands():
 
 def one_line(err):
     """The error, which is all there is on stderr."""
-    lines = [line for line in err.split("\n") if line and "Writing model shards" not in line]
+    bars = ("Writing model shards", "Loading weights")
+    lines = [line for line in err.split("\n") if line and not any(bar in line for bar in bars)]
     assert len(lines) == 1, err
     return lines[0]
 
@@ -121,6 +125,60 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
     assert message in one_line(err)
 
 
+@pytest.mark.parametrize(
+    ("command", "options", "code", "message"),
+    [
+        ("build", ["--data", "d/none.txt"], 1, "data source 'd/none.txt': there is no such file"),
+        ("build", ["--data", "d/e/f"], 1, "which is no Hub id owner/name: there is no such file"),
+        ("build", ["--data", "wikitext9"], 1, "'wikitext9' is not known"),
+        ("build", ["--seed", 2**40], 2, "--seed is 1099511627776"),
+        ("build", ["--max-tokens", 100], 2, "max_tokens is 100; expected at least one window, 512"),
+        ("eval", ["--data", "pydoc", "--data", "none.txt"], 1, "there is no such file"),
+        ("eval", ["--baselines", "cats", "--calibration", "none.txt"], 1, "there is no such file"),
+        (
+            "eval",
+            ["--max-tokens", 100],
+            2,
+            "--max-tokens is 100; expected at least one window, 512",
+        ),
+        (
+            "eval",
+            ["--baselines", "cats", "--calibration-tokens", 9],
+            2,
+            "--calibration-tokens is 9",
+        ),
+        ("eval", ["--data", "pydoc,weight=0.25"], 2, "'pydoc': weight is 0.25, but each text is"),
+        ("paper", ["--data", "none.txt"], 1, "there is no such file"),
+        ("paper", ["--test", "none.txt"], 1, "there is no such file"),
+        ("paper", ["--test", "x.txt,speed=1"], 2, "option 'speed=1' is not known"),
+        ("paper", ["--init", "bogus"], 2, "init is 'bogus'; expected one of random, kmeans++"),
+        ("paper", ["--densities", "0.5,1"], 2, "--densities is 1.0"),
+        ("paper", ["--clusters", "16,20000"], 2, "num_clusters is 20000"),
+        (
+            "ablate",
+            ["--test", "pydoc,weight=2"],
+            2,
+            "'pydoc': weight is 2.0, but each text is judged",
+        ),
+        ("ablate", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
+        ("ablate", ["--test-tokens", 100], 2, "--test-tokens is 100; expected at least one window"),
+        ("ingredients", ["--test", "none.txt"], 1, "there is no such file"),
+        ("ingredients", ["--test-tokens", 100], 2, "--test-tokens is 100"),
+        ("ingredients", ["--test", "pydoc,weight=2"], 2, "weight is 2.0"),
+        ("tasks", ["--task", "lambada=missing"], 1, "task file 'missing': there is no such file"),
+        ("tasks", ["--task", "squad=x"], 2, "task 'squad' cannot be read from a file"),
+    ],
+    ids=str,
+)
+def test_what_cannot_work_is_refused_before_the_work(
+    run, nothing_loads, tmp_path, monkeypatch, command, options, code, message
+):
+    monkeypatch.chdir(tmp_path)
+    found, _, err = run(command, *NEEDED[command], *options)
+    assert found == code, err
+    assert message in one_line(err)
+
+
 @pytest.mark.parametrize("name", NEEDED)
 def test_outputs_that_cannot_be_written_are_refused_before_the_work(
     run, nothing_loads, name, tmp_path
@@ -159,6 +217,49 @@ def test_usage_errors_are_one_line(run):
     assert code == 2
     assert "generate" in out
     assert err == ""
+
+
+HOSTILE = "\x1b]8;;http://evil.example\x1b\\[bold]x[/bold]\x1b]8;;\x1b\\\x1b[2J\x9b1m\x07\u202e"
+
+
+@pytest.fixture
+def hostile(tmp_path):
+    """Files whose names of fields, or whose template, hold commands of a terminal."""
+    (tmp_path / "keys.jsonl").write_text(json.dumps({HOSTILE: "text"}))
+    (tmp_path / "names.csv").write_text(f"{HOSTILE},b\n1,2,3\n", encoding="utf-8")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("name", "found"),
+    [("keys.jsonl", "they have [bold]x[/bold]"), ("names.csv", "first line: [bold]x[/bold]")],
+)
+def test_errors_hold_no_commands_of_a_terminal(run, tiny_folder, hostile, name, found):
+    code, _, err = run("ablate", tiny_folder, "--data", hostile / name)
+    assert code == 1
+    assert found in one_line(err)
+    assert one_line(err).isprintable()
+
+
+@pytest.mark.parametrize("kind", [ZeroDivisionError, DataError, ConfigError])
+def test_errors_of_any_kind_are_printable(run, monkeypatch, kind):
+    def broken(*arguments, **options):
+        raise kind(f"{HOSTILE}\nsecond line")
+
+    monkeypatch.setattr(ClusterSet, "from_pretrained", broken)
+    code, _, err = run("inspect", "x")
+    assert code == (2 if kind is ConfigError else 1)
+    assert "[bold]x[/bold]" in one_line(err)
+    assert one_line(err).isprintable()
+    assert one_line(run("inspect", "--" + HOSTILE)[2]).isprintable()
+
+
+def test_notes_and_bars_are_printable(capsys):
+    console.note(f"baselines: {HOSTILE}")
+    assert capsys.readouterr().err == "baselines: [bold]x[/bold]��\n"
+    with RichProgress(console.err).task(f"dense, {HOSTILE}", 1):
+        pass
+    assert "[bold]x[/bold]" in capsys.readouterr().err
 
 
 def test_peak_memory_without_the_module_for_it(monkeypatch):

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
-from sparse_runtime.errors import ModelError
+from sparse_runtime.errors import ConfigError, ModelError
 
 CONFIG = BuildConfig(
     num_clusters=6, budget=0.7, window=50, max_tokens=2000, distill=4, correction_rank=2
@@ -122,6 +122,28 @@ def test_layers_with_and_without_fisher_weights_do_not_mix(
     whole = build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
     assert_equal(whole, resumed, tmp_path)
     assert "fallback" not in resumed.build
+
+
+@pytest.mark.parametrize("router", ["auto", "linear", "4"])
+def test_a_budget_below_the_router_is_refused_before_the_text(
+    tiny_tokenizer, text, monkeypatch, router
+):
+    """On any layer: here the last is the smallest."""
+    monkeypatch.setattr(build, "calibration_windows", lambda *a, **k: pytest.fail("text was read"))
+    models = [make_tiny_model(), make_tiny_model()]
+    mlp = models[1].model.layers[2].mlp
+    for linear in (mlp.gate_proj, mlp.up_proj):
+        linear.weight = torch.nn.Parameter(linear.weight[:4].clone())
+        linear.out_features = 4
+    mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :4].clone())
+    mlp.down_proj.in_features = 4
+    correction = BuildConfig(num_clusters=6, budget=0.4, router=router, correction_rank=30)
+    with pytest.raises(ConfigError, match="6 clusters with a correction of rank 30 alone costs"):
+        build_clusters(models[0], tiny_tokenizer, [text], correction)
+    for model, budget in zip(models, (0.03, 0.5), strict=True):
+        config = BuildConfig(num_clusters=6, budget=budget, router=router)
+        with pytest.raises(ConfigError, match=r"budget is .* router .*for 6 clusters alone costs"):
+            build_clusters(model, tiny_tokenizer, [text], config)
 
 
 def test_offloaded_weights_are_refused(tiny_model, tiny_tokenizer, text):

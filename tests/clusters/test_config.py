@@ -86,7 +86,8 @@ def test_a_value_of_the_wrong_kind_is_refused(name, value):
     [
         ("budget", 0), ("budget", 1.01), ("num_clusters", 0), ("num_clusters", 20_000),
         ("window", 1), ("held_out_share", 1.0), ("distill", -1), ("percentile", 100),
-        ("router", "0"), ("router", "wide"), ("seed", -1), ("max_tokens", 0),
+        ("router", "0"), ("router", "wide"), ("seed", -1), ("seed", 2**32), ("seed", 2**70),
+        ("max_tokens", 0), ("max_tokens", 511),
         ("method", "kmeans"), ("importance", "magnitude"), ("allocation", "some"),
     ],
 )  # fmt: skip

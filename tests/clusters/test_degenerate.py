@@ -96,6 +96,25 @@ def test_weights_that_are_not_finite_are_named(
         build_clusters(tiny_model, tiny_tokenizer, [text], config())
 
 
+@pytest.mark.parametrize("loop_weights", [True, False])
+def test_what_is_not_finite_past_the_decoder_is_named(
+    tiny_model, tiny_tokenizer, text, loop_weights
+):
+    """All hidden states are finite; a logit is not, and with it all that is measured in the loop."""
+    tiny_model.lm_head.weight.data[3, 5] = float("nan")
+    found = "loop weight of layer 0" if loop_weights else "divergence of held-out text"
+    with pytest.raises(ModelError, match=rf"{found}.*weights lm_head\.weight do \(torch\.float32"):
+        build_clusters(
+            tiny_model, tiny_tokenizer, [text], config(importance="norm", loop_weights=loop_weights)
+        )
+
+
+def test_logits_that_overflow_are_named_with_the_dtype(tiny_model, tiny_tokenizer, text):
+    tiny_model.lm_head.register_forward_hook(lambda module, inputs, output: output * math.inf)
+    with pytest.raises(ModelError, match=r"loop weight of layer 0.*in torch\.float32 from finite"):
+        build_clusters(tiny_model, tiny_tokenizer, [text], config(importance="norm"))
+
+
 def test_a_dtype_that_overflows_is_named(tiny_tokenizer, text):
     model = make_tiny_model()
     model.model.layers[1].mlp.up_proj.weight.data *= 3e4

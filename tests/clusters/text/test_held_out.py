@@ -104,6 +104,30 @@ def test_overlap_sees_the_text_under_any_name_and_cut(tiny_tokenizer, text, tmp_
     assert overlap_warning("renamed.txt", fresh, {}) is None
 
 
+@pytest.mark.parametrize(
+    "record",
+    [
+        None, [], "x", {"sources": None}, {"sources": "x"}, {"sources": ["x", 3, None, []]},
+        *({"sources": [{"name": "a", "sketch": sketch}]} for sketch in (
+            "zz", "-111111111111111", "0" * 15, "0" * 17, "F" * 16, "0" * 16 * 129, "\u0661" * 16,
+            "0" * 16 + "\n", 5, ["0" * 16], {}, None, "",
+        )),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_any_record_has_an_overlap_or_none(record):
+    assert overlap(torch.arange(500), record) == {}
+    assert overlap_warning("a", torch.arange(500), record) is None
+
+
+def test_a_damaged_source_hides_no_other(tiny_tokenizer, text):
+    options = {"max_tokens": 640, "window": WINDOW}
+    record = calibration_windows([DataSource(str(text))], tiny_tokenizer, **options).record
+    tokens = token_stream(DataSource(str(text)), tiny_tokenizer, max_tokens=640, split="test")
+    record["sources"] = ["x", {"name": "b", "sketch": "zz"}, *record["sources"]]
+    assert list(overlap(tokens, record)) == [str(text)]
+
+
 def test_sketch_is_small_and_the_same_everywhere():
     tokens = torch.arange(5000) % 977
     assert len(sketch(tokens)) == 128 * 16
@@ -129,7 +153,11 @@ def test_record_is_json_and_reads_the_same_text_again(tiny_tokenizer, tmp_path, 
     # As format version 1 recorded it.
     old = {"name": "~/a.jsonl", "split": "train", "weight": 1.0, "tokens": 640}
     assert recorded_source(old) == DataSource("~/a.jsonl")
-    for damaged in ({}, {"name": 3}, {"name": "a", "weight": "x"}, {"name": "a", "keys": 3}):
+    values = {
+        "weight": ("x", True, float("inf")), "keys": (3, "text"), "split": (3,), "name": (3, ""),
+    }  # fmt: skip
+    wrong = [{"name": "c4", name: value} for name in values for value in values[name]]
+    for damaged in ({}, *wrong):
         with pytest.raises(DataError, match="damaged data source"):
             recorded_source(damaged)
 

@@ -140,6 +140,17 @@ def test_columnar_files_and_folders_of_shards(read, tmp_path):
         ("a.jsonl", '{"text": 3}', "line 1 has a number under 'text'"),
         ("a.jsonl", '{"a": 1}\n{"b": null}', "none of the 2 records.*they have a, b: .*,key=A"),
         ("a.csv", "text,id\na,1\na,b,c\n", "line 3 has 3 fields; expected 2.*text, id"),
+        ("a.csv", 'text,id\na,1\n"b,2\nc,3\n', "line 3 is not CSV: a quote of the record that begins"),
+        ("a.csv", 'text,id\n"a"b,1\n', "line 2 is not CSV: ',' expected after '\"'; quote the whole"),
+        ("a.tsv", 'text\tid\n"a\t1\nb\t2\n', "line 2 is not CSV: a quote of the record that begins"),
+        ("a.csv", '"text,id\na,1\n', "line 1 is not CSV: a quote of the record that begins"),
+        ("a.json", '[{"text": "a"} {"text": "b"}]', "'{' follows after record 1; expected a comma"),
+        ("a.json", '[{"text": "a"},,{"text": "b"}]', "record 2 is not JSON"),
+        ("a.json", '[,{"text": "a"}]', "record 1 is not JSON"),
+        ("a.json", '[{"text": "a"},]', "record 2 is not JSON"),
+        ("a.json", '[{"text": "a"}', "the file ends after record 1; expected a comma or the array's"),
+        ("a.json", '[{"text": "a"}]]', "more text after its array: ']'"),
+        ("a.json", "[", "record 1 is not JSON"),
         ("a.parquet", b"PAR1", "cannot be read as parquet"),
         ("a.arrow", b"x" * 99, "cannot be read as arrow"),
         ("a.csv", "", "holds no text"),
@@ -154,9 +165,19 @@ def test_refused_in_one_line(read, name, content, message, capfd):
     assert not capfd.readouterr().err  # datasets' own logs
 
 
+@pytest.mark.parametrize("between", [",", " ,\n", "\n" * 70_000 + ","], ids=["", "space", "far"])
+def test_arrays_in_any_layout(read, between):
+    records = [{"text": "x" * 40_000}, {"text": "b"}, {"text": "c" * 200_000}]
+    text = "[" + between.join(map(json.dumps, records)) + " " * 70_000 + "]\n" + " " * 70_000
+    assert read("a.json", text) == "\n\n".join(record["text"] for record in records)
+    with pytest.raises(DataError, match="holds no text"):
+        read("a.json", "[" + " " * 70_000 + "]")
+
+
 def test_missing_text_counts_as_empty_and_is_said_once(read):
     records = [{"text": None}, {"text": "one"}, {"id": 3}, {"text": ""}, {"text": "two"}]
-    with pytest.warns(UserWarning, match="3 of the 5 records.*count as empty") as caught:
+    records += [{"messages": []}, {"text": []}]
+    with pytest.warns(UserWarning, match="5 of the 7 records.*count as empty") as caught:
         assert read("a.jsonl", lines(*records)) == "one\n\ntwo"
     assert len(caught) == 1
     with (
@@ -223,13 +244,34 @@ def test_pipes_are_read_as_they_come(read, tmp_path, content, expected):
 
 
 @pytest.mark.parametrize(
-    "name", ["gone.csv", "./gone", "/gone/too", "here/gone", "~/gone.d", "x.html"]
-)
-def test_evident_paths_never_go_to_the_hub(read, tmp_path, name, monkeypatch):
+    ("name", "reason"),
+    [
+        ("gone.csv", ""), ("x.html", ""), ("./gone", ", which is written as a path"),
+        ("/gone/too", ", which is written as a path"), ("~/gone.d", ", which is written as a path"),
+        ("..", None), ("here/gone", ", taken for a path since there is a folder 'here' here"),
+        ("here/gone:x", ", taken for a path since there is a folder 'here' here"),
+        ("corpora/wiki/train", ", which is no Hub id owner/name"),
+        ("corpora/wiki/", ", which is no Hub id owner/name"),
+        ("corpora/", ", which is no Hub id owner/name"),
+        ("corpora//wiki", ", which is no Hub id owner/name"),
+        ("runs/12:30/train", ", which is no Hub id owner/name"),
+        ("corpora\\wiki", ", which is written as a path"), ("my notes", ", which is no valid Hub id"),
+    ],
+)  # fmt: skip
+def test_evident_paths_never_go_to_the_hub(read, tmp_path, name, reason, monkeypatch):
     monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: pytest.fail("asked the Hub"))
     (tmp_path / "here").mkdir()
-    with pytest.raises(DataError, match="there is no such file"):
+    match = "is a folder" if reason is None else rf"'{reason}: there is no such file$"
+    with pytest.raises(DataError, match=match):
         read(name)
+
+
+@pytest.mark.parametrize("name", ["owner/name", "owner/name:config", "c4", "wikitext2"])
+def test_data_sets_are_asked_of_the_hub(read, name, monkeypatch):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append(a) or RECORDS)
+    assert read(name) == EXPECTED
+    assert asked[0][0].count("/") == 1
 
 
 @pytest.mark.parametrize("text", ["A text,\nwith lines", "word, " * 900, "x" * 5000, "a\0b"])

@@ -55,6 +55,41 @@ def test_source_options_that_cannot_work(spec):
         parse_source(spec)
 
 
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("self", {"keys": ("text",)}, "'self' has no fields, but key="),
+        ("pydoc", {"keys": ("text",)}, "'pydoc' has no fields, but key="),
+        ("self", {"split": "test"}, "'self' has no splits, but split=test"),
+        ("a.txt", {"split": "test"}, "'a.txt' has no splits, but split=test"),
+        (
+            "pydoc",
+            {"split": "validation"},
+            "'pydoc' has no split 'validation'; expected train or test",
+        ),
+        ("a.jsonl", {"keys": "text"}, "'a.jsonl': keys is 'text'; expected a tuple"),
+        ("a.jsonl", {"keys": ["text"]}, "keys is .*; expected a tuple"),
+        ("a.jsonl", {"keys": ("a", "")}, "keys is"),
+        ("a.jsonl", {"keys": (1,)}, "keys is"),
+        ("a.txt", {"max_tokens": -5}, "'a.txt': max_tokens is -5; expected 1 or more"),
+        ("a.txt", {"max_tokens": 0}, "max_tokens is 0"),
+        ("a.txt", {"max_tokens": 2.5}, "max_tokens is 2.5"),
+        ("a.txt", {"max_tokens": True}, "max_tokens is True"),
+        ("a.txt", {"weight": "2"}, "weight is '2'"),
+        ("a.txt", {"weight": True}, "weight is True"),
+        ("a.txt", {"weight": float("nan")}, "weight is nan"),
+        ("c4", {"split": ""}, "split is ''"),
+        ("c4", {"split": 3}, "split is 3"),
+        ("", {}, "name is ''"),
+        (None, {}, "name is None"),
+    ],
+    ids=str,
+)
+def test_a_source_says_what_cannot_work(name, options, message):
+    with pytest.raises(ConfigError, match=message):
+        DataSource(name, **options)
+
+
 def test_a_file_name_with_a_comma_is_a_file(tmp_path):
     file = tmp_path / "a,weight=2.txt"
     file.write_text("x")

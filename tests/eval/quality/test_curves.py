@@ -217,6 +217,31 @@ def test_calibration_that_cannot_be_read(run, clusters, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("data", "reason"),
+    [
+        (["x"], "its build record names no sources"),
+        ("x", "its build record names no sources"),
+        ({"sources": "x"}, "its build record names no sources"),
+        ({"sources": None}, "its build record names no sources"),
+        ({"sources": ["x"]}, "its build record names no sources"),
+        ({"sources": [{"name": 3}]}, "the build record has a damaged data source"),
+        ({"sources": [{"name": "a.txt", "sketch": "zz"}]}, "there is no such file"),
+    ],
+    ids=str,
+)
+def test_a_build_record_of_any_kind(run, clusters, tmp_path, data, reason):
+    clusters.build["data"] = data
+    clusters.save_pretrained(tmp_path / "clusters")
+    code, out, err, _ = run()
+    assert code == 0, err
+    assert "by the router (sparse)" in out
+    code, _, err, _ = run("--baselines", "teal")
+    assert code == 1
+    assert reason in err
+    assert "name some with --calibration" in err
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--budget", 0.5, "--budgets", "0.5"], "--budget and --budgets are both given"),

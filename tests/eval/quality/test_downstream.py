@@ -96,7 +96,7 @@ def test_bad_tasks(tiny_model, tiny_tokenizer, files, tmp_path):
 
     with pytest.raises(ConfigError, match="task 'squad' cannot be read from a file"):
         run(f"squad={tmp_path / 'x.jsonl'}")
-    with pytest.raises(DataError, match=r"gone.jsonl cannot be read: No such file"):
+    with pytest.raises(DataError, match=r"gone.jsonl': there is no such file"):
         run(f"lambada={tmp_path / 'gone.jsonl'}")
     with pytest.raises(
         DataError, match="line 1: there is no text under text; expected the keys text"

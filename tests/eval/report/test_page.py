@@ -202,6 +202,14 @@ def test_ratios_beyond_the_axis(run_folder):
     assert "clusters with looks" in legend
 
 
+@pytest.mark.parametrize("sizes", ["x", [], [0, 0], [1, "x"], [1, -1], {"a": 1}, None, [True]])
+def test_sizes_of_any_build_record(made_once, sizes):
+    run = RunFolder.read(made_once)
+    for layers in ([{"index": 0, "cluster_sizes": sizes}], ["cluster_sizes"], "x", sizes):
+        run.clusters.build["layers"] = layers
+        assert "cluster_sizes" not in {plot.name for plot in make_plots(run)}
+
+
 def test_only_what_is_there(command, run_folder):
     for file in run_folder.glob("*.json"):
         if file.stem != "paper":
