@@ -64,6 +64,11 @@ def sparsify(
         FingerprintMismatchError: the artifact was built for other weights.
         ArtifactError: the artifact cannot be read.
     """
+    if config is not None and not isinstance(config, SparseConfig):
+        raise ConfigError(
+            f"config is a {type(config).__name__}; expected a SparseConfig, or its fields by name: "
+            "sparsify(model, clusters, budget=0.4)"
+        )
     config = (config or SparseConfig()).with_options(options)
     if any(owners(model)):
         raise AlreadySparseError(

@@ -208,6 +208,11 @@ def test_backends_agree_and_count_alike(tiny_model):
     assert sum(counts[0][0]) == IDS.numel()
 
 
+def test_options_in_a_dictionary_are_no_config(tiny_model):
+    with pytest.raises(ConfigError, match=r"config is a dict; expected a SparseConfig"):
+        sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), config={"budget": 0.5})
+
+
 def test_missing_library_warns_or_raises(tiny_model, monkeypatch):
     monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
     clusters = random_cluster_set(tiny_model, 0.4)
