@@ -26,7 +26,7 @@ REPORT := runs/report
 BASELINES := oracle,teal,wina,cats
 OTHER_BASELINES := static,random,deja-vu,awc-paper
 
-.PHONY: demo test test-all test-lowest sanitize lint format bench bench-gpu report report-paper report-quick wheel clean
+.PHONY: demo test test-all test-lowest sanitize lint format bench bench-peers bench-gpu report report-paper report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -79,6 +79,18 @@ bench: $(STAMP)
 		--json runs/bench/mistral-7b.json
 	$(BIN)/python -m sparse_runtime.eval.report.bench_markdown docs/benchmarks/cpu.md \
 		runs/bench/demo.json runs/bench/demo-no-looks.json runs/bench/mistral-7b.json
+
+# Writes docs/benchmarks/peers.md: llama.cpp, in an environment of its own, beside ours. Twelve GB of GGUF
+# files with random weights are kept in runs/peers, and 24 GB of memory are needed.
+PEERS := .venv-peers
+bench-peers: $(STAMP)
+	test -f runs/demo/clusters/config.json || $(BIN)/sparse-runtime demo --output runs/demo
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet xllamacpp gguf || { echo "error: xllamacpp (llama.cpp with \
+	prebuilt wheels) cannot be installed here; nothing was measured" >&2; exit 1; }
+	mkdir -p runs/bench
+	$(BIN)/python -m sparse_runtime.eval.latency.peers $(PEERS)/bin/python runs/peers runs/bench/peers.json
+	$(BIN)/python -m sparse_runtime.eval.report.peers_markdown docs/benchmarks/peers.md runs/bench/peers.json
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
 bench-gpu: $(STAMP)
@@ -163,4 +175,4 @@ $(STAMP): setup.py pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(LOWEST) build dist runs .mypy_cache .pytest_cache .ruff_cache *.egg-info
+	rm -rf $(LOWEST) $(PEERS) build dist runs .mypy_cache .pytest_cache .ruff_cache *.egg-info

@@ -171,7 +171,7 @@ class _Run:
     ) -> None:
         """Time FFNs alone, and what a prediction takes."""
         sparsify(model, self.clusters)
-        self.bytes = decode_bytes(model)
+        self.bytes = decode_bytes(model, self.clusters)
         modules = sparse_modules(model)
         self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
         self.ffns["prediction"] = bench_prediction(modules, states)
@@ -272,18 +272,22 @@ def _bench_batch(
     }
 
 
-def decode_bytes(model: Any) -> tuple[int, int]:
-    """Weight bytes that decoding one token reads: all, and those of the patched FFNs.
+def decode_bytes(model: Any, clusters: ClusterSet) -> tuple[int, int]:
+    """Weight bytes that decoding one token reads: all, and those of the FFNs that clusters are for.
 
     The input embedding is a look-up of one row and does not count; a tied output head does.
     """
-    ffn = sum(module.cost.dense_bytes for module in sparse_modules(model))
-    parameters = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
+    ffn = sum(
+        linear.weight.numel() * linear.weight.element_size()
+        for layer in find_ffn_layers(model)
+        if layer.index in clusters.layers
+        for linear in (layer.gate, layer.up, layer.down)
+    )
+    total = sum(p.numel() * p.element_size() for p in model.parameters())
+    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     if head is None or head.weight is not embedding:
-        parameters -= embedding.numel() * embedding.element_size()
-    return parameters, ffn
+        total -= embedding.numel() * embedding.element_size()
+    return total, ffn
 
 
 def _milliseconds(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -139,7 +139,15 @@ def _prediction(prediction: dict[str, Any]) -> str:
 
 def _tokens(rows: Sequence[dict[str, Any]]) -> str:
     return markdown_table(
-        ("tokens in a call", "F.linear ms", "prepacked", "all rows", "sparse", "by the rule", "path"),
+        (
+            "tokens in a call",
+            "F.linear ms",
+            "prepacked",
+            "all rows",
+            "sparse",
+            "by the rule",
+            "path",
+        ),
         (
             (
                 str(row["tokens"]),

@@ -223,6 +223,25 @@ BENCH_GPU = {
 }
 
 
+_SPEEDS = Rows(
+    {
+        "name": str,
+        **dict.fromkeys(("decode_tok_s", "prefill_tok_s", "bytes_per_token", "gbps"), float),
+        **dict.fromkeys(("decode_range", "prefill_range"), list),
+    },
+    least=1,
+)
+_PEERS = {
+    **dict.fromkeys(("ours", "peers"), _SPEEDS),
+    **dict.fromkeys(("read_gbps", "cost_share"), float),
+    **dict.fromkeys(("rounds", "prompt_tokens", "new_tokens"), int),
+    "read_range": list,
+    "llama_cpp": {"version": str, "system": str},
+}
+#: What docs/benchmarks/peers.md shows.
+PEERS_DOCUMENT = {**_PEERS, "demo": _PEERS, "host": HOST}
+
+
 def read_figures(file: Path, shape: Any, command: str) -> dict[str, Any]:
     """Read a file of figures.
 

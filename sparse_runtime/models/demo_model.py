@@ -61,7 +61,7 @@ _SHARED_FIELDS = (
 
 def load_demo(dtype: torch.dtype) -> tuple[Any, Any]:
     """Load the demo model, out of the cache if it was converted before, and its tokenizer."""
-    file = _demo_file()
+    file = demo_file()
     folder = cache_folder() / f"demo-{version(_DEMO_PACKAGE)}"
     # Whatever the conversion depends on; a cached model made from anything else is not used.
     origin = {
@@ -164,7 +164,8 @@ def _write_cache(folder: Path, origin: dict[str, str], model: Any, tokenizer: An
             shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _demo_file() -> Path:
+def demo_file() -> Path:
+    """The GGUF file of the bundled model. Raises ModelError where it is not installed."""
     spec = importlib.util.find_spec(_DEMO_PACKAGE.replace("-", "_"))
     folders = spec.submodule_search_locations if spec else None
     files = sorted(Path(folders[0]).glob("*.gguf")) if folders else []

@@ -18,7 +18,7 @@ from sparse_runtime.models import load_model, parse_dtype
 def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     model, tokenizer = demo_model
     assert type(model).__name__ == "MistralForCausalLM"
-    file = demo._demo_file()
+    file = demo.demo_file()
     llama = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     ).eval()
@@ -204,7 +204,7 @@ class TestDemoCache:
             return tiny_model, tiny_tokenizer
 
         monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-        monkeypatch.setattr(demo, "_demo_file", lambda: gguf)
+        monkeypatch.setattr(demo, "demo_file", lambda: gguf)
         monkeypatch.setattr(demo, "_convert_demo", convert)
         monkeypatch.setattr(demo, "version", lambda package: "9")
         return calls

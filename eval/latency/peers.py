@@ -1,0 +1,242 @@
+"""Our variants and llama.cpp, in turns in one run: what ``make bench-peers`` calls.
+
+    python -m sparse_runtime.eval.latency.peers PYTHON FOLDER FIGURES.json
+
+PYTHON has xllamacpp and gguf (llama.cpp with prebuilt wheels, which are of AVX2 on Linux); FOLDER keeps
+the GGUF files. Each round times every one of ours, then each peer in a process of its own, started for
+that round: the weights of all do not fit into memory together.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparse_runtime.api import cost_report, reset_cost, sparsify, unsparsify
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.latency.bench import decode_bytes, time_decode, time_prefill
+from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
+from sparse_runtime.eval.latency.shapes import SHAPES, random_clusters, random_model
+from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
+from sparse_runtime.files import write_json
+from sparse_runtime.models import load_model
+from sparse_runtime.models.demo_model import demo_file
+from sparse_runtime.progress import ProgressReporter, TqdmProgress
+
+PROMPT_TOKENS = 128
+NEW_TOKENS = 32
+ROUNDS = 3
+GGUF_TYPES = ("Q4_0", "Q8_0")
+_DENSITY = 0.5
+# sparse, with fast linears
+_WAYS = {
+    "dense": (False, False),
+    "dense + fast linears": (False, True),
+    "sparse": (True, False),
+    "sparse + fast linears": (True, True),
+}
+_SCRIPT = Path(__file__).with_name("llama_peer.py")
+_HOW = "pip install xllamacpp gguf into an environment of its own, as make bench-peers does"
+
+
+@dataclass
+class Runner:
+    """One way to run a model.
+
+    Attributes:
+        name: in the tables.
+        bytes_per_token: weight bytes that decoding one token reads.
+        prefill: tokens per second of the prompt, by round.
+        decode: tokens per second of new tokens, by round.
+    """
+
+    name: str
+    bytes_per_token: float = 0.0
+    prefill: list[float] = field(default_factory=list)
+    decode: list[float] = field(default_factory=list)
+
+    def add(self, prefill: float, decode: float) -> None:
+        """Note a round."""
+        self.prefill.append(prefill)
+        self.decode.append(decode)
+
+    def record(self) -> dict[str, Any]:
+        """Medians, ranges and bandwidth, as JSON."""
+        decode = statistics.median(self.decode)
+        return {
+            "name": self.name,
+            "decode_tok_s": decode,
+            "decode_range": [min(self.decode), max(self.decode)],
+            "prefill_tok_s": statistics.median(self.prefill),
+            "prefill_range": [min(self.prefill), max(self.prefill)],
+            "bytes_per_token": self.bytes_per_token,
+            "gbps": decode * self.bytes_per_token / 1e9,
+        }
+
+
+class Peer(Runner):
+    """llama.cpp with one GGUF file."""
+
+    def __init__(self, name: str, python: str, file: Path) -> None:
+        super().__init__(name)
+        self._command = [python, str(_SCRIPT), "run", str(file), str(torch.get_num_threads())]
+        self.about: dict[str, Any] = {}
+
+    def run(self, prompt: Sequence[int], new_tokens: int) -> None:
+        """Load the file, warm up, and time a prompt and the tokens after it.
+
+        Raises:
+            SparseRuntimeError: llama.cpp does not run, or ran something else.
+        """
+        request = json.dumps({"prompt": list(prompt), "new_tokens": new_tokens})
+        warm_up = json.dumps({"prompt": list(prompt[:8]), "new_tokens": 2})
+        answers = _lines(self._command, f"{warm_up}\n{request}\n")
+        self.about, _, figures = (json.loads(line) for line in answers)
+        if (figures["prompt_tokens"], figures["new_tokens"]) != (len(prompt), new_tokens + 1):
+            raise SparseRuntimeError(
+                f"llama.cpp ran {figures['prompt_tokens']} + {figures['new_tokens']} tokens; expected "
+                f"{len(prompt)} + {new_tokens + 1}"
+            )
+        self.bytes_per_token = self.about.pop("bytes_per_token")
+        self.add(figures["prefill_tok_s"], figures["decode_tok_s"])
+
+
+def bench_peers(
+    model: Any,
+    clusters: ClusterSet,
+    peers: Sequence[Peer],
+    *,
+    prompt_tokens: int = PROMPT_TOKENS,
+    new_tokens: int = NEW_TOKENS,
+    rounds: int = ROUNDS,
+    progress: ProgressReporter | None = None,
+) -> dict[str, Any]:
+    """Time a model in our ways and in llama.cpp's, in turns.
+
+    Args:
+        model: a dense causal language model on the CPU; dense again when this returns.
+        clusters: of it.
+        peers: to run beside it.
+        prompt_tokens: length of a random prompt.
+        new_tokens: decode steps timed in each round.
+        rounds: after one that warms ours up.
+        progress: reports one unit per run.
+
+    Returns:
+        ``ours`` and ``peers``: a record of each (see :meth:`Runner.record`); ``read_gbps``, its
+        median, and ``read_range``; ``cost_share``; ``llama_cpp``: version and instruction sets.
+
+    Raises:
+        SparseRuntimeError: llama.cpp does not run.
+    """
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    bandwidth, read = ReadBandwidth(), list[float]()
+    ours = {way: Runner(name) for name, way in _WAYS.items()}
+    total, ffn_bytes = decode_bytes(model, clusters)
+    cache = time_prefill(model, prompt[:, :-1])[1]
+    share = 1.0
+    runs = (rounds + 1) * len(ours) + rounds * len(peers)
+    with (progress or TqdmProgress()).task("peers", runs) as advance:
+        for number in range(rounds + 1):
+            for way, runner in ours.items():
+                with _made(model, clusters, *way):
+                    seconds = time_prefill(model, prompt)[0]
+                    steps = time_decode(model, prompt, cache, new_tokens if number else 2)
+                    share = cost_report(model).cost_share if way[0] else 1.0
+                runner.bytes_per_token = total - ffn_bytes * (1 - share)
+                if number:
+                    runner.add(prompt_tokens / seconds, 1 / statistics.mean(steps))
+                advance(1)
+            for peer in peers if number else ():
+                peer.run(prompt[0].tolist(), new_tokens)
+                advance(1)
+            read.append(bandwidth())
+    return {
+        "ours": [runner.record() for runner in ours.values()],
+        "peers": [peer.record() for peer in peers],
+        "read_gbps": statistics.median(read),
+        "read_range": [min(read), max(read)],
+        "cost_share": share,
+        "rounds": rounds,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "llama_cpp": peers[0].about if peers else None,
+    }
+
+
+@contextmanager
+def _made(model: Any, clusters: ClusterSet, sparse: bool, fast: bool) -> Iterator[None]:
+    """The model in one of our ways, inside the context."""
+    if sparse:
+        sparsify(model, clusters, check_fingerprint=False, fast_linear=fast)
+        reset_cost(model)
+    elif fast:
+        fast_linear(model)
+    try:
+        yield
+    finally:
+        if sparse:
+            unsparsify(model)
+        slow_linear(model)
+
+
+def _lines(command: Sequence[str], requests: str) -> list[str]:
+    result = subprocess.run(command, input=requests, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise SparseRuntimeError(
+            f"{' '.join(command[:2])} ended with code {result.returncode}: {last}; {_HOW}"
+        )
+    return result.stdout.splitlines()
+
+
+def random_gguf(python: str, folder: Path, shape: str, kind: str) -> Path:
+    """A GGUF file of a known shape with random weights, written where there is none.
+
+    Raises:
+        SparseRuntimeError: it cannot be written.
+    """
+    file = folder / f"{shape}.{kind}.gguf"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = folder / f"{shape}.json"
+        write_json(fields, SHAPES[shape])
+        _lines([python, str(_SCRIPT), "write", str(fields), kind, str(file)], "")
+    return file
+
+
+def main(python: str, folder: str, figures: str) -> None:
+    """Time both models and write the figures."""
+    files = {kind: random_gguf(python, Path(folder), "mistral-7b", kind) for kind in GGUF_TYPES}
+    demo, _ = load_model("demo", dtype=torch.bfloat16)
+    file = demo_file()
+    demo_record = bench_peers(
+        demo,
+        ClusterSet.from_pretrained("runs/demo/clusters", centroids=False),
+        [Peer(f"llama.cpp {file.suffixes[-2].lstrip('.')}", python, file)],
+        rounds=2 * ROUNDS,
+    )
+    del demo
+    model = random_model("mistral-7b")
+    record = bench_peers(
+        model,
+        random_clusters(model, density=_DENSITY),
+        [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES],
+    )
+    host = host_record()
+    write_json(Path(figures), {"model": "mistral-7b", **record, "demo": demo_record, "host": host})
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:4])

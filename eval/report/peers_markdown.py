@@ -1,0 +1,88 @@
+"""Markdown from the figures of ``make bench-peers``.
+
+python -m sparse_runtime.eval.report.peers_markdown OUTPUT.md FIGURES.json
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.report.figures import PEERS_DOCUMENT, read_figures
+from sparse_runtime.eval.report.markdown import command_block, escaped, markdown_table
+
+_INTRODUCTION = """# Beside llama.cpp
+
+Written by `make bench-peers`: our variants and llama.cpp's took turns in one run, on the same threads,
+with random weights of one shape and with the demo model. Medians, and the range over rounds. *GB per
+token* are the weights that one token reads. llama.cpp's prebuilt Linux wheels use AVX2 and nothing
+beyond it; its output projection is Q8_0 in the random files. Quality is another matter, and not on this
+page: Q8_0 is all but lossless, Q4_0 is not, and what half of the neurons cost stands in
+[quality.md](quality.md).
+"""
+
+
+def report(record: dict[str, Any]) -> str:
+    """Markdown of a record of ``bench_peers``."""
+    host = record["host"]
+    versions = ", ".join(f"{name} {value}" for name, value in host["versions"].items() if value)
+    peer = record["llama_cpp"]
+    about = (
+        f"{host['date']}, {escaped(host['cpu'])}, {host['isa']}, {host['threads']} threads; "
+        f"{versions}, commit {host['commit']}; xllamacpp {peer['version']} "
+        f"({escaped(peer['system'])}).\n"
+    )
+    parts = [
+        _INTRODUCTION,
+        about,
+        command_block({"command": "make bench-peers"}),
+        "## Mistral-7B's shape\n",
+    ]
+    parts += [_table(record), "## The demo model\n", _table(record["demo"])]
+    return "\n".join(parts)
+
+
+def _table(record: dict[str, Any]) -> str:
+    rows = [
+        (
+            entry["name"],
+            f"{entry['decode_tok_s']:.2f}",
+            _range(entry["decode_range"]),
+            f"{entry['prefill_tok_s']:.1f}",
+            _range(entry["prefill_range"]),
+            f"{entry['bytes_per_token'] / 1e9:.3f}",
+            f"{entry['gbps']:.1f}",
+        )
+        for entry in (*record["ours"], *record["peers"])
+    ]
+    best = max(entry["decode_tok_s"] for entry in record["ours"])
+    fastest = max(record["peers"], key=lambda entry: entry["decode_tok_s"])
+    header = ("", "decode tokens/s", "range", "prefill tokens/s", "range", "GB per token", "GB/s")
+    return (
+        f"Prompt of {record['prompt_tokens']} tokens, {record['new_tokens']} new ones, "
+        f"{record['rounds']} rounds; cost share of the sparse FFNs {record['cost_share']:.3f}; read "
+        f"bandwidth {record['read_gbps']:.1f} GB/s ({_range(record['read_range'])}).\n\n"
+        f"{markdown_table(header, rows)}\n"
+        f"{fastest['name']} decodes {fastest['decode_tok_s'] / best:.2f} times as fast as the best of "
+        "ours.\n"
+    )
+
+
+def _range(values: list[float]) -> str:
+    return f"{values[0]:.4g}–{values[1]:.4g}"
+
+
+def main() -> None:
+    """Write the page."""
+    output, figures = Path(sys.argv[1]), Path(sys.argv[2])
+    try:
+        record = read_figures(figures, PEERS_DOCUMENT, "make bench-peers")
+    except SparseRuntimeError as error:
+        sys.exit(f"error: {error}")
+    output.write_text(report(record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
