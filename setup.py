@@ -49,7 +49,7 @@ COMMON_FILES: dict[str, list[str]] = {
 X86_FILES = {
     "isa_avx2.cpp": AVX2,
     "isa_avx512.cpp": AVX512,
-    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16"],
+    "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
 ARM_FILES: dict[str, list[str]] = {"isa_neon.cpp": []}
 HEADERS = sorted(path.name for path in (Path(__file__).parent / SOURCES).glob("*.h"))

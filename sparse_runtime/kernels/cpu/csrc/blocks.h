@@ -27,8 +27,8 @@ inline int64_t turning_point(int64_t whole) {
 // The cache lines of the kBlock elements at p.
 template <class T>
 inline void prefetch_block(const T* p) {
-  __builtin_prefetch(p, 0, 3);
-  if (kBlock * sizeof(T) > 64) __builtin_prefetch(p + 64 / sizeof(T), 0, 3);
+  __builtin_prefetch(p, 0, 2);
+  if (kBlock * sizeof(T) > 64) __builtin_prefetch(p + 64 / sizeof(T), 0, 2);
 }
 
 template <class T>

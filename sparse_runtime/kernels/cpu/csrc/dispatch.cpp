@@ -20,7 +20,8 @@ int available_isas(const Isa* out[8]) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) out[count++] = &kAvx512Bf16Isa;
+  if (avx512 && __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni"))
+    out[count++] = &kAvx512Bf16Isa;
   if (avx512) out[count++] = &kAvx512Isa;
   if (avx2) out[count++] = &kAvx2Isa;
 #elif defined(__aarch64__)

@@ -75,6 +75,16 @@ inline void store2(bf16* p, V a, V b) {
                                       _mm256_and_si256(round_bf16(b), upper)));
 }
 
+inline V load_natural(const bf16* p, int64_t count) {
+  bf16 buffer[8] = {};
+  if (count < 8) {
+    memcpy(buffer, p, size_t(count) * sizeof(bf16));
+    p = buffer;
+  }
+  const __m128i halves = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
+}
+
 constexpr int kLookRecords = 2;
 inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
   const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));

@@ -1,5 +1,6 @@
-// AVX-512 with the BF16 extension: gate and up multiply bf16 pairs directly. The instruction
-// treats subnormal bf16 inputs as zero. Down is as in isa_avx512.cpp: its h stays in fp32.
+// AVX-512 with the BF16 and VNNI extensions, which come together. Looks add products of bytes in one
+// instruction, gate and up multiply bf16 pairs directly. The latter treats subnormal bf16 inputs as
+// zero. Down is as in isa_avx512.cpp: its h stays in fp32.
 #include "avx512.h"
 
 // Pairs are (element, next element) in memory order for both operands, so tokens are packed by

@@ -69,6 +69,15 @@ inline void store2(bf16* p, V a, V b) {
   vst1q_u16(&p->bits, vreinterpretq_u16_u32(line));
 }
 
+inline V load_natural(const bf16* p, int64_t count) {
+  bf16 buffer[4] = {};
+  if (count < 4) {
+    memcpy(buffer, p, size_t(count) * sizeof(bf16));
+    p = buffer;
+  }
+  return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
+}
+
 constexpr int kLookRecords = 4;
 inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
   int16x8_t total = vdupq_n_s16(0);  // at most 8 * 15 * 127

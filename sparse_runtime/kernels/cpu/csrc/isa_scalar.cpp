@@ -31,6 +31,8 @@ inline void sum4(V a, V b, V c, V d, float* out) {
   out[3] = d;
 }
 
+inline V load_natural(const bf16* p, int64_t) { return to_float(*p); }
+
 template <class T>
 inline void load2(const T* p, V& a, V& b) {
   a = to_float(p[0]);

@@ -63,10 +63,8 @@ inline void look_records(const uint8_t* const* record, const uint8_t* const* nex
       const bf16* const own = reinterpret_cast<const bf16*>(record[s % R] + 64 * groups) +
                               (s < R ? 0 : groups) + first;
       float* const weights = products[s];
-      for (int64_t g = 0; g < span; ++g) weights[g] = to_float(own[g]);
-      for (int64_t g = span; g % kWidth; ++g) weights[g] = 0.0f;
       for (int64_t g = 0; g < span; g += kWidth) {
-        const V weight = load(weights + g);
+        const V weight = load_natural(own + g, span - g);
         // All lanes are added up in the end.
         sums[s] = sub(sums[s], mul(weight, load(offsets + first + g)));
         store(weights + g, mul(weight, load(scales + first + g)));
@@ -78,7 +76,7 @@ inline void look_records(const uint8_t* const* record, const uint8_t* const* nex
       for (int s = 0; s < 2 * R; ++s) {
         const int64_t part = s < R ? at : at + 32 * groups;
         sums[s] = look_group(record[s % R] + part, x + 2 * at, products[s][g], sums[s]);
-        if (g % 2 == 0) __builtin_prefetch(next[s % R] + part, 0, 3);
+        if (g % 2 == 0) __builtin_prefetch(next[s % R] + part, 0, 2);
       }
     }
   }

@@ -9,6 +9,7 @@
 //   sum4(a, b, c, d, out)       the four horizontal sums
 //   load2(p, a, b)              2·kWidth weights of type T at p as fp32
 //   store2(p, a, b)             the inverse, rounded to nearest even
+//   load_natural(p, n)          the first n bf16 at p, kWidth at most, in their order; zeros after them
 //   decode, read                see CommonKernels
 //   kLookRecords, look_group    low-bit copies per pass, and sums + scale * (dot product of 64 4-bit
 //                               codes with 64 8-bit ones), spread over the lanes in any way
