@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ROOT / "sparse_runtime" / "kernels" / "csrc"
+SOURCES = ROOT / "sparse_runtime" / "kernels" / "cpu" / "csrc"
 CHECK = Path(__file__).with_name("check_isas.cpp")
 
 
