@@ -9,10 +9,10 @@ import pytest
 import torch
 from accelerate import dispatch_model
 from accelerate.hooks import remove_hook_from_submodules
+from helpers import IDS
 from torch import nn
 from transformers.models.mistral.modeling_mistral import MistralMLP
 
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
 PROJECTIONS = ["gate_proj", "up_proj", "down_proj"]
 
 

@@ -17,13 +17,21 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import make_tiny_model
+from helpers import make_tiny_model, random_cluster_set
+
+from sparse_runtime import sparsify
 
 
 @pytest.fixture
 def tiny_model():
     """A random Mistral: 3 layers, hidden 32, 44 neurons (not a multiple of 8), 260 tokens."""
     return make_tiny_model()
+
+
+@pytest.fixture
+def sparse_model(tiny_model):
+    """The tiny model with random clusters of density 0.4, every call sparse."""
+    return sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
 
 
 @pytest.fixture(scope="session")

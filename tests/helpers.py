@@ -1,11 +1,24 @@
 """Builders shared by the tests."""
 
+import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.eval.latency.shapes import random_clusters
+from sparse_runtime.kernels import load_cpu_library
+
+needs_library = pytest.mark.skipif(
+    not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built"
+)
+#: A prompt for a tiny model [1, 6].
+IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+
+
+def logits(model, ids=IDS, **options):
+    with torch.inference_mode():
+        return model(input_ids=ids, **options).logits
 
 
 def make_tiny_model(**changes):

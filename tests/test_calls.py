@@ -7,7 +7,7 @@ import time
 
 import pytest
 import torch
-from helpers import make_tiny_model, random_cluster_set
+from helpers import IDS, logits, make_tiny_model, needs_library, random_cluster_set
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import DynamicCache, StaticCache
@@ -15,22 +15,11 @@ from transformers import DynamicCache, StaticCache
 from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.shapes import random_clusters, random_model
-from sparse_runtime.kernels import backends, load_cpu_library
+from sparse_runtime.kernels import backends
 
-pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
+pytestmark = needs_library
 BATCH = torch.tensor([[0, 0, 0, 4, 8, 6], [5, 9, 2, 7, 1, 3]])
 MASK = torch.tensor([[0, 0, 0, 1, 1, 1], [1] * 6])
-
-
-def logits(model, ids=IDS, **options):
-    with torch.inference_mode():
-        return model(input_ids=ids, **options).logits
-
-
-@pytest.fixture
-def sparse_model(tiny_model):
-    return sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
 
 
 # Masks

@@ -19,7 +19,6 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from changes import (
-    IDS,
     PROJECTIONS,
     adapter_disabled,
     add_adapter,
@@ -47,16 +46,15 @@ from changes import (
     replaced_forward,
     weight_subclass,
 )
-from helpers import make_tiny_model, random_cluster_set
+from helpers import IDS, make_tiny_model, needs_library, random_cluster_set
 from torch import nn
 
 from sparse_runtime import cost_report, fast_linear, reset_cost, sparsify, unsparsify
 from sparse_runtime.errors import BackendUnavailableError, SparseRuntimeError
 from sparse_runtime.eval.latency.shapes import random_clusters
-from sparse_runtime.kernels import load_cpu_library
 
 pytestmark = [
-    pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built"),
+    needs_library,
     pytest.mark.filterwarnings("ignore::UserWarning"),
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

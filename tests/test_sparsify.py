@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import random_cluster_set
+from helpers import IDS, logits, random_cluster_set
 from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
 
 from sparse_runtime import (
@@ -32,13 +32,6 @@ from sparse_runtime.errors import (
 )
 from sparse_runtime.kernels import backends, load_cpu_library
 from sparse_runtime.kernels.bitmaps import set_sizes
-
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
-
-
-def logits(model, ids=IDS):
-    with torch.inference_mode():
-        return model(input_ids=ids).logits
 
 
 def test_unsparsify_restores_bits_and_state_dict(tiny_model):

@@ -4,14 +4,13 @@ import time
 
 import pytest
 import torch
-from helpers import cuttable_cluster_set, random_cluster_set
+from helpers import cuttable_cluster_set, needs_library, random_cluster_set
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparse_runtime import recut, sparsify
 from sparse_runtime.eval.latency.shapes import random_clusters, random_model
-from sparse_runtime.kernels import load_cpu_library
 
-pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
+pytestmark = needs_library
 
 
 class Counted(TorchDispatchMode):

@@ -5,22 +5,15 @@ import copy
 import pytest
 import torch
 from accelerate import dispatch_model
-from helpers import random_cluster_set
+from helpers import logits, needs_library, random_cluster_set
 from torch import nn
 
 from sparse_runtime import dense, fast_linear, slow_linear, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import NothingMatchedError
-from sparse_runtime.kernels import backends, load_cpu_library
+from sparse_runtime.kernels import backends
 from sparse_runtime.kernels.linear import MAX_TOKENS, FastLinear
 
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
-
-pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
-
-
-def logits(model, ids=IDS):
-    with torch.inference_mode():
-        return model(input_ids=ids).logits
+pytestmark = needs_library
 
 
 def fast_names(model):

@@ -6,24 +6,12 @@ import warnings
 
 import pytest
 import torch
-from helpers import random_cluster_set
+from helpers import IDS, needs_library, random_cluster_set
 from torch.autograd import forward_ad
 
 from sparse_runtime import cost_report, reset_cost, sparsify, unsparsify
-from sparse_runtime.kernels import load_cpu_library
 
-pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
-IDS = torch.tensor([[5, 9, 2, 7, 1, 3]])
-
-
-def logits(model, ids=IDS, **options):
-    with torch.inference_mode():
-        return model(input_ids=ids, **options).logits
-
-
-@pytest.fixture
-def sparse_model(tiny_model):
-    return sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), prefill="sparse")
+pytestmark = needs_library
 
 
 @pytest.mark.parametrize("backend", ["cpu", "reference"])
