@@ -182,13 +182,7 @@ class _Run:
             self.add("prefill sparse", [time_prefill(model, prompt)[0]])
         reset_cost(model)
         self.add("decode sparse", time_decode(model, prompt, cache, new_tokens))
-        report = cost_report(model)
-        if report.sparse_tokens == 0:
-            raise SparseRuntimeError(
-                "no token took the sparse path, so there is nothing to compare; is the C++ library "
-                "there? See the warning above"
-            )
-        self.cost_share = report.cost_share
+        self.cost_share = sparse_share(model)
         fast_linear(model)
         self.add("decode sparse_fast", time_decode(model, prompt, cache, new_tokens))
         slow_linear(model)
@@ -270,6 +264,21 @@ def _bench_batch(
         **_milliseconds(seconds),
         "speedup": medians["dense"] / medians["sparse"],
     }
+
+
+def sparse_share(model: Any) -> float:
+    """Cost share of what a sparse model ran since the last reset.
+
+    Raises:
+        SparseRuntimeError: nothing ran sparse.
+    """
+    report = cost_report(model)
+    if report.sparse_tokens == 0:
+        raise SparseRuntimeError(
+            "no token took the sparse path, so there is nothing to compare; is the C++ library "
+            "there? See the warning above"
+        )
+    return report.cost_share
 
 
 def decode_bytes(model: Any, clusters: ClusterSet) -> tuple[int, int]:

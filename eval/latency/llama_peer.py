@@ -27,10 +27,18 @@ def write(shape: dict[str, int], kind: str, path: Path) -> None:
         kind: ``Q4_0`` or ``Q8_0``.
         path: written to at the end only.
     """
+    draft = path.with_suffix(".part")
+    try:
+        _write(shape, kind, draft)
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _write(shape: dict[str, int], kind: str, path: Path) -> None:
     import gguf
 
-    draft = path.with_suffix(".part")
-    writer = gguf.GGUFWriter(draft, "llama")
+    writer = gguf.GGUFWriter(path, "llama")
     hidden, ffn, layers = (
         shape[name] for name in ("hidden_size", "intermediate_size", "num_hidden_layers")
     )
@@ -69,7 +77,6 @@ def write(shape: dict[str, int], kind: str, path: Path) -> None:
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    draft.replace(path)
 
 
 def _add_tokens(writer: Any, gguf: Any, vocabulary: int) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 
 import torch
 
-from sparse_runtime.api import cost_report, reset_cost, sparsify, unsparsify
+from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.latency.bench import decode_bytes, time_decode, time_prefill
+from sparse_runtime.eval.latency.bench import decode_bytes, sparse_share, time_decode, time_prefill
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
 from sparse_runtime.eval.latency.shapes import SHAPES, random_clusters, random_model
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
@@ -137,7 +137,7 @@ def bench_peers(
         median, and ``read_range``; ``cost_share``; ``llama_cpp``: version and instruction sets.
 
     Raises:
-        SparseRuntimeError: llama.cpp does not run.
+        SparseRuntimeError: llama.cpp does not run, or nothing of ours ran sparse.
     """
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
@@ -153,7 +153,7 @@ def bench_peers(
                 with _made(model, clusters, *way):
                     seconds = time_prefill(model, prompt)[0]
                     steps = time_decode(model, prompt, cache, new_tokens if number else 2)
-                    share = cost_report(model).cost_share if way[0] else 1.0
+                    share = sparse_share(model) if way[0] else 1.0
                 runner.bytes_per_token = total - ffn_bytes * (1 - share)
                 if number:
                     runner.add(prompt_tokens / seconds, 1 / statistics.mean(steps))
@@ -239,4 +239,7 @@ def main(python: str, folder: str, figures: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:4])
+    try:
+        main(*sys.argv[1:4])
+    except SparseRuntimeError as failure:
+        sys.exit(f"error: {failure}")

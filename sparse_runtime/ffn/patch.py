@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparse_runtime.ffn.projections import own_class
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import change_class, has_no_hooks
 from sparse_runtime.models.ffn_layers import FFNLayer
@@ -114,11 +115,6 @@ def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
             f"Sparse{own.__name__}", (SparseForward, own), {"__module__": __name__}
         )
     return _CLASSES[own]
-
-
-def own_class(owner: nn.Module) -> type[nn.Module]:
-    """The class that a sparse FFN module had before."""
-    return type(owner).__bases__[1]
 
 
 def _new(own: type[nn.Module]) -> nn.Module:

@@ -17,6 +17,11 @@ from sparse_runtime.kernels.linear import (
 )
 
 
+def own_class(owner: nn.Module) -> type[nn.Module]:
+    """The class that a sparse FFN module had before (``sparse_runtime.ffn.patch``)."""
+    return type(owner).__bases__[1]
+
+
 def projection_problem(
     owner: nn.Module, projections: Sequence[str], sizes: tuple[int, int]
 ) -> str | None:
@@ -58,7 +63,7 @@ class Seen:
         weights: name, module, weight, version (None for tensors made in inference mode, which have
             none) and address of each projection.
         others: names and modules of its other children (the activation).
-        own: class that the FFN had before it was made sparse (``sparse_runtime.ffn.patch``).
+        own: class that the FFN had before it was made sparse.
         forward: of that class.
         held: shares the weights' memory, so that no other tensor gets the same address.
     """
@@ -87,7 +92,7 @@ class Seen:
             if module is not None and name not in projections and module is not besides
         )
         held = tuple(weight.detach() for _, _, weight, _, _ in weights)
-        own: Any = type(owner).__bases__[1]
+        own: Any = own_class(owner)
         return cls(owner, tuple(weights), others, own, own.forward, held)
 
     def is_current(self) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 
 import pytest
 import torch
-from helpers import random_cluster_set
+from helpers import needs_library, random_cluster_set
 
 from sparse_runtime import cost_report
 from sparse_runtime.errors import NotSparseError, SparseRuntimeError
@@ -15,9 +16,9 @@ from sparse_runtime.eval.latency import peers
 from sparse_runtime.eval.latency.host import host_record
 from sparse_runtime.eval.report import peers_markdown
 from sparse_runtime.files import write_json
-from sparse_runtime.kernels import load_cpu_library
+from sparse_runtime.kernels import backends
 
-pytestmark = pytest.mark.skipif(not load_cpu_library(), reason="libsparse_ffn_cpu.so is not built")
+pytestmark = needs_library
 STAND_IN = """
 import json, sys
 print(json.dumps({"version": "1", "system": "AVX2 = 1", "bytes_per_token": 1000}))
@@ -91,6 +92,31 @@ def test_what_did_not_run_is_no_figure(tiny_model, stand_in):
         bench(tiny_model, stand_in(extra=1))
     with pytest.raises(SparseRuntimeError, match=r"ended with code 1: .*No module named 'nobody'"):
         bench(tiny_model, stand_in(text="import nobody"))
+
+
+def test_a_sparse_run_that_was_dense_is_no_figure(tiny_model, stand_in, monkeypatch):
+    monkeypatch.setattr(backends, "load_cpu_library", lambda: False)
+    with (
+        pytest.warns(UserWarning, match="run dense"),
+        pytest.raises(SparseRuntimeError, match="no token took the sparse path"),
+    ):
+        bench(tiny_model, stand_in())
+
+
+def test_an_error_is_one_line(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "sparse_runtime.eval.latency.peers",
+        "false",
+        tmp_path,
+        "figures",
+    ]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: false ")
+    assert "ended with code 1" in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 def test_figures_of_something_else(tmp_path, monkeypatch):

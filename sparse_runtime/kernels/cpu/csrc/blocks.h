@@ -24,7 +24,8 @@ inline int64_t turning_point(int64_t whole) {
   return whole > distance ? (whole - distance) / kBlock * kBlock : 0;
 }
 
-// The cache lines of the kBlock elements at p.
+// The cache lines of the kBlock elements at p, into the L2 cache: what the L1 cache waits for at a time
+// is too little for rows that are short (docs/LOG.md, 2026-11-26).
 template <class T>
 inline void prefetch_block(const T* p) {
   __builtin_prefetch(p, 0, 2);
