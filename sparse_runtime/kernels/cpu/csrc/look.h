@@ -13,6 +13,10 @@ using namespace sparse_ffn;
 // Groups whose scales are prepared at a time.
 constexpr int64_t kLookSpan = 64;
 
+// Records are prefetched so many before they are read. At 4, looks at short records (H = 576) take one
+// core a fifth longer: 37 ns of arithmetic each do not cover what the memory takes to answer.
+constexpr int64_t kLookAhead = 12;
+
 // Below this magnitude a group counts as zero; its reciprocal would overflow.
 constexpr float kLeastMagnitude = 1e-30f;
 
@@ -48,14 +52,21 @@ void round_token(const float* x, int64_t length, int8_t* codes, float* scales, f
   }
 }
 
-// values[s] for the gates (s < R) and ups of R records and one token; `next` are the records that
-// come after these, prefetched while these are read.
+// values[s] for the gates (s < R) and ups of R records and one token; `next` are records that come
+// some time after these, prefetched while these are read.
 template <int R>
 inline void look_records(const uint8_t* const* record, const uint8_t* const* next, int64_t groups,
                          const int8_t* x, const float* scales, const float* offsets,
                          float* values) {
   V sums[2 * R];
   for (int s = 0; s < 2 * R; ++s) sums[s] = zero();
+  // The scales are wanted first.
+  for (int s = 0; s < R; ++s) {
+    const uint8_t* const end = next[s] + 68 * groups;
+    for (const uint8_t* line = next[s] + 64 * groups; line < end; line += 64)
+      __builtin_prefetch(line, 0, 2);
+    __builtin_prefetch(end - 1, 0, 2);
+  }
   for (int64_t first = 0; first < groups; first += kLookSpan) {
     const int64_t span = groups - first < kLookSpan ? groups - first : kLookSpan;
     float products[2 * R][kLookSpan];
@@ -76,7 +87,7 @@ inline void look_records(const uint8_t* const* record, const uint8_t* const* nex
       for (int s = 0; s < 2 * R; ++s) {
         const int64_t part = s < R ? at : at + 32 * groups;
         sums[s] = look_group(record[s % R] + part, x + 2 * at, products[s][g], sums[s]);
-        if (g % 2 == 0) __builtin_prefetch(next[s % R] + part, 0, 2);
+        if (s < R) __builtin_prefetch(next[s] + 2 * at, 0, 2);
       }
     }
   }
@@ -93,7 +104,7 @@ void look(Records records, Rows rows, LookTokens x, float* gate, float* up, int6
     uint64_t wanted = rows.tokens ? 0 : all_tokens(x.count);
     for (int64_t s = 0; s < R; ++s) {
       const int64_t here = r + s < last ? r + s : last;
-      const int64_t after = here + R < last ? here + R : last;
+      const int64_t after = here + kLookAhead < last ? here + kLookAhead : last;
       record[s] = records.data + rows.index[here] * records.stride;
       next[s] = records.data + rows.index[after] * records.stride;
       if (rows.tokens) wanted |= rows.tokens[here];
