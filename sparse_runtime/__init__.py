@@ -11,6 +11,7 @@ from sparse_runtime.api import (
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.artifact.recut import recut
+from sparse_runtime.compiled import compiled_decode
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
@@ -24,6 +25,7 @@ __all__ = [
     "SparseConfig",
     "SparseRuntimeError",
     "__version__",
+    "compiled_decode",
     "cost_report",
     "dense",
     "fast_linear",

@@ -57,3 +57,7 @@ class OutputFolderError(SparseRuntimeError):
 
 class BackendUnavailableError(SparseRuntimeError):
     """A kernel backend was asked for by name, or ``strict``, and cannot run here."""
+
+
+class CompilationError(SparseRuntimeError):
+    """A model's decode steps cannot be compiled here, or not as one graph."""

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.markup import escape
 from transformers import TextStreamer
 
-from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules, sparsify
+from sparse_runtime.api import sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import note, out
 from sparse_runtime.cli.figures import write_figures
+from sparse_runtime.cli.generation import compile_variants, encode_prompt, generate_text, warm_up
 from sparse_runtime.cli.options import (
     BudgetOption,
     ClustersOption,
@@ -27,13 +27,8 @@ from sparse_runtime.cli.options import (
     resolve_dtype,
 )
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
-from sparse_runtime.cost import CostReport
-from sparse_runtime.errors import BackendUnavailableError, ConfigError, SparseRuntimeError
-from sparse_runtime.kernels import resolve_backend
+from sparse_runtime.errors import ConfigError, SparseRuntimeError
 from sparse_runtime.models import load_model
-
-# Of the unmeasured runs before a comparison: enough for a decode step after the first.
-_WARM_UP_TOKENS = 3
 
 
 def generate(
@@ -54,6 +49,18 @@ def generate(
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail where nothing can run, or ran, sparse.")
     ] = False,
+    compile_steps: Annotated[
+        bool,
+        typer.Option(
+            "--compile", help="Run decode steps as one compiled graph; compiling takes a while."
+        ),
+    ] = False,
+    fast_linear: Annotated[
+        bool,
+        typer.Option(
+            "--fast-linear", help="Run attention's linear layers and the head by the kernels too."
+        ),
+    ] = False,
     budget: BudgetOption = None,
     verify: VerifyOption = None,
     revision: RevisionOption = None,
@@ -71,10 +78,14 @@ def generate(
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
-    sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict)
+    sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict, fast_linear=fast_linear)
     options: dict[str, Any] = {"temperature": temperature, "seed": seed}
     variants = ("dense", "sparse") if compare else ("sparse",)
-    if compare:
+    length = inputs["input_ids"].shape[1] + max_new_tokens
+    compiled: dict[str, float] = {}
+    if compile_steps:
+        compiled = compile_variants(loaded, tokenizer, inputs, variants, length, strict=strict)
+    if compare and not compiled:
         for variant in variants:
             warm_up(loaded, tokenizer, inputs, variant)
     runs = {}
@@ -91,168 +102,15 @@ def generate(
             variant,
             printer=printer,
             max_new_tokens=max_new_tokens,
+            compiled_length=length if compiled else None,
             **options,
         )
+        runs[variant]["compile_seconds"] = compiled.get(variant)
         _print_figures(runs[variant])
     record = {"model": model, "prompt": prompt, "chat": inputs["chat"]}
     write_figures(json_file, {**record, **runs})
     if strict and runs["sparse"]["nothing_sparse"]:
         raise SparseRuntimeError(f"nothing ran sparse: {runs['sparse']['nothing_sparse']}")
-
-
-def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Any]:
-    """Token ids of a prompt.
-
-    Args:
-        tokenizer: of the model.
-        prompt: a user's message, or text to continue.
-        raw: leave the tokenizer's chat template aside.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` [1, n] int64, and ``chat``: whether the chat template
-        was applied.
-
-    Raises:
-        ConfigError: the template cannot be applied, or there is no token.
-    """
-    chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # a template is code that came with the model
-            raise ConfigError(
-                "the tokenizer's chat template cannot be applied to the prompt "
-                f"({type(error).__name__}: {error}); --raw continues the text without it"
-            ) from error
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise ConfigError(f"--prompt {prompt!r} has no tokens; expected some text")
-    return {
-        "input_ids": encoded["input_ids"],
-        "attention_mask": encoded["attention_mask"],
-        "chat": chat,
-    }
-
-
-def warm_up(model: Any, tokenizer: Any, inputs: dict[str, Any], variant: str) -> None:
-    """Run a few tokens unmeasured: the first call of a length sets up threads and caches."""
-    generate_text(
-        model,
-        tokenizer,
-        inputs,
-        variant,
-        max_new_tokens=_WARM_UP_TOKENS,
-        min_new_tokens=_WARM_UP_TOKENS,
-    )
-
-
-def generate_text(
-    model: Any,
-    tokenizer: Any,
-    inputs: dict[str, Any],
-    variant: str,
-    *,
-    max_new_tokens: int,
-    printer: TextStreamer | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
-    **options: Any,
-) -> dict[str, Any]:
-    """Generate a text with a sparse model and count what it took.
-
-    Args:
-        model: sparse.
-        tokenizer: of the model.
-        inputs: as of :func:`encode_prompt`.
-        variant: ``sparse``, or ``dense`` for the same model inside :func:`sparse_runtime.dense`.
-        max_new_tokens: at most this many, an end token included.
-        printer: prints the text as it comes.
-        temperature: 0 is greedy.
-        seed: of sampling.
-        options: of ``model.generate``.
-
-    Returns:
-        ``text``; ``prompt_tokens``; ``new_tokens``, without an end token; ``prompt_seconds`` up to the
-        first new token; ``tokens_per_second`` from there on, None where no further one came;
-        ``cost_share``, ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over
-        the layers, ``dense_reasons`` (reason -> such tokens); and
-        ``nothing_sparse``: why no token of the sparse variant ran sparse, None if one did.
-    """
-    from sparse_runtime.eval.latency.timing import TokenClock
-
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
-    clock = TokenClock(printer)
-    ids = inputs["input_ids"].to(model.device)
-
-    def run() -> Any:
-        return model.generate(
-            ids,
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-            **sampling,
-            **options,
-        )
-
-    reset_cost(model)
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        if variant == "dense":
-            with dense(model):
-                tokens = run()
-        else:
-            tokens = run()
-    new_tokens = tokens[0, ids.shape[1] :].tolist()
-    ended = bool(new_tokens) and new_tokens[-1] in _end_tokens(model)
-    steps, report = clock.steps, cost_report(model)
-    return {
-        "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new_tokens) - ended,
-        "prompt_seconds": clock.prompt_seconds,
-        "tokens_per_second": len(steps) / sum(steps) if steps else None,
-        **_counts(report, len(sparse_modules(model))),
-        "nothing_sparse": (
-            _why_dense(model, report, decoded=bool(steps)) if variant == "sparse" else None
-        ),
-    }
-
-
-def _end_tokens(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else end if isinstance(end, list) else [end]
-
-
-def _counts(report: CostReport, layers: int) -> dict[str, Any]:
-    """What ran sparse and dense since the last reset, as tokens of the mean layer."""
-    return {
-        "cost_share": report.cost_share,
-        "sparse_share_of_tokens": report.sparse_share_of_tokens,
-        "sparse_tokens": report.sparse_tokens / layers,
-        "dense_tokens": report.dense_tokens / layers,
-        "dense_reasons": {why: tokens / layers for why, tokens in report.dense_reasons.items()},
-    }
-
-
-def _why_dense(model: Any, report: CostReport, *, decoded: bool) -> str | None:
-    """Why no token ran sparse; None if one did."""
-    if report.sparse_tokens:
-        return None
-    if "no backend" in report.dense_reasons:
-        try:
-            resolve_backend("auto", model.device, model.dtype, strict=True)
-        except BackendUnavailableError as error:
-            return str(error)
-    if not decoded:
-        return "nothing was decoded after the first token, and prompts run dense"
-    problems = dict.fromkeys(module.problem for module in sparse_modules(model) if module.problem)
-    return ", ".join([*report.dense_reasons, *map(str, problems)])
 
 
 def _print_figures(figures: dict[str, Any]) -> None:
@@ -264,6 +122,8 @@ def _print_figures(figures: dict[str, Any]) -> None:
         speed = "one token, so no rate"
     else:
         speed = f"{rate:.1f} tokens/s after the first"
+    if figures["compile_seconds"] is not None:
+        speed += f", compiled in {figures['compile_seconds']:.1f} s before"
     out.print(f"[dim]{speed}; {prompt}; {escape(ran(figures))}[/dim]\n", soft_wrap=True)
     if figures["nothing_sparse"]:
         note(f"nothing ran sparse: {figures['nothing_sparse']}")

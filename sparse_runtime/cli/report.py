@@ -14,7 +14,7 @@ from sparse_runtime.cli.figures import (
     check_output_folder,
     write_figures,
 )
-from sparse_runtime.cli.generate import encode_prompt, generate_text
+from sparse_runtime.cli.generation import encode_prompt, generate_text
 from sparse_runtime.cli.options import JsonOption, resolve_dtype
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.tables import print_quality

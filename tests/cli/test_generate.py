@@ -5,9 +5,10 @@ import json
 import shutil
 
 import pytest
-from helpers import cuttable_cluster_set, random_cluster_set
+import torch
+from helpers import cuttable_cluster_set, needs_library, random_cluster_set
 
-from sparse_runtime.cli import generate
+from sparse_runtime.cli import generate, generation
 
 CHAT = (
     "{% for message in messages %}[{{ message.role }}]{{ message.content }}{% endfor %}"
@@ -101,9 +102,39 @@ def test_a_comparison_warms_up(answer, monkeypatch):
         calls.append((arguments[3], options.get("printer") is not None))
         return original(*arguments, **options)
 
-    monkeypatch.setattr(generate, "generate_text", noted)
+    for module in (generate, generation):
+        monkeypatch.setattr(module, "generate_text", noted)
     assert answer("--compare")[0] == 0
     assert calls == [("dense", False), ("sparse", False), ("dense", True), ("sparse", True)]
+
+
+@needs_library
+def test_compiled_text_is_the_eager_one(answer):
+    code, out, err, eager = answer("--compare", "--fast-linear")
+    assert code == 0, err
+    assert eager["sparse"]["compile_seconds"] is None
+    code, out, err, compiled = answer("--compare", "--fast-linear", "--compile", "--strict")
+    assert code == 0, err
+    assert out.count("compiled in") == 2
+    for variant in ("dense", "sparse"):
+        assert compiled[variant]["compile_seconds"] > 0
+        for what in ("text", "sparse_tokens", "dense_tokens", "dense_reasons", "cost_share"):
+            assert compiled[variant][what] == eager[variant][what], (variant, what)
+
+
+def test_without_a_compiler_decoding_runs_eagerly(answer, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
+    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
+    torch._dynamo.reset()
+    code, out, err, figures = answer("--compile")
+    assert code == 0, err
+    assert "runs without --compile: torch.compile failed: InvalidCxxCompiler" in err
+    assert "compiled in" not in out
+    assert figures["sparse"]["text"] == answer()[3]["sparse"]["text"]
+    code, _, err, figures = answer("--compile", "--strict")
+    assert code == 1
+    assert "error: torch.compile failed: InvalidCxxCompiler" in err
+    assert figures is None
 
 
 def test_nothing_ran_sparse_is_said_with_the_reason(answer, monkeypatch):

@@ -1,0 +1,72 @@
+"""Compiled decode steps: their attention, and what is said where they cannot be had."""
+
+import pytest
+import torch
+from helpers import IDS, logits, make_tiny_model
+
+from sparse_runtime import compiled_decode, decode_attention
+from sparse_runtime.compiled import compiling
+from sparse_runtime.errors import CompilationError
+
+
+def tokens(model, **options):
+    with torch.inference_mode():
+        return model.generate(
+            IDS, do_sample=False, max_new_tokens=6, min_new_tokens=6, pad_token_id=0, **options
+        )
+
+
+def broken(*arguments, **options):
+    torch._dynamo.graph_break()
+
+
+def test_decode_attention_is_that_of_torch(tiny_model):
+    """Prompts and single tokens, padded batches, heads in groups."""
+    ids = torch.cat([IDS, IDS.flip(1)])
+    mask = torch.ones_like(ids)
+    mask[1, :2] = 0
+    found = {}
+    for name in ("sdpa", decode_attention.NAME):
+        tiny_model.set_attn_implementation(name)
+        with torch.inference_mode():
+            prompt = tiny_model(ids, attention_mask=mask, use_cache=True)
+            step = tiny_model(
+                ids[:, :1],
+                attention_mask=torch.cat([mask, mask[:, -1:]], 1),
+                past_key_values=prompt.past_key_values,
+            )
+        found[name] = prompt.logits, step.logits
+    for expected, ours in zip(*found.values(), strict=True):
+        torch.testing.assert_close(ours[0], expected[0])
+        torch.testing.assert_close(ours[1, 2:], expected[1, 2:])
+
+
+def test_options_are_for_generate(tiny_model):
+    options = compiled_decode(tiny_model, 129)
+    assert options["past_key_values"].layers[0].max_cache_len == 256
+    assert options["compile_config"].fullgraph
+    options["compile_config"].backend = "eager"
+    expected = tokens(make_tiny_model())
+    with compiling(tiny_model):
+        assert torch.equal(tokens(tiny_model, **options), expected)
+
+
+def test_what_cannot_be_captured_is_named(tiny_model):
+    tiny_model.model.layers[0].self_attn.forward = broken
+    before = tiny_model.config._attn_implementation
+    options = compiled_decode(tiny_model, 16)
+    step = torch.compile(tiny_model.forward, backend="eager", fullgraph=True)
+    tiny_model.set_attn_implementation(before)
+    with (
+        pytest.raises(CompilationError, match=r"one graph: .*graph_break.*test_compiled\.py"),
+        compiling(tiny_model),
+    ):
+        step(IDS, past_key_values=options["past_key_values"])
+    assert tiny_model.config._attn_implementation == before
+
+
+def test_a_model_that_transformers_cannot_capture_is_refused(tiny_model, monkeypatch):
+    monkeypatch.setattr(type(tiny_model), "_can_compile_fullgraph", False)
+    with pytest.raises(CompilationError, match=r"MistralForCausalLM cannot be compiled whole"):
+        compiled_decode(tiny_model, 16)
+    logits(tiny_model)
