@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.compiled import compiled_decode, compiling
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.ffn_checks import own_states
@@ -59,18 +60,47 @@ def time_decode(model: Any, input_ids: Tensor, cache: Any, new_tokens: int) -> l
         cache: of the prompt.
         new_tokens: steps timed, end-of-sequence or not; one more is generated before them.
     """
-    clock = TokenClock()
     with torch.inference_mode():
-        model.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            past_key_values=copy.deepcopy(cache),
-            max_new_tokens=new_tokens + 1,
-            min_new_tokens=new_tokens + 1,
-            do_sample=False,
-            streamer=clock,
-            pad_token_id=model.generation_config.pad_token_id or 0,
-        )
+        return _steps(model, input_ids, new_tokens, past_key_values=copy.deepcopy(cache))
+
+
+def time_compiled_decode(model: Any, input_ids: Tensor, new_tokens: int) -> list[float]:
+    """Seconds of each compiled decode step of a greedy ``generate``; compiling is not timed.
+
+    The model's attention is what it was afterwards, and graphs of other models are forgotten: torch
+    keeps few of one function.
+
+    Args:
+        model: a causal language model.
+        input_ids: prompt [1, n].
+        new_tokens: steps timed, end-of-sequence or not.
+
+    Raises:
+        CompilationError: the model cannot be compiled here.
+    """
+    torch.compiler.reset()
+    attention, length = model.config._attn_implementation, input_ids.shape[1] + new_tokens + 1
+    try:
+        with torch.inference_mode():
+            with compiling(model):
+                _steps(model, input_ids, 2, **compiled_decode(model, length))
+            return _steps(model, input_ids, new_tokens, **compiled_decode(model, length))
+    finally:
+        model.set_attn_implementation(attention)
+
+
+def _steps(model: Any, input_ids: Tensor, new_tokens: int, **options: Any) -> list[float]:
+    clock = TokenClock()
+    model.generate(
+        input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=new_tokens + 1,
+        min_new_tokens=new_tokens + 1,
+        do_sample=False,
+        streamer=clock,
+        pad_token_id=model.generation_config.pad_token_id or 0,
+        **options,
+    )
     return clock.steps
 
 

@@ -24,7 +24,13 @@ import torch
 from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.errors import SparseRuntimeError
-from sparse_runtime.eval.latency.bench import decode_bytes, sparse_share, time_decode, time_prefill
+from sparse_runtime.eval.latency.bench import (
+    decode_bytes,
+    sparse_share,
+    time_compiled_decode,
+    time_decode,
+    time_prefill,
+)
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
 from sparse_runtime.eval.latency.shapes import SHAPES, random_clusters, random_model
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
@@ -38,12 +44,14 @@ NEW_TOKENS = 32
 ROUNDS = 3
 GGUF_TYPES = ("Q4_0", "Q8_0")
 _DENSITY = 0.5
-# sparse, with fast linears
+# sparse, with fast linears, compiled
 _WAYS = {
-    "dense": (False, False),
-    "dense + fast linears": (False, True),
-    "sparse": (True, False),
-    "sparse + fast linears": (True, True),
+    "dense": (False, False, False),
+    "dense + fast linears": (False, True, False),
+    "sparse": (True, False, False),
+    "sparse + fast linears": (True, True, False),
+    "dense + fast linears, compiled": (False, True, True),
+    "sparse + fast linears, compiled": (True, True, True),
 }
 _SCRIPT = Path(__file__).with_name("llama_peer.py")
 _HOW = "pip install xllamacpp gguf into an environment of its own, as make bench-peers does"
@@ -119,6 +127,7 @@ def bench_peers(
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
+    compiled: bool = True,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Time a model in our ways and in llama.cpp's, in turns.
@@ -130,6 +139,7 @@ def bench_peers(
         prompt_tokens: length of a random prompt.
         new_tokens: decode steps timed in each round.
         rounds: after one that warms ours up.
+        compiled: time compiled decode steps as well.
         progress: reports one unit per run.
 
     Returns:
@@ -142,18 +152,21 @@ def bench_peers(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     bandwidth, read = ReadBandwidth(), list[float]()
-    ours = {way: Runner(name) for name, way in _WAYS.items()}
+    ours = {way: Runner(name) for name, way in _WAYS.items() if compiled or not way[2]}
     total, ffn_bytes = decode_bytes(model, clusters)
     cache = time_prefill(model, prompt[:, :-1])[1]
     share = 1.0
     runs = (rounds + 1) * len(ours) + rounds * len(peers)
     with (progress or TqdmProgress()).task("peers", runs) as advance:
         for number in range(rounds + 1):
-            for way, runner in ours.items():
-                with _made(model, clusters, *way):
+            for (sparse, fast, graph), runner in ours.items():
+                with _made(model, clusters, sparse, fast):
                     seconds = time_prefill(model, prompt)[0]
-                    steps = time_decode(model, prompt, cache, new_tokens if number else 2)
-                    share = sparse_share(model) if way[0] else 1.0
+                    if graph:
+                        steps = time_compiled_decode(model, prompt, new_tokens if number else 2)
+                    else:
+                        steps = time_decode(model, prompt, cache, new_tokens if number else 2)
+                    share = sparse_share(model) if sparse else 1.0
                 runner.bytes_per_token = total - ffn_bytes * (1 - share)
                 if number:
                     runner.add(prompt_tokens / seconds, 1 / statistics.mean(steps))

@@ -10,9 +10,10 @@ import pytest
 import torch
 from helpers import needs_library, random_cluster_set
 
-from sparse_runtime import cost_report
+from sparse_runtime import cost_report, sparsify
 from sparse_runtime.errors import NotSparseError, SparseRuntimeError
 from sparse_runtime.eval.latency import peers
+from sparse_runtime.eval.latency.bench import time_compiled_decode
 from sparse_runtime.eval.latency.host import host_record
 from sparse_runtime.eval.report import peers_markdown
 from sparse_runtime.files import write_json
@@ -42,7 +43,7 @@ def stand_in(tmp_path, monkeypatch):
     return make
 
 
-def bench(model, peer):
+def bench(model, peer, **options):
     model.generation_config.pad_token_id = 0
     return peers.bench_peers(
         model,
@@ -51,6 +52,7 @@ def bench(model, peer):
         prompt_tokens=12,
         new_tokens=3,
         rounds=2,
+        **options,
     )
 
 
@@ -58,17 +60,28 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
     tiny_model, stand_in, tmp_path, monkeypatch
 ):
     before = {name: value.clone() for name, value in tiny_model.state_dict().items()}
+
+    def eager(model, ids, steps):
+        with torch.inference_mode():
+            model(ids[:, :1])
+        return [0.5] * steps
+
+    # Compiled steps would take a while to compile.
+    monkeypatch.setattr(peers, "time_compiled_decode", eager)
     record = bench(tiny_model, stand_in())
     assert [entry["name"] for entry in record["ours"]] == [
         "dense",
         "dense + fast linears",
         "sparse",
         "sparse + fast linears",
+        "dense + fast linears, compiled",
+        "sparse + fast linears, compiled",
     ]
+    assert [entry["decode_tok_s"] for entry in record["ours"][4:]] == [2, 2]
     (peer,) = record["peers"]
     assert (peer["decode_tok_s"], peer["prefill_tok_s"]) == (50.0, 100.0)
     assert peer["gbps"] == pytest.approx(50 * 1000 / 1e9)
-    dense, sparse = (record["ours"][i]["bytes_per_token"] for i in (0, 3))
+    dense, sparse = (record["ours"][i]["bytes_per_token"] for i in (0, 5))
     weights = sum(p.numel() * 4 for p in tiny_model.parameters()) - 260 * 32 * 4
     ffn = 3 * 3 * 44 * 32 * 4
     assert dense == weights
@@ -89,9 +102,9 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
 
 def test_what_did_not_run_is_no_figure(tiny_model, stand_in):
     with pytest.raises(SparseRuntimeError, match=r"ran 12 \+ 5 tokens; expected 12 \+ 4"):
-        bench(tiny_model, stand_in(extra=1))
+        bench(tiny_model, stand_in(extra=1), compiled=False)
     with pytest.raises(SparseRuntimeError, match=r"ended with code 1: .*No module named 'nobody'"):
-        bench(tiny_model, stand_in(text="import nobody"))
+        bench(tiny_model, stand_in(text="import nobody"), compiled=False)
 
 
 def test_a_sparse_run_that_was_dense_is_no_figure(tiny_model, stand_in, monkeypatch):
@@ -100,7 +113,7 @@ def test_a_sparse_run_that_was_dense_is_no_figure(tiny_model, stand_in, monkeypa
         pytest.warns(UserWarning, match="run dense"),
         pytest.raises(SparseRuntimeError, match="no token took the sparse path"),
     ):
-        bench(tiny_model, stand_in())
+        bench(tiny_model, stand_in(), compiled=False)
 
 
 def test_an_error_is_one_line(tmp_path):
@@ -126,3 +139,14 @@ def test_figures_of_something_else(tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="make bench-peers"):
         peers_markdown.main()
     assert not (tmp_path / "page.md").exists()
+
+
+def test_compiled_steps_are_timed_alone(tiny_model):
+    sparsify(tiny_model, random_cluster_set(tiny_model, 0.4), fast_linear=True)
+    attention = tiny_model.config._attn_implementation
+    steps = time_compiled_decode(tiny_model, torch.tensor([[1] * 20]), 3)
+    assert len(steps) == 3
+    assert max(steps) < 1  # compiling takes longer
+    assert tiny_model.config._attn_implementation == attention
+    # All but the prompts of the run that compiled and of the one that was timed.
+    assert cost_report(tiny_model).sparse_tokens == 3 * (2 + 3)
