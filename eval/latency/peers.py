@@ -246,6 +246,7 @@ def main(python: str, folder: str, figures: str) -> None:
         model,
         random_clusters(model, density=_DENSITY),
         [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES],
+        compiled=False,  # one to two minutes of compiling in each round
     )
     host = host_record()
     write_json(Path(figures), {"model": "mistral-7b", **record, "demo": demo_record, "host": host})
