@@ -18,7 +18,8 @@ _INTRODUCTION = """# Beside llama.cpp
 Written by `make bench-peers`: our variants and llama.cpp's took turns in one run, on the same threads,
 with random weights of one shape and with the demo model. Medians, and the range over rounds. *GB per
 token* are the weights that one token reads. llama.cpp's prebuilt Linux wheels use AVX2 and nothing
-beyond it; its output projection is Q8_0 in the random files. Quality is another matter, and not on this
+beyond it; its output projection is Q8_0 in the random files. What is compiled is decode steps only, and
+the time that takes is not in the figures. Quality is another matter, and not on this
 page: Q8_0 is all but lossless, Q4_0 is not, and what half of the neurons cost stands in
 [quality.md](quality.md).
 """

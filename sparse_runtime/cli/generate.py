@@ -12,7 +12,13 @@ from sparse_runtime.api import sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import note, out
 from sparse_runtime.cli.figures import write_figures
-from sparse_runtime.cli.generation import compile_variants, encode_prompt, generate_text, warm_up
+from sparse_runtime.cli.generation import (
+    WARM_UP_TOKENS,
+    compile_variants,
+    encode_prompt,
+    generate_text,
+    warm_up,
+)
 from sparse_runtime.cli.options import (
     BudgetOption,
     ClustersOption,
@@ -81,7 +87,7 @@ def generate(
     sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict, fast_linear=fast_linear)
     options: dict[str, Any] = {"temperature": temperature, "seed": seed}
     variants = ("dense", "sparse") if compare else ("sparse",)
-    length = inputs["input_ids"].shape[1] + max_new_tokens
+    length = inputs["input_ids"].shape[1] + max(max_new_tokens, WARM_UP_TOKENS)
     compiled: dict[str, float] = {}
     if compile_steps:
         compiled = compile_variants(loaded, tokenizer, inputs, variants, length, strict=strict)

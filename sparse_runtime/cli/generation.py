@@ -16,8 +16,8 @@ from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import BackendUnavailableError, CompilationError, ConfigError
 from sparse_runtime.kernels import resolve_backend
 
-# Of the unmeasured runs before a comparison: enough for a decode step after the first.
-_WARM_UP_TOKENS = 3
+#: Of the unmeasured runs before a comparison: enough for a decode step after the first.
+WARM_UP_TOKENS = 3
 
 
 def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Any]:
@@ -71,8 +71,8 @@ def warm_up(
         tokenizer,
         inputs,
         variant,
-        max_new_tokens=_WARM_UP_TOKENS,
-        min_new_tokens=_WARM_UP_TOKENS,
+        max_new_tokens=WARM_UP_TOKENS,
+        min_new_tokens=WARM_UP_TOKENS,
         compiled_length=compiled_length,
     )
 

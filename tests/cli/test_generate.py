@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from helpers import cuttable_cluster_set, needs_library, random_cluster_set
+from torch._inductor import config as inductor
 
 from sparse_runtime.cli import generate, generation
 
@@ -122,10 +123,21 @@ def test_compiled_text_is_the_eager_one(answer):
             assert compiled[variant][what] == eager[variant][what], (variant, what)
 
 
-def test_without_a_compiler_decoding_runs_eagerly(answer, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", ("/nowhere/g++",))
-    monkeypatch.setattr("torch._inductor.config.force_disable_caches", True)
-    torch._dynamo.reset()
+def test_the_run_that_compiles_fits_into_the_cache(answer, tiny_tokenizer):
+    prompt = "a" * (127 - len(tiny_tokenizer("")["input_ids"]))
+    code, _, err, figures = answer("--raw", "--compile", "--prompt", prompt, "--max-new-tokens", 1)
+    assert code == 0, err
+    assert figures["sparse"]["prompt_tokens"] == 127
+
+
+@pytest.fixture
+def no_compiler():
+    torch.compiler.reset()
+    with inductor.patch({"cpp.cxx": ("/nowhere/g++",), "force_disable_caches": True}):
+        yield
+
+
+def test_without_a_compiler_decoding_runs_eagerly(answer, no_compiler):
     code, out, err, figures = answer("--compile")
     assert code == 0, err
     assert "runs without --compile: torch.compile failed: InvalidCxxCompiler" in err
