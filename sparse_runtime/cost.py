@@ -22,9 +22,28 @@ def packed_size(num_neurons: int) -> int:
     return (num_neurons + 7) // 8
 
 
+#: Weights that share one scale.
+GROUP = 64
+
+
+def num_groups(size: int) -> int:
+    """Groups of a row of ``size`` weights, the last one padded: ⌈size/64⌉."""
+    return -(-size // GROUP)
+
+
+def plane_size(size: int, bits: int) -> int:
+    """Bytes of a row's plane: 8·bits for each group (``kernels/planes.py``)."""
+    return 8 * bits * num_groups(size)
+
+
+def scales_size(size: int) -> int:
+    """Bytes of a row's scales: a bfloat16 for each group."""
+    return 2 * num_groups(size)
+
+
 def record_size(hidden_size: int) -> int:
     """Bytes of one neuron's low-bit copy: 68·⌈H/64⌉ (``kernels/low_bit.py``)."""
-    return 68 * (-(-hidden_size // 64))
+    return 2 * (plane_size(hidden_size, 4) + scales_size(hidden_size))
 
 
 @dataclass(frozen=True)

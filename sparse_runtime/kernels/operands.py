@@ -49,6 +49,22 @@ class ClusterTables:
 
 
 @dataclass(frozen=True, eq=False)
+class Stages:
+    """How far the neurons of a token are read, by e = |h̃|·factor.
+
+    Attributes:
+        factors: [I] float32.
+        tau: a neuron is counted from its base planes where 1 < e ≤ tau, and refined by its residual
+            planes beyond; ∞: never refined, 1: always.
+        width: of the ramp over which a neuron's share grows from 0 to 1; 0: a step.
+    """
+
+    factors: Tensor
+    tau: float = 1.0
+    width: float = 0.0
+
+
+@dataclass(frozen=True, eq=False)
 class RouterWeights:
     """A map from hidden states to cluster ids: argmax of up·(down·x) + bias, or of up·x + bias.
 

@@ -1,0 +1,286 @@
+"""Weights in planes: a base of 3 or 4 bits that stands alone, and a residual that makes it finer.
+
+A row of H weights has one scale S (bfloat16) for every group of 64, and for every weight a signed base
+code and a signed residual code:
+
+    base value  S·hi                 hi ∈ [−2^(B−1), 2^(B−1) − 1]
+    full value  S·(hi + lo / 2^r)    lo ∈ [−2^(r−1), 2^(r−1) − 1]
+
+so that both grids hold zero, and what is read as the base is not read again for the full value. A plane
+stores codes as unsigned numbers, code + 2^(bits−1).
+
+A plane takes 8·bits bytes for each group. Groups are taken four at a time, a *unit*; the last unit of a
+row has u = 1 to 4. In a unit, element 16·c + 4·q + b of group g (c, q, b ∈ 0…3) stands at position
+(q·u + g)·4 + b of vector c, which has 16·u codes. The four vectors are packed as
+
+    2 bits   one chunk of 16u bytes:   v0 | v1 << 2 | v2 << 4 | v3 << 6
+    3 bits   one chunk of 16u bytes:   v0 | v1 << 3 | (v3 & 3) << 6
+             one of 8u bytes, byte k:  n[k] | n[k + 8u] << 4,  n = v2 | (v3 >> 2) << 3
+    4 bits   two chunks of 16u bytes:  v0 | v1 << 4  and  v2 | v3 << 4
+
+An instruction that multiplies bytes and adds up four neighbors in a 32-bit lane thus works on all four
+groups at a time, and ends with the groups' sums in lanes of their own. Codes past H are those of zero.
+
+Rows are kept in records of bytes. Those of a neuron are three streams, read one after the other and only
+as far as the neuron matters:
+
+    look    gate base | up base | gate scales [G] | up scales [G]
+    count   down base | down scales [G]
+    refine  gate residual | up residual | down residual
+
+A linear layer's row is one record:  base | residual | scales [G].
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.cost import GROUP, num_groups, plane_size, scales_size
+from sparse_runtime.errors import ConfigError
+
+_UNIT = 4
+
+
+@dataclass(frozen=True)
+class PlaneFormat:
+    """How many bits a weight has, and how many of them are in its base plane.
+
+    Attributes:
+        base: bits of the base plane, 3 or 4.
+        residual: bits of the residual plane, 0 (there is none), 2, 3 or 4.
+
+    Raises:
+        ConfigError: for other bits.
+    """
+
+    base: int
+    residual: int = 0
+
+    def __post_init__(self) -> None:
+        if self.base not in (3, 4) or self.residual not in (0, 2, 3, 4):
+            raise ConfigError(
+                f"planes of {self.base} + {self.residual} bits; expected a base of 3 or 4 and a "
+                "residual of 0, 2, 3 or 4"
+            )
+
+    @classmethod
+    def of_bits(cls, bits: int) -> PlaneFormat:
+        """The format that goes by its number of bits: 3, 4, 5 (3 + 2), 6 (4 + 2), 7 or 8 (4 + 4).
+
+        Raises:
+            ConfigError: for another number.
+        """
+        if bits not in _BY_BITS:
+            raise ConfigError(
+                f"weights of {bits} bits; expected one of {', '.join(map(str, _BY_BITS))}"
+            )
+        return _BY_BITS[bits]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a weight, scales left out."""
+        return self.base + self.residual
+
+    def look_size(self, hidden_size: int) -> int:
+        """Bytes of a neuron's look record."""
+        return 2 * self.count_size(hidden_size)
+
+    def count_size(self, hidden_size: int) -> int:
+        """Bytes of a neuron's count record."""
+        return plane_size(hidden_size, self.base) + scales_size(hidden_size)
+
+    def refine_size(self, hidden_size: int) -> int:
+        """Bytes of a neuron's refine record."""
+        return 3 * plane_size(hidden_size, self.residual)
+
+    def linear_size(self, in_features: int) -> int:
+        """Bytes of a linear layer's row."""
+        return plane_size(in_features, self.bits) + scales_size(in_features)
+
+    def __str__(self) -> str:
+        return f"{self.base} + {self.residual}" if self.residual else str(self.base)
+
+
+_BY_BITS = {
+    3: PlaneFormat(3),
+    4: PlaneFormat(4),
+    5: PlaneFormat(3, 2),
+    6: PlaneFormat(4, 2),
+    7: PlaneFormat(4, 3),
+    8: PlaneFormat(4, 4),
+}
+
+
+@dataclass(frozen=True, eq=False)
+class Rounded:
+    """Rows in codes.
+
+    Attributes:
+        hi: base codes [rows, H] int8.
+        lo: residual codes [rows, H] int8; zeros without a residual.
+        scales: S [rows, G] bfloat16.
+        format: of the codes.
+    """
+
+    hi: Tensor
+    lo: Tensor
+    scales: Tensor
+    format: PlaneFormat
+
+    def values(self, *, base: bool = False) -> Tensor:
+        """What the rows stand for, by base and residual or by the base alone: [rows, H] float32."""
+        codes = self.hi.float()
+        if self.format.residual and not base:
+            codes += self.lo.float() / 2**self.format.residual
+        wide = self.scales.float().repeat_interleave(GROUP, dim=1)[:, : codes.shape[1]]
+        return codes * wide
+
+
+def pack_plane(codes: Tensor, bits: int) -> Tensor:
+    """Pack signed codes.
+
+    Args:
+        codes: [rows, H], integers in [−2^(bits−1), 2^(bits−1) − 1].
+        bits: 2, 3 or 4.
+
+    Returns:
+        bytes [rows, 8·bits·G] uint8.
+    """
+    rows, size = codes.shape
+    padded = F.pad(codes.to(torch.int8), (0, -size % GROUP))
+    groups = (padded + 2 ** (bits - 1)).view(torch.uint8).view(rows, num_groups(size), GROUP)
+    whole = groups.shape[1] // _UNIT * _UNIT
+    units = groups[:, :whole].reshape(rows, whole // _UNIT, _UNIT, GROUP)
+    packed = [_pack_units(units, bits).flatten(1)]
+    if whole < groups.shape[1]:
+        packed.append(_pack_units(groups[:, None, whole:], bits).flatten(1))
+    return torch.cat(packed, dim=1)
+
+
+def unpack_plane(plane: Tensor, bits: int, size: int) -> Tensor:
+    """Signed codes [rows, size] int8 of the bytes that :func:`pack_plane` makes."""
+    rows, groups = plane.shape[0], num_groups(size)
+    whole = groups // _UNIT * _UNIT
+    parts = plane.split([8 * bits * whole, 8 * bits * (groups - whole)], dim=1)
+    codes = [
+        _unpack_units(
+            parts[0].reshape(rows, whole // _UNIT, 8 * bits * _UNIT), bits, _UNIT
+        ).flatten(1)
+    ]
+    if whole < groups:
+        tail = _unpack_units(parts[1].unsqueeze(1), bits, groups - whole)
+        codes.append(tail.flatten(1))
+    return torch.cat(codes, dim=1)[:, :size].to(torch.int8) - 2 ** (bits - 1)
+
+
+def _pack_units(groups: Tensor, bits: int) -> Tensor:
+    """Bytes [rows, units, 8·bits·u] of stored codes [rows, units, u, 64]."""
+    rows, units, u, _ = groups.shape
+    vectors = groups.view(rows, units, u, 4, 4, 4).permute(3, 0, 1, 4, 2, 5)
+    v0, v1, v2, v3 = vectors.reshape(4, rows, units, 16 * u)
+    if bits == 2:
+        return v0 | v1 << 2 | v2 << 4 | v3 << 6
+    if bits == 4:
+        return torch.cat([v0 | v1 << 4, v2 | v3 << 4], dim=-1)
+    n = v2 | (v3 >> 2) << 3
+    return torch.cat([v0 | v1 << 3 | (v3 & 3) << 6, n[..., : 8 * u] | n[..., 8 * u :] << 4], dim=-1)
+
+
+def _unpack_units(data: Tensor, bits: int, u: int) -> Tensor:
+    """Stored codes [rows, units, u, 64] of bytes [rows, units, 8·bits·u]."""
+    rows, units, _ = data.shape
+    first, rest = data[..., : 16 * u], data[..., 16 * u :]
+    if bits == 2:
+        vectors = [first >> shift & 3 for shift in (0, 2, 4, 6)]
+    elif bits == 4:
+        vectors = [first & 15, first >> 4, rest & 15, rest >> 4]
+    else:
+        n = torch.cat([rest & 15, rest >> 4], dim=-1)
+        vectors = [first & 7, first >> 3 & 7, n & 7, first >> 6 | n >> 3 << 2]
+    stacked = torch.stack(vectors).view(4, rows, units, 4, u, 4)
+    return stacked.permute(1, 2, 4, 0, 3, 5).reshape(rows, units, u, GROUP)
+
+
+def pack_linear(rounded: Rounded) -> Tensor:
+    """Records [N, R] uint8 of a linear layer's rows; R as of :meth:`PlaneFormat.linear_size`."""
+    return torch.cat([*_planes(rounded), _bytes(rounded.scales)], dim=1)
+
+
+def unpack_linear(records: Tensor, form: PlaneFormat, in_features: int) -> Rounded:
+    """The rows [N, in_features] of a linear layer's records."""
+    sizes = [plane_size(in_features, bits) for bits in (form.base, form.residual)]
+    base, residual, scales = records.split([*sizes, scales_size(in_features)], dim=1)
+    return _rounded(base, residual, scales, form, in_features)
+
+
+@dataclass(frozen=True, eq=False)
+class NeuronPlanes:
+    """An FFN's weights in planes, a neuron being one record in each stream.
+
+    Attributes:
+        look: gate's and up's base planes [I, :meth:`PlaneFormat.look_size`] uint8.
+        count: down's base plane [I, :meth:`PlaneFormat.count_size`] uint8.
+        refine: residual planes [I, :meth:`PlaneFormat.refine_size`] uint8, of no width without.
+        format: of the weights.
+        hidden_size: H.
+        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+    """
+
+    look: Tensor
+    count: Tensor
+    refine: Tensor
+    format: PlaneFormat
+    hidden_size: int
+    activation: str = "silu"
+
+    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded, Rounded]:
+        """Gate, up and transposed down [I, H] in codes, or some of their rows."""
+        size, form = self.hidden_size, self.format
+        base, scales = plane_size(size, form.base), scales_size(size)
+        gate, up, gate_scales, up_scales = self.look[rows].split(
+            [base, base, scales, scales], dim=1
+        )
+        down, down_scales = self.count[rows].split([base, scales], dim=1)
+        residuals = self.refine[rows].split([plane_size(size, form.residual)] * 3, dim=1)
+        return (
+            _rounded(gate, residuals[0], gate_scales, form, size),
+            _rounded(up, residuals[1], up_scales, form, size),
+            _rounded(down, residuals[2], down_scales, form, size),
+        )
+
+
+def pack_neurons(gate: Rounded, up: Rounded, down_t: Rounded, activation: str) -> NeuronPlanes:
+    """An FFN's neurons, of rows [I, H] of one format."""
+    (gate_base, gate_rest), (up_base, up_rest) = _planes(gate), _planes(up)
+    down_base, down_rest = _planes(down_t)
+    return NeuronPlanes(
+        torch.cat([gate_base, up_base, _bytes(gate.scales), _bytes(up.scales)], dim=1),
+        torch.cat([down_base, _bytes(down_t.scales)], dim=1),
+        torch.cat([gate_rest, up_rest, down_rest], dim=1),
+        gate.format,
+        gate.hi.shape[1],
+        activation,
+    )
+
+
+def _planes(rounded: Rounded) -> tuple[Tensor, Tensor]:
+    base = pack_plane(rounded.hi, rounded.format.base)
+    if not rounded.format.residual:
+        return base, base[:, :0]
+    return base, pack_plane(rounded.lo, rounded.format.residual)
+
+
+def _rounded(
+    base: Tensor, residual: Tensor, scales: Tensor, form: PlaneFormat, size: int
+) -> Rounded:
+    hi = unpack_plane(base, form.base, size)
+    lo = unpack_plane(residual, form.residual, size) if form.residual else torch.zeros_like(hi)
+    return Rounded(hi, lo, scales.contiguous().view(torch.bfloat16), form)
+
+
+def _bytes(scales: Tensor) -> Tensor:
+    return scales.contiguous().view(torch.uint8)
