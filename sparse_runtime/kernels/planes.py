@@ -21,8 +21,8 @@ row has u = 1 to 4. In a unit, element 16·c + 4·q + b of group g (c, q, b ∈ 
 An instruction that multiplies bytes and adds up four neighbors in a 32-bit lane thus works on all four
 groups at a time, and ends with the groups' sums in lanes of their own. Codes past H are those of zero.
 
-Rows are kept in records of bytes. Those of a neuron are three streams, read one after the other and only
-as far as the neuron matters:
+Rows are kept in records of bytes. Those of a neuron are three streams, read one after the other, as
+far as the neuron matters:
 
     look    gate base | up base | gate scales [G] | up scales [G]
     count   down base | down scales [G]

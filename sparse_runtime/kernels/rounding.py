@@ -9,7 +9,7 @@ from torch import Tensor
 from sparse_runtime.cost import GROUP
 from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, pack_neurons
 
-# Steps that are tried, in parts of the one that would map a group's largest element to the largest code.
+# Steps that are tried, in parts of the one that maps a group's largest element to the largest code.
 _SHRINKS = (1.0, 0.92, 0.84, 0.76)
 # Elements per step of the search: its float32 temporaries stay in the cache.
 _BLOCK_VALUES = 1 << 18
