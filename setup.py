@@ -45,6 +45,8 @@ COMMON_FILES: dict[str, list[str]] = {
     "linear.cpp": [],
     "ops.cpp": [],
     "pass.cpp": [],
+    "plane_ffn.cpp": [],
+    "plane_ops.cpp": [],
 }
 X86_FILES = {
     "isa_avx2.cpp": AVX2,

@@ -119,6 +119,62 @@ inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) 
   return madd(_mm512_cvtepi32_ps(sum), set1(scale), sums);
 }
 
+// Planes: see planes.h.
+using Bytes = __m512i;
+using Ints = __m512i;
+using Lanes = __m512;
+constexpr int kSums = 16;
+constexpr int kPlaneTokens = 4;
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline Bytes load_nibbles(const uint8_t* p, int) {
+  const __m512i twice =
+      _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return _mm512_srlv_epi64(twice, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
+}
+inline Bytes low_bits(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+template <int n>
+inline Bytes shift(Bytes v) {
+  return _mm512_srli_epi16(v, n);
+}
+inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
+inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
+  const __m512i ab = w < 2 ? _mm512_unpacklo_epi8(a, b) : _mm512_unpackhi_epi8(a, b);
+  const __m512i cd = w < 2 ? _mm512_unpacklo_epi8(c, d) : _mm512_unpackhi_epi8(c, d);
+  return w % 2 == 0 ? _mm512_unpacklo_epi16(ab, cd) : _mm512_unpackhi_epi16(ab, cd);
+}
+inline Ints add_products(Ints sums, Bytes codes, Ints x) {
+#ifdef __AVX512VNNI__
+  return _mm512_dpbusd_epi32(sums, codes, x);
+#else
+  const __m512i pairs = _mm512_maddubs_epi16(codes, x);
+  return _mm512_add_epi32(sums, _mm512_madd_epi16(pairs, _mm512_set1_epi16(1)));
+#endif
+}
+inline Ints no_ints() { return _mm512_setzero_si512(); }
+inline Ints all_ints(int32_t v) { return _mm512_set1_epi32(v); }
+inline Ints load_ints(const void* p) { return _mm512_loadu_si512(p); }
+inline Ints load_four_ints(const int32_t* p) {
+  return _mm512_zextsi128_si512(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_ints(int32_t* p, Ints v) { _mm512_storeu_si512(p, v); }
+inline Ints plus(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
+inline Ints minus(Ints a, Ints b) { return _mm512_sub_epi32(a, b); }
+inline Ints masked(Ints a, int32_t b) { return _mm512_and_si512(a, _mm512_set1_epi32(b)); }
+template <int n>
+inline Ints shift_left(Ints v) {
+  return _mm512_slli_epi32(v, n);
+}
+template <int n>
+inline Ints shift_right(Ints v) {
+  return _mm512_srai_epi32(v, n);
+}
+inline Lanes to_lanes(Ints v) { return _mm512_cvtepi32_ps(v); }
+inline Ints to_ints(Lanes v) { return _mm512_cvtps_epi32(v); }
+inline Lanes load_four_times(const float* p) { return _mm512_broadcast_f32x4(_mm_loadu_ps(p)); }
+inline Lanes load_lanes(const float* p) { return load(p); }
+inline Lanes all_lanes(float v) { return set1(v); }
+inline Lanes load_scales(const bf16* p, int64_t count) { return load_natural(p, count); }
+
 inline __m512i read_line(const char* p, __m512i sum) {
   return _mm512_add_epi64(sum, _mm512_loadu_si512(p));
 }

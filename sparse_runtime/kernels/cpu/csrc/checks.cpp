@@ -17,6 +17,46 @@ constexpr int64_t kLargest = int64_t(1) << 30;
 
 }  // namespace
 
+Activation activation_of(const StringArgument& activation) {
+  return activation_named(activation.get());
+}
+
+void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_bias,
+               int64_t clusters) {
+  if (!cluster_bias.given()) return;
+  cluster_bias.inspect(2);
+  cluster_bias.expect_dtype(x.dtype(), "of x");
+  cluster_bias.expect_size(0, clusters, "K");
+  cluster_bias.expect_size(1, x.size(1), "H");
+  cluster_bias.expect_rows();
+  compensation.cluster_bias = cluster_bias.matrix();
+}
+
+int64_t* counts_of(Argument& counts, int64_t size, const char* letter) {
+  if (!counts.given()) return nullptr;
+  counts.inspect(1);
+  counts.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  counts.expect_size(0, size, letter);
+  counts.expect_contiguous();
+  return static_cast<int64_t*>(counts.mutable_data());
+}
+
+int64_t* ids_of(Argument& cluster_ids, int64_t tokens, int64_t clusters) {
+  cluster_ids.inspect(1);
+  cluster_ids.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  cluster_ids.expect_size(0, tokens, "n");
+  int64_t* const ids = id_scratch(tokens);
+  const int64_t* const given = static_cast<const int64_t*>(cluster_ids.data());
+  for (int64_t t = 0; t < tokens; ++t) {
+    ids[t] = given[t * cluster_ids.stride(0)];
+    if (ids[t] < 0 || ids[t] >= clusters)
+      throw std::out_of_range("cluster_ids[" + std::to_string(t) + "] is " +
+                              std::to_string(ids[t]) + "; expected 0 <= id < K = " +
+                              std::to_string(clusters));
+  }
+  return ids;
+}
+
 void check_sizes(const char* name, int64_t rows, int64_t length) {
   if (rows > kLargest || length > kLargest)
     fail(std::string(name) + " is larger than 2^30 in a dimension");
@@ -61,13 +101,7 @@ Clusters clusters_of(Argument& sets, int64_t neurons) {
 void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
   if (maybe_sets.given() != low_bit.given() || maybe_sets.given() != factors.given())
     fail("maybe_sets, low_bit and factors go together: all of them or none");
-  if (row_counts.given()) {
-    row_counts.inspect(1);
-    row_counts.expect_dtype(aoti_torch_dtype_int64(), "int64");
-    row_counts.expect_size(0, 2, "the number of counts");
-    row_counts.expect_contiguous();
-    clusters.row_counts = static_cast<int64_t*>(row_counts.mutable_data());
-  }
+  clusters.row_counts = counts_of(row_counts, 2, "the number of counts");
   if (!maybe_sets.given()) return;
   const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
   for (Argument* bytes : {&maybe_sets, &low_bit}) {

@@ -7,6 +7,8 @@ namespace sparse_ffn {
 
 Tokens tokens_of(Argument& x);
 
+Activation activation_of(const StringArgument& activation);
+
 Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
            const StringArgument& activation);
 
@@ -30,6 +32,16 @@ Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias
 
 // The linear part of the compensation.
 Compensation correction_of(const Argument& x, Argument& down, Argument& up);
+
+// Adds the clusters' bias [K, H].
+void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_bias,
+               int64_t clusters);
+
+// Counters of `size`, or null where they are not given.
+int64_t* counts_of(Argument& counts, int64_t size, const char* letter);
+
+// Ids [n] below `clusters`, copied to memory of the calling thread.
+int64_t* ids_of(Argument& cluster_ids, int64_t tokens, int64_t clusters);
 
 // No size may be so large that a product of two overflows.
 void check_sizes(const char* name, int64_t rows, int64_t length);

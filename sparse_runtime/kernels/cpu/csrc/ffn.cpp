@@ -20,19 +20,6 @@ constexpr int64_t kHeldValues = 32 * 1024;
 // than another parallel region.
 constexpr int64_t kLastThreadSums = 64 * 1024;
 
-void group_tokens(const int64_t* ids, int64_t num_tokens, Groups& groups) {
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    int64_t g = 0;
-    while (g < groups.count && groups.cluster[g] != ids[t]) ++g;
-    if (g == groups.count) {
-      groups.cluster[g] = ids[t];
-      groups.tokens[g] = 0;
-      ++groups.count;
-    }
-    groups.tokens[g] |= uint64_t(1) << t;
-  }
-}
-
 int64_t num_groups(const Ffn& ffn) { return (ffn.hidden_size + kLookGroup - 1) / kLookGroup; }
 int64_t look_stride(int64_t groups) { return round_up(groups, 16); }
 int64_t set_bytes(const Ffn& ffn) { return (ffn.num_neurons + 7) / 8; }
@@ -94,15 +81,6 @@ Inputs take_memory(Pass& pass, int64_t tokens, int64_t most_parts) {
   inputs.scales = memory.take<float>(scales);
   inputs.offsets = memory.take<float>(scales);
   return inputs;
-}
-
-// Joins the bitmaps of a pass's clusters into one.
-void join(const Groups& groups, const uint8_t* sets, int64_t stride, int64_t bytes,
-          uint8_t* joined) {
-  for (int64_t g = 0; g < groups.count; ++g) {
-    const uint8_t* const set = sets + groups.cluster[g] * stride;
-    for (int64_t i = 0; i < bytes; ++i) joined[i] |= set[i];
-  }
 }
 
 // The neurons that any token wants, both bands together.

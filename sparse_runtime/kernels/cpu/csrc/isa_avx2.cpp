@@ -99,6 +99,63 @@ inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) 
   return madd(_mm256_cvtepi32_ps(sum), set1(scale), sums);
 }
 
+// Planes: see planes.h.
+using Bytes = __m256i;
+using Ints = __m256i;
+using Lanes = __m256;
+constexpr int kSums = 8;
+constexpr int kPlaneTokens = 2;
+inline Bytes load_bytes(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+inline Bytes load_nibbles(const uint8_t* p, int part) {
+  return part == 0 ? load_bytes(p) : _mm256_srli_epi16(load_bytes(p), 4);
+}
+inline Bytes low_bits(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+template <int n>
+inline Bytes shift(Bytes v) {
+  return _mm256_srli_epi16(v, n);
+}
+inline Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
+inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
+  const __m256i ab = w < 2 ? _mm256_unpacklo_epi8(a, b) : _mm256_unpackhi_epi8(a, b);
+  const __m256i cd = w < 2 ? _mm256_unpacklo_epi8(c, d) : _mm256_unpackhi_epi8(c, d);
+  return w % 2 == 0 ? _mm256_unpacklo_epi16(ab, cd) : _mm256_unpackhi_epi16(ab, cd);
+}
+inline Ints add_products(Ints sums, Bytes codes, Ints x) {
+  // At most 2 * 15 * 127 in 16 bits.
+  const __m256i pairs = _mm256_maddubs_epi16(codes, x);
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline Ints no_ints() { return _mm256_setzero_si256(); }
+inline Ints all_ints(int32_t v) { return _mm256_set1_epi32(v); }
+inline Ints load_ints(const void* p) { return load_bytes(p); }
+inline Ints load_four_ints(const int32_t* p) {
+  return _mm256_zextsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline void store_ints(int32_t* p, Ints v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
+inline Ints plus(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
+inline Ints minus(Ints a, Ints b) { return _mm256_sub_epi32(a, b); }
+inline Ints masked(Ints a, int32_t b) { return _mm256_and_si256(a, _mm256_set1_epi32(b)); }
+template <int n>
+inline Ints shift_left(Ints v) {
+  return _mm256_slli_epi32(v, n);
+}
+template <int n>
+inline Ints shift_right(Ints v) {
+  return _mm256_srai_epi32(v, n);
+}
+inline Lanes to_lanes(Ints v) { return _mm256_cvtepi32_ps(v); }
+inline Ints to_ints(Lanes v) { return _mm256_cvtps_epi32(v); }
+inline Lanes load_four_times(const float* p) {
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(p));
+}
+inline Lanes load_lanes(const float* p) { return load(p); }
+inline Lanes all_lanes(float v) { return set1(v); }
+inline Lanes load_scales(const bf16* p, int64_t count) { return load_natural(p, count); }
+
 inline __m256i read_line(const char* p, __m256i sum) {
   const __m256i* const q = reinterpret_cast<const __m256i*>(p);
   return _mm256_add_epi64(sum, _mm256_add_epi64(_mm256_loadu_si256(q), _mm256_loadu_si256(q + 1)));
@@ -119,5 +176,6 @@ uint64_t read(const void* data, int64_t num_words) {
 namespace sparse_ffn {
 const Isa kAvx2Isa = {"avx2",
                       {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                      {activate, decode_bits, round_token, look, read}};
+                      {activate, decode_bits, round_token, look,
+                         round_plane_token, plane_dots, plane_down, read}};
 }

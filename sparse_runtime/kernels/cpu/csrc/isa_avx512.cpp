@@ -6,5 +6,6 @@
 namespace sparse_ffn {
 const Isa kAvx512Isa = {"avx512",
                         {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                        {activate, decode, round_token, look, read}};
+                        {activate, decode, round_token, look,
+                         round_plane_token, plane_dots, plane_down, read}};
 }

@@ -94,6 +94,61 @@ inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) 
   return vfmaq_n_f32(sums, vcvtq_f32_s32(vpaddlq_s16(total)), scale);
 }
 
+// Planes: see planes.h.
+using Bytes = uint8x16_t;
+using Ints = int32x4_t;
+using Lanes = float32x4_t;
+constexpr int kSums = 16;
+constexpr int kPlaneTokens = 2;
+inline Bytes load_bytes(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+inline Bytes load_nibbles(const uint8_t* p, int part) {
+  const Bytes pairs = vld1q_u8(p + part % 2 * 16);
+  return part < 2 ? pairs : vshrq_n_u8(pairs, 4);
+}
+inline Bytes low_bits(Bytes v, int mask) { return vandq_u8(v, vdupq_n_u8(uint8_t(mask))); }
+template <int n>
+inline Bytes shift(Bytes v) {
+  return vshrq_n_u8(v, n);
+}
+inline Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
+  const uint16x8_t ab = vreinterpretq_u16_u8(w < 2 ? vzip1q_u8(a, b) : vzip2q_u8(a, b));
+  const uint16x8_t cd = vreinterpretq_u16_u8(w < 2 ? vzip1q_u8(c, d) : vzip2q_u8(c, d));
+  return vreinterpretq_u8_u16(w % 2 == 0 ? vzip1q_u16(ab, cd) : vzip2q_u16(ab, cd));
+}
+inline Ints add_products(Ints sums, Bytes codes, Ints x) {
+  const int8x16_t a = vreinterpretq_s8_u8(codes), b = vreinterpretq_s8_s32(x);
+#ifdef __ARM_FEATURE_DOTPROD
+  return vdotq_s32(sums, a, b);
+#else
+  // At most 2 * 15 * 127 in 16 bits.
+  return vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)),
+                                      vmull_high_s8(a, b)));
+#endif
+}
+inline Ints no_ints() { return vdupq_n_s32(0); }
+inline Ints all_ints(int32_t v) { return vdupq_n_s32(v); }
+inline Ints load_ints(const void* p) { return vld1q_s32(static_cast<const int32_t*>(p)); }
+inline Ints load_four_ints(const int32_t* p) { return vld1q_s32(p); }
+inline void store_ints(int32_t* p, Ints v) { vst1q_s32(p, v); }
+inline Ints plus(Ints a, Ints b) { return vaddq_s32(a, b); }
+inline Ints minus(Ints a, Ints b) { return vsubq_s32(a, b); }
+inline Ints masked(Ints a, int32_t b) { return vandq_s32(a, vdupq_n_s32(b)); }
+template <int n>
+inline Ints shift_left(Ints v) {
+  return vshlq_n_s32(v, n);
+}
+template <int n>
+inline Ints shift_right(Ints v) {
+  return vshrq_n_s32(v, n);
+}
+inline Lanes to_lanes(Ints v) { return vcvtq_f32_s32(v); }
+inline Ints to_ints(Lanes v) { return vcvtnq_s32_f32(v); }
+inline Lanes load_four_times(const float* p) { return vld1q_f32(p); }
+inline Lanes load_lanes(const float* p) { return load(p); }
+inline Lanes all_lanes(float v) { return set1(v); }
+inline Lanes load_scales(const bf16* p, int64_t count) { return load_natural(p, count); }
+
 }  // namespace
 
 #include "loops.h"
@@ -101,5 +156,6 @@ inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) 
 namespace sparse_ffn {
 const Isa kNeonIsa = {"neon",
                       {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                      {activate, decode_bits, round_token, look, read_words}};
+                      {activate, decode_bits, round_token, look,
+                         round_plane_token, plane_dots, plane_down, read_words}};
 }

@@ -8,6 +8,8 @@
 
 #include <stdint.h>
 
+#include "prefetch.h"
+
 namespace sparse_ffn {
 
 enum DType { kBFloat16, kFloat16, kFloat32, kNumDTypes };
@@ -59,6 +61,64 @@ struct Records {
   int64_t groups;
 };
 
+// Weights in planes: see planes.py for the layout.
+constexpr int64_t kPlaneGroup = 64;
+constexpr int kPlaneRows = 4;          // rows of a pass of dot products
+constexpr int64_t kPlaneBlock = 64;    // most rows of a pass of down
+SPARSE_FFN_INLINE int64_t plane_groups(int64_t length) {
+  return (length + kPlaneGroup - 1) / kPlaneGroup;
+}
+
+struct PlaneFormat {
+  int base;      // bits: 3 or 4
+  int residual;  // 0, 2, 3 or 4
+};
+
+// A token for dot products with planes: in groups of 64 rounded to 15 bits, high * 128 + low, in the order
+// of the codes. `starts` are, for planes of 2, 3 and 4 bits, what the offset of their codes takes off.
+// Scales and starts are zero from the last group on to the next multiple of 16.
+struct PlaneToken {
+  const int8_t* high;  // [units, 256]
+  const int8_t* low;
+  const float* scales;  // [groups]
+  const int32_t* starts[3];  // [groups]
+};
+struct PlaneTokens {
+  const int8_t* high;
+  const int8_t* low;
+  const float* scales;
+  const int32_t* starts;
+  int64_t code_stride;   // bytes between tokens
+  int64_t group_stride;  // elements between tokens' scales, and between starts
+  int64_t groups;
+  int64_t count;
+  SPARSE_FFN_INLINE PlaneToken token(int64_t t) const {
+    const int32_t* const own = starts + 3 * t * group_stride;
+    return {high + t * code_stride, low + t * code_stride, scales + t * group_stride,
+            {own, own + group_stride, own + 2 * group_stride}};
+  }
+};
+
+// Rows in planes, a multiple of kPlaneRows, by the addresses of their codes and scales.
+struct PlaneRows {
+  const uint8_t* const* planes;
+  const uint8_t* const* scales;
+  int64_t count;
+  const uint64_t* tokens;  // as Rows::tokens
+};
+
+// Memory that plane_down works in, for `groups` in multiples of 16 and kPlaneBlock rows.
+struct DownScratch {
+  float* values;       // [kPlaneBlock, 16]
+  float* steps;        // [groups]
+  int32_t* high;       // [kPlaneBlock / 4, groups]
+  int32_t* low;
+  int32_t* starts;     // [groups]
+  uint8_t* tails;      // [kPlaneBlock, 128]
+  int32_t* tail_high;  // [kPlaneBlock / 4, 64]
+  int32_t* tail_low;
+};
+
 // fp32 sums are kept per token in blocks of `block` elements, in an order inside a block that is
 // the loops' own; `accumulator_size` floats for a row of that many elements.
 struct Kernels {
@@ -88,6 +148,9 @@ struct Kernels {
   // out = y (+ bias), natural order. bias (dtype of out) may be null.
   void (*store)(const float* y, int64_t length, const void* bias, void* out);
   void (*widen)(const void* source, int64_t length, float* out);
+  // A row's values of base and residual, if there is one.
+  void (*plane_values)(const PlaneFormat& format, const uint8_t* base, const uint8_t* residual,
+                       const uint8_t* scales, int64_t length, void* out);
 };
 
 // Loops that do not depend on the dtype.
@@ -102,6 +165,17 @@ struct CommonKernels {
   // Kernels::gate_up by the low-bit copies of the neurons rows.index. Values of tokens that do not
   // want a neuron are left as they are.
   void (*look)(Records records, Rows rows, LookTokens x, float* gate, float* up, int64_t ld);
+  // Rounds one token for planes; `starts` are three rows of `start_stride`.
+  void (*round_plane_token)(const float* x, int64_t length, int8_t* high, int8_t* low,
+                            float* scales, int32_t* starts, int64_t start_stride);
+  // out[t * ld + r] = row r . x_t, where any of kPlaneRows rows is wanted by token t.
+  void (*plane_dots)(int bits, const PlaneRows& rows, const PlaneTokens& x, float* out, int64_t ld,
+                     Prefetch& prefetch);
+  // y += factor * sum over rows of h[i] * row i; `count` is a multiple of four, kPlaneBlock at most.
+  // y has 256 sums for each unit, those of a last unit of fewer groups in an order of its own.
+  void (*plane_down)(int bits, const uint8_t* const* planes, const uint8_t* const* scales,
+                     const float* h, int64_t count, int64_t groups, float factor,
+                     DownScratch& scratch, float* y, Prefetch& prefetch);
   // Sum of 64-bit words, wrapping.
   uint64_t (*read)(const void* data, int64_t num_words);
 };

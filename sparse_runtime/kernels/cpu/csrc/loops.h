@@ -30,13 +30,15 @@
 #include "down.h"
 #include "look.h"
 #include "output.h"
+#include "planes.h"
 
 namespace {
 
 template <class T>
 constexpr Kernels kernels_for() {
   return {kBlock,  packed_size<T>, pack_token<T>, gate_up<T>,       down<T>,
-          linear<T>, finish<T>,      store_natural<T>, widen<T>};
+          linear<T>, finish<T>,      store_natural<T>, widen<T>,
+          plane_values<T>};
 }
 
 }  // namespace

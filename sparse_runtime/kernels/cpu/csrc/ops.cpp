@@ -5,11 +5,10 @@
 // string arguments (torch 2.13), which here are one per layer and token, and needs a libstdc++
 // newer than manylinux_2_28 promises.
 
-#include <stdexcept>
-
 #include "arguments.h"
 #include "checks.h"
 #include "dispatch.h"
+#include "plane_ops.h"
 
 namespace {
 
@@ -31,18 +30,7 @@ void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
   Clusters clusters = clusters_of(sets, ffn.num_neurons);
   verification.check_into(clusters, ffn);
-  cluster_ids.inspect(1);
-  cluster_ids.expect_dtype(aoti_torch_dtype_int64(), "int64");
-  cluster_ids.expect_size(0, tokens.count, "n");
-  int64_t* const ids = id_scratch(tokens.count);
-  const int64_t* const given = static_cast<const int64_t*>(cluster_ids.data());
-  for (int64_t t = 0; t < tokens.count; ++t) {
-    ids[t] = given[t * cluster_ids.stride(0)];
-    if (ids[t] < 0 || ids[t] >= clusters.count)
-      throw std::out_of_range("cluster_ids[" + std::to_string(t) + "] is " +
-                              std::to_string(ids[t]) + "; expected 0 <= id < K = " +
-                              std::to_string(clusters.count));
-  }
+  const int64_t* const ids = ids_of(cluster_ids, tokens.count, clusters.count);
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
   run_ffn(ffn, tokens, clusters, ids, {}, y.data());
@@ -108,22 +96,8 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   const Router router = router_of(x, down, up, bias);
   up.expect_size(0, clusters.count, "K");
   Compensation compensation = correction_of(x, correction_down, correction_up);
-  if (cluster_bias.given()) {
-    cluster_bias.inspect(2);
-    cluster_bias.expect_dtype(x.dtype(), "of x");
-    cluster_bias.expect_size(0, clusters.count, "K");
-    cluster_bias.expect_size(1, ffn.hidden_size, "H");
-    cluster_bias.expect_rows();
-    compensation.cluster_bias = cluster_bias.matrix();
-  }
-  int64_t* count = nullptr;
-  if (counts.given()) {
-    counts.inspect(1);
-    counts.expect_dtype(aoti_torch_dtype_int64(), "int64");
-    counts.expect_size(0, clusters.count, "K");
-    counts.expect_contiguous();
-    count = static_cast<int64_t*>(counts.mutable_data());
-  }
+  bias_into(compensation, x, cluster_bias, clusters.count);
+  int64_t* const count = counts_of(counts, clusters.count, "K");
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
   int64_t* const ids = id_scratch(tokens.count);
@@ -215,6 +189,9 @@ const Operation kOperations[] = {
     {kRoute, "cpu_route", true, route_op},
     {kRoutedFfn, "cpu_routed_ffn", true, routed_ffn_op},
     {kLinear, "cpu_linear", true, linear_op},
+    {kPlaneFfn, "cpu_plane_ffn", true, plane_ffn_op},
+    {kPlaneLinear, "cpu_plane_linear", true, plane_linear_op},
+    {kPlaneValues, "cpu_plane_values", true, plane_values_op},
     {kRead, "cpu_read", true, read_op},
     // The instruction set in use; the usable ones, best first, separated by commas; and, for
     // tests, a switch to one of them ("" = the best again).

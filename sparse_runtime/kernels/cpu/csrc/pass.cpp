@@ -8,14 +8,6 @@ namespace sparse_ffn {
 
 namespace {
 
-// The tokens whose cluster has neuron i in `sets`.
-uint64_t wanting(const Groups& groups, const uint8_t* sets, int64_t stride, int64_t i) {
-  uint64_t tokens = 0;
-  for (int64_t g = 0; g < groups.count; ++g)
-    if (sets[groups.cluster[g] * stride + (i >> 3)] >> (i & 7) & 1) tokens |= groups.tokens[g];
-  return tokens;
-}
-
 // What one part of a pass works with.
 struct Part {
   float* gate;

@@ -2,19 +2,13 @@
 #pragma once
 
 #include "ffn.h"
+#include "groups.h"
 
 namespace sparse_ffn {
 
 // Neurons per step of verification. Parts take steps in turns, so that a part's share of confirmed
 // neurons is that of the others, whatever their order.
 constexpr int64_t kLookRows = 128;
-
-// The clusters of a few tokens, each once.
-struct Groups {
-  int64_t count = 0;
-  int64_t cluster[kMaxTokens];
-  uint64_t tokens[kMaxTokens];
-};
 
 // One pass: up to kMaxTokens tokens over the union of their sets, so that a row is read once
 // however many tokens want it.
