@@ -131,6 +131,15 @@ class Rounded:
     scales: Tensor
     format: PlaneFormat
 
+    @classmethod
+    def unpack(
+        cls, base: Tensor, residual: Tensor, scales: Tensor, form: PlaneFormat, size: int
+    ) -> Rounded:
+        """Rows of so many weights, of their planes' bytes and those of their scales."""
+        hi = unpack_plane(base, form.base, size)
+        lo = unpack_plane(residual, form.residual, size) if form.residual else torch.zeros_like(hi)
+        return cls(hi, lo, scales.contiguous().view(torch.bfloat16), form)
+
     def values(self, *, base: bool = False) -> Tensor:
         """What the rows stand for, by base and residual or by the base alone: [rows, H] float32."""
         codes = self.hi.float()
@@ -210,11 +219,18 @@ def pack_linear(rounded: Rounded) -> Tensor:
     return torch.cat([*_planes(rounded), _bytes(rounded.scales)], dim=1)
 
 
-def unpack_linear(records: Tensor, form: PlaneFormat, in_features: int) -> Rounded:
-    """The rows [N, in_features] of a linear layer's records."""
+def linear_parts(
+    records: Tensor, form: PlaneFormat, in_features: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Base planes, residual planes and scales of a linear layer's records, as views."""
     sizes = [plane_size(in_features, bits) for bits in (form.base, form.residual)]
     base, residual, scales = records.split([*sizes, scales_size(in_features)], dim=1)
-    return _rounded(base, residual, scales, form, in_features)
+    return base, residual, scales
+
+
+def unpack_linear(records: Tensor, form: PlaneFormat, in_features: int) -> Rounded:
+    """The rows [N, in_features] of a linear layer's records."""
+    return Rounded.unpack(*linear_parts(records, form, in_features), form, in_features)
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +253,8 @@ class NeuronPlanes:
     hidden_size: int
     activation: str = "silu"
 
-    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded, Rounded]:
-        """Gate, up and transposed down [I, H] in codes, or some of their rows."""
+    def parts(self, rows: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor]]:
+        """Base planes, residual planes and scales of gate, up and transposed down, as views."""
         size, form = self.hidden_size, self.format
         base, scales = plane_size(size, form.base), scales_size(size)
         gate, up, gate_scales, up_scales = self.look[rows].split(
@@ -246,11 +262,16 @@ class NeuronPlanes:
         )
         down, down_scales = self.count[rows].split([base, scales], dim=1)
         residuals = self.refine[rows].split([plane_size(size, form.residual)] * 3, dim=1)
-        return (
-            _rounded(gate, residuals[0], gate_scales, form, size),
-            _rounded(up, residuals[1], up_scales, form, size),
-            _rounded(down, residuals[2], down_scales, form, size),
+        return list(
+            zip((gate, up, down), residuals, (gate_scales, up_scales, down_scales), strict=True)
         )
+
+    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded, Rounded]:
+        """Gate, up and transposed down [I, H] in codes, or some of their rows."""
+        gate, up, down = (
+            Rounded.unpack(*part, self.format, self.hidden_size) for part in self.parts(rows)
+        )
+        return gate, up, down
 
 
 def pack_neurons(gate: Rounded, up: Rounded, down_t: Rounded, activation: str) -> NeuronPlanes:
@@ -272,14 +293,6 @@ def _planes(rounded: Rounded) -> tuple[Tensor, Tensor]:
     if not rounded.format.residual:
         return base, base[:, :0]
     return base, pack_plane(rounded.lo, rounded.format.residual)
-
-
-def _rounded(
-    base: Tensor, residual: Tensor, scales: Tensor, form: PlaneFormat, size: int
-) -> Rounded:
-    hi = unpack_plane(base, form.base, size)
-    lo = unpack_plane(residual, form.residual, size) if form.residual else torch.zeros_like(hi)
-    return Rounded(hi, lo, scales.contiguous().view(torch.bfloat16), form)
 
 
 def _bytes(scales: Tensor) -> Tensor:

@@ -25,6 +25,9 @@ def load_cpu_library() -> bool:
     torch.library.register_fake("sparse_runtime::cpu_routed_ffn", _like_x)
     torch.library.register_fake("sparse_runtime::cpu_dense_ffn", _like_x)
     torch.library.register_fake("sparse_runtime::cpu_linear", _linear_fake)
+    torch.library.register_fake("sparse_runtime::cpu_plane_ffn", _like_x)
+    torch.library.register_fake("sparse_runtime::cpu_plane_linear", _plane_linear_fake)
+    torch.library.register_fake("sparse_runtime::cpu_plane_values", _plane_values_fake)
     return True
 
 
@@ -36,6 +39,26 @@ def _like_x(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *extras: 
 def _linear_fake(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     _check_devices(x, weight, *([] if bias is None else [bias]))
     return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _plane_linear_fake(
+    x: Tensor, records: Tensor, base: int, residual: int, bias: Tensor | None
+) -> Tensor:
+    _check_devices(x, records, *([] if bias is None else [bias]))
+    return x.new_empty(x.shape[0], records.shape[0])
+
+
+def _plane_values_fake(
+    records: Tensor,
+    residuals: Tensor,
+    scales: Tensor,
+    base: int,
+    residual: int,
+    length: int,
+    like: Tensor,
+) -> Tensor:
+    _check_devices(records, residuals, scales, like)
+    return like.new_empty(records.shape[0], length)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:
