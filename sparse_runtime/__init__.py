@@ -1,5 +1,7 @@
 """Faster Hugging Face language models: read only the feed-forward neurons a token needs."""
 
+from typing import TYPE_CHECKING, Any
+
 from sparse_runtime.api import (
     cost_report,
     dense,
@@ -15,13 +17,18 @@ from sparse_runtime.compiled import compiled_decode
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.ffn import plane_registration as _plane_registration  # noqa: F401
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
+
+if TYPE_CHECKING:
+    from sparse_runtime.ffn.plane_quantizer import PlaneConfig
 
 __all__ = [
     "ClusterSet",
     "CostReport",
     "LayerClusters",
+    "PlaneConfig",
     "SparseConfig",
     "SparseRuntimeError",
     "__version__",
@@ -36,3 +43,12 @@ __all__ = [
     "sparsify",
     "unsparsify",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What extends classes of transformers, which is imported only for those who ask for it."""
+    if name == "PlaneConfig":
+        from sparse_runtime.ffn.plane_quantizer import PlaneConfig
+
+        return PlaneConfig
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

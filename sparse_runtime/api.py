@@ -26,6 +26,7 @@ from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
 from sparse_runtime.kernels.linear import runs_own_forward
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
@@ -74,13 +75,20 @@ def sparsify(
         raise AlreadySparseError(
             "the model is sparse already; call unsparsify(model) before another sparsify"
         )
-    layers = find_ffn_layers(model)
+    layers = find_ffn_layers(model, packed=True)
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         artifact = _artifact(model, clusters, config, revision)
         matched = _matched(layers, artifact)
         state = ModelState()
+        if config.weights is not None or config.linear_weights is not None:
+            _pack(model, config)
+            state.packed = True
+            layers = find_ffn_layers(model, packed=True)
+            matched = [layer for layer in layers if layer.index in artifact.layers]
         ffns = [
-            SparseFFN(layer, artifact.layers[layer.index], config, state, first=layer is matched[0])
+            (SparsePlaneFFN if layer.packed else SparseFFN)(
+                layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
+            )
             for layer in matched
         ]
         linears = slow_linears(model, [layer.mlp for layer in layers]) if config.fast_linear else []
@@ -88,6 +96,12 @@ def sparsify(
         swap(linears)
         state.fast_linears += linears
     return model
+
+
+def _pack(model: nn.Module, config: SparseConfig) -> None:
+    from sparse_runtime.ffn.plane_packing import pack_model  # it imports transformers' quantizers
+
+    pack_model(model, config.weights, linears=config.linear_weights)
 
 
 def _artifact(
@@ -142,7 +156,8 @@ def _matched(layers: list[FFNLayer], clusters: ClusterSet) -> list[FFNLayer]:
 
 def _obstacle(layer: FFNLayer) -> str | None:
     """Why an FFN cannot be patched; None if it can."""
-    if any(linear.weight.device.type == "meta" for linear in (layer.gate, layer.up, layer.down)):
+    linears = () if layer.packed else (layer.gate, layer.up, layer.down)
+    if any(linear.weight.device.type == "meta" for linear in linears):
         return (
             "accelerate offloads their weights, and moving whole matrices costs more than skipping "
             "rows saves. Give the model more device memory to run them sparsely"
@@ -158,6 +173,9 @@ def _obstacle(layer: FFNLayer) -> str | None:
 def unsparsify(model: ModelT) -> ModelT:
     """Undo ``sparsify`` in place: modules, weights and outputs are bit for bit what they were.
 
+    Weights that ``sparsify`` packed in planes (``weights``, ``linear_weights``) become floats of the
+    packed values, with a warning; what they were before is in the checkpoint.
+
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
@@ -165,8 +183,18 @@ def unsparsify(model: ModelT) -> ModelT:
     for state in _states(modules):
         restore(state.fast_linears)
     with torch.inference_mode(False), torch.no_grad():
+        states = _states(modules)
         for owner in list(owners(model)):
             unpatch(owner)
+        if any(state.packed for state in states):
+            from sparse_runtime.ffn.plane_packing import unpack_model
+
+            unpack_model(model)
+            warnings.warn(
+                "the weights are floats of the packed values now; load the model again for the "
+                "checkpoint's own",
+                stacklevel=2,
+            )
     return model
 
 

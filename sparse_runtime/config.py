@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from numbers import Integral, Real
@@ -9,6 +10,7 @@ from typing import Any, Literal
 
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels import BACKENDS
+from sparse_runtime.kernels.planes import PLANE_BITS
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,12 @@ class SparseConfig:
             artifact has. The copies take 17 % of the FFN's memory.
         layer_budgets: layer index -> cost share of its own, 1 for dense; the others share what these
             leave of the budget.
+        weights: bits of the FFNs' weights, packed in planes when the model is made sparse: 3, 4, 5, 6,
+            7 or 8; None leaves them as they are, floats or packed already.
+        linear_weights: bits of attention and head, packed likewise; None leaves them as they are.
+        tau: over planes, neurons whose look gives 1 < e ≤ tau are counted from their base planes, and
+            refined beyond: 1 refines all that are counted, infinity none.
+        ramp: over planes, width of the ramp over which a neuron's share grows from 0 to 1; 0: a step.
         check_fingerprint: refuse an artifact that was built for other weights; model type, sizes and
             layers must fit in any case.
     """
@@ -47,6 +55,10 @@ class SparseConfig:
     budget: float | None = None
     verify: bool | None = None
     layer_budgets: Mapping[int, float] | None = None
+    weights: int | None = None
+    linear_weights: int | None = None
+    tau: float = 2.0
+    ramp: float = 0.0
     check_fingerprint: bool = True
 
     def __post_init__(self) -> None:
@@ -67,6 +79,21 @@ class SparseConfig:
                 f"max_sparse_tokens is {self.max_sparse_tokens}, which has no effect with prefill "
                 "'sparse'; leave max_sparse_tokens out, or change the other"
             )
+        for name in ("weights", "linear_weights"):
+            bits = getattr(self, name)
+            _check(
+                name,
+                bits,
+                lambda v: v is None or (_is_whole(v) and v in PLANE_BITS),
+                f"one of {', '.join(map(str, PLANE_BITS))}, or None",
+            )
+        _check("tau", self.tau, lambda v: _is_number(v) and v >= 1, "a number of 1 or more")
+        _check(
+            "ramp",
+            self.ramp,
+            lambda v: _is_number(v) and 0 <= v < math.inf,
+            "a finite number of 0 or more",
+        )
         check_cut(self.budget, self.verify, self.layer_budgets)
 
     def with_options(self, options: dict[str, Any]) -> SparseConfig:
@@ -113,6 +140,10 @@ def _is_bool(value: Any) -> bool:
 
 def _is_whole(value: Any) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _is_share(value: Any) -> bool:

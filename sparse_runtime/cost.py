@@ -89,8 +89,13 @@ class FFNCost:
             self.intermediate_size
         )
 
-    def sparse_bytes(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
-        """Bytes for a token that computes and looks at so many neurons."""
+    def sparse_bytes(
+        self,
+        computed: Amount,
+        looked: Amount | Literal[0] = 0,
+        refined: Amount | Literal[0] = 0,
+    ) -> Amount:
+        """Bytes for a token that computes and looks at so many neurons; float ones have no refining."""
         return computed * self.neuron_bytes + looked * self.look_bytes + self.overhead_bytes
 
     def share(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
@@ -100,6 +105,53 @@ class FFNCost:
     def density_for(self, budget: float) -> float:
         """Largest density whose cost share is ``budget``; ≤ 0 if the overhead alone exceeds it."""
         return min(1.0, budget - self.overhead_bytes / self.dense_bytes)
+
+
+@dataclass(frozen=True)
+class PlaneCost(FFNCost):
+    """Bytes that one layer's FFN in planes reads for one token; ``dense_bytes`` are those of floats.
+
+    Args:
+        base: bits of the base planes.
+        residual: bits of the residual planes.
+    """
+
+    base: int = 4
+    residual: int = 0
+
+    @property
+    def count_bytes(self) -> int:
+        """Bytes of down's base plane and scales."""
+        return plane_size(self.hidden_size, self.base) + scales_size(self.hidden_size)
+
+    @property
+    def look_bytes(self) -> int:
+        """Bytes of gate's and up's base planes and scales."""
+        return 2 * self.count_bytes
+
+    @property
+    def refine_bytes(self) -> int:
+        """Bytes of the residual planes of all three."""
+        return 3 * plane_size(self.hidden_size, self.residual)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of all planes."""
+        return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
+
+    def sparse_bytes(
+        self,
+        computed: Amount,
+        looked: Amount | Literal[0] = 0,
+        refined: Amount | Literal[0] = 0,
+    ) -> Amount:
+        """Bytes for a token that counts, looks at and refines so many neurons."""
+        return (
+            computed * self.count_bytes
+            + looked * self.look_bytes
+            + refined * self.refine_bytes
+            + self.overhead_bytes
+        )
 
 
 def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:

@@ -102,7 +102,7 @@ def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: 
 def _parts(model: nn.Module, clusters: ClusterSet, verify: bool) -> dict[int, _Part]:
     return {
         layer.index: _Part(layer, clusters.layers[layer.index], verify)
-        for layer in find_ffn_layers(model)
+        for layer in find_ffn_layers(model, packed=True)
         if layer.index in clusters.layers
     }
 

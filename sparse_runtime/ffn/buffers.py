@@ -19,7 +19,8 @@ class FFNBuffers(nn.Module):
 
     Attributes:
         cluster_counts: tokens routed to each cluster so far [K] int64.
-        row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64.
+        row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64; over
+            planes also neurons refined [3].
         dense_counts: tokens that ran dense so far, by ``DENSE_REASONS`` int64.
     """
 

@@ -20,12 +20,14 @@ class FFNCounts:
         clusters: tokens routed to each cluster [K] int64.
         computed: neurons computed, over all sparse tokens.
         looked_at: neurons looked at, over all sparse tokens.
+        refined: neurons whose residual planes were read, over all sparse tokens; 0 for float weights.
         dense: reason -> tokens that ran dense for it.
     """
 
     clusters: Tensor
     computed: int
     looked_at: int
+    refined: int
     dense: dict[str, int]
 
     @property
@@ -36,9 +38,9 @@ class FFNCounts:
 
 def read_counts(module: SparseFFN) -> FFNCounts:
     """Read the counters of an FFN; synchronizes with its device."""
-    computed, looked_at = module.row_counts.tolist()
+    computed, looked_at, *refined = module.row_counts.tolist()
     dense = dict(zip(DENSE_REASONS, module.dense_counts.tolist(), strict=True))
-    return FFNCounts(module.cluster_counts.cpu(), computed, looked_at, dense)
+    return FFNCounts(module.cluster_counts.cpu(), computed, looked_at, sum(refined), dense)
 
 
 def count_cost(modules: Sequence[SparseFFN], *, element_size: int | None = None) -> CostReport:
@@ -58,7 +60,7 @@ def count_cost(modules: Sequence[SparseFFN], *, element_size: int | None = None)
         sparse_tokens += tokens
         if tokens:
             sparse_bytes += tokens * cost.sparse_bytes(
-                counts.computed / tokens, counts.looked_at / tokens
+                counts.computed / tokens, counts.looked_at / tokens, counts.refined / tokens
             )
         dense_of_sparse += cost.dense_bytes * tokens
         dense_of_dense += cost.dense_bytes * sum(counts.dense.values())

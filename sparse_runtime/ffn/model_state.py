@@ -53,10 +53,12 @@ class ModelState:
     Attributes:
         switch: see :class:`DenseSwitch`.
         fast_linears: linear layers that this ``sparsify`` made fast, for ``unsparsify`` to undo.
+        packed: whether this ``sparsify`` packed weights in planes, likewise.
     """
 
     switch: DenseSwitch = field(default_factory=DenseSwitch)
     fast_linears: list[nn.Linear] = field(default_factory=list)
+    packed: bool = False
     _warned: set[str] = field(default_factory=set)
     _long_calls: int = 0
 

@@ -77,10 +77,21 @@ def placed(
 
 
 def counters(
-    num_clusters: int, device: torch.device, before: Mapping[str, Tensor | None]
+    num_clusters: int, stages: int, device: torch.device, before: Mapping[str, Tensor | None]
 ) -> dict[str, Tensor | None]:
-    """Counters of an FFN by name, on a device: those there were, or zeros."""
-    sizes = {"cluster_counts": num_clusters, "row_counts": 2, "dense_counts": len(DENSE_REASONS)}
+    """Counters of an FFN by name, on a device: those there were, or zeros.
+
+    Args:
+        num_clusters: K.
+        stages: number of ways in which neurons are read.
+        device: of the weights.
+        before: counters there were.
+    """
+    sizes = {
+        "cluster_counts": num_clusters,
+        "row_counts": stages,
+        "dense_counts": len(DENSE_REASONS),
+    }
     tensors: dict[str, Tensor | None] = {"programs": None}
     for name, size in sizes.items():
         counts = before.get(name)

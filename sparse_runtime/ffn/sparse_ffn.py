@@ -37,10 +37,7 @@ from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed,
 from sparse_runtime.kernels.low_bit import quantize_rows
 from sparse_runtime.kernels.operands import (
     ClusterTables,
-    Compensation,
-    Counters,
     FFNWeights,
-    RouterWeights,
 )
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
 from sparse_runtime.models.ffn_layers import FFNLayer
@@ -50,7 +47,6 @@ _ADOPTING = threading.RLock()
 # By number, because torch 2.10 takes no module for the argument of what it calls while it traces.
 _BY_KEY: WeakValueDictionary[int, SparseFFN] = WeakValueDictionary()
 _KEYS = itertools.count()
-_Operands = tuple[FFNWeights, ClusterTables, RouterWeights, Compensation, Counters]
 
 
 class SparseFFN(FFNBuffers):
@@ -80,6 +76,9 @@ class SparseFFN(FFNBuffers):
             :meth:`swapped`.
     """
 
+    # Ways in which neurons are read: computed, looked at.
+    _stages = 2
+
     def __init__(
         self,
         layer: FFNLayer,
@@ -101,26 +100,21 @@ class SparseFFN(FFNBuffers):
         self._decoder_layer = (layer.parent,)
         self._transposed: tuple[Tensor, ...] = ()  # the down projection's weight, or none
         self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
-        self.cost = FFNCost(
-            hidden_size=layer.hidden_size,
-            intermediate_size=layer.intermediate_size,
-            extra_elements=self._clusters.extra_elements,
-            verified=clusters.maybe_sets is not None,
-        )
+        self.cost = self._own_cost(layer)
         self.density = mean_share(self._clusters.active_sets, layer.intermediate_size)
         self.looked_at = mean_share(self._clusters.maybe_sets, layer.intermediate_size)
         self.route: Callable[[Tensor], Tensor] | None = None
         self.problem: str | None = None
         self._key = -1
         self._seen: Seen | None = None
-        self._operands: _Operands | None = None
+        self._operands: Any = None
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self.backend = "dense"
         self.rule = TokenRule(0)
         with plain_tensors():
-            self._place(layer.gate.weight.device, layer.gate.weight.dtype)
+            self._place(layer.device, layer.dtype)
             if self.backend != "dense":
-                self._look_at(layer.gate.weight, layer.up.weight)
+                self._derive()
 
     # What the call does
 
@@ -131,8 +125,7 @@ class SparseFFN(FFNBuffers):
             if self._first:
                 self.state.note_call(1, long=False)
             x = hidden_states.reshape(-1, self._hidden_size)
-            output = routed_ffn(x, *operands, backend=self.backend)
-            return output.reshape(hidden_states.shape)
+            return self._routed(x, operands).reshape(hidden_states.shape)
         return self._any_call(hidden_states)
 
     def _is_plain_decode(self, hidden_states: Tensor) -> bool:
@@ -178,8 +171,13 @@ class SparseFFN(FFNBuffers):
             operands = self._operands
             if operands is None or torch.compiler.is_compiling():
                 operands = self._flattened()
-            return routed_ffn(x, *operands, backend=self.backend)
-        ids = self.route(x)
+            return self._routed(x, operands)
+        return self._by_clusters(x, self.route(x))
+
+    def _routed(self, x: Tensor, operands: Any) -> Tensor:
+        return routed_ffn(x, *operands, backend=self.backend)
+
+    def _by_clusters(self, x: Tensor, ids: Tensor) -> Tensor:
         self.cluster_counts.scatter_add_(0, ids, torch.ones_like(ids))
         backend = "triton" if self.backend == "triton" else "reference"
         output = sparse_ffn(
@@ -213,8 +211,8 @@ class SparseFFN(FFNBuffers):
             return "dense", "long call"
         if not self._is_intact():
             return "dense", "patched"
-        gate, up, down = self._projection_weights()
-        if needs_gradient(hidden_states, gate, up, down) or is_checkpointed(self._decoder_layer[0]):
+        weights = self._own_weights()
+        if needs_gradient(hidden_states, *weights) or is_checkpointed(self._decoder_layer[0]):
             self.state.warn_once(
                 "gradients",
                 "FFNs run dense where gradients are recorded, or gradient checkpointing will: the "
@@ -222,11 +220,17 @@ class SparseFFN(FFNBuffers):
                 "torch.no_grad() or torch.inference_mode()",
             )
             return "dense", "gradients"
-        if not fits(hidden_states, gate):
+        if not self._fits(hidden_states):
             return "dense", "autocast"
         return path, None if path == "sparse" else "long call"
 
     # What it works on
+
+    def _fits(self, hidden_states: Tensor) -> bool:
+        return fits(hidden_states, self._projection_weights()[0])
+
+    def _own_weights(self) -> tuple[Tensor, ...]:
+        return self._projection_weights()
 
     def _projection_weights(self) -> tuple[Tensor, Tensor, Tensor]:
         modules = self._owner[0]._modules
@@ -239,7 +243,15 @@ class SparseFFN(FFNBuffers):
         gate, up, down = self._projection_weights()
         return FFNWeights(gate, up, down.t(), self.activation, self._buffers["low_bit"])
 
-    def _flattened(self) -> _Operands:
+    def _own_cost(self, layer: FFNLayer) -> FFNCost:
+        return FFNCost(
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size,
+            extra_elements=self._clusters.extra_elements,
+            verified=self._clusters.maybe_sets is not None,
+        )
+
+    def _flattened(self) -> Any:
         return self.weights, self.tables, self.router, self.compensation, self.counters
 
     @contextmanager
@@ -298,26 +310,30 @@ class SparseFFN(FFNBuffers):
             self.problem = projection_problem(self._owner[0], self.projections, sizes)
             if self.problem is not None:
                 return None
-            gate, up, down = self._projection_weights()
+            gate, _, down = self._projection_weights()
             if all(weight is not down for weight in self._transposed):
                 self.release()  # it has been replaced, and goes back as it was
-            try:
-                self._place(gate.device, gate.dtype)
-            except BackendUnavailableError as error:  # moved after sparsify
-                if self.config.strict:
-                    raise
-                self.backend, self.problem, self._placed = "dense", str(error), None
-            if self.backend == "dense":
+            if not self._try_to_place(gate.device, gate.dtype):
                 self.release()
                 self._buffers["low_bit"] = None
                 return None
             lay_out(down, transposed=True)
             self._transposed = (down,)
-            self._look_at(gate, up)
+            self._derive()
             seen = Seen.of(self._owner[0], self.projections, self)
             self._operands = self._flattened()
             self._seen = seen
             return seen
+
+    def _try_to_place(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether a backend can run where the weights are by now."""
+        try:
+            self._place(device, dtype)
+        except BackendUnavailableError as error:  # moved after sparsify
+            if self.config.strict:
+                raise
+            self.backend, self.problem, self._placed = "dense", str(error), None
+        return self.backend != "dense"
 
     def forget(self) -> None:
         """Look at the projections anew in the next call: one of them was put in its place."""
@@ -382,7 +398,8 @@ class SparseFFN(FFNBuffers):
         self.cost = replace(self.cost, element_size=element_size(dtype))
         looks = clusters.maybe_sets is not None and self.backend != "dense"
         tensors = placed(clusters, device, dtype, looks=looks)
-        tensors |= counters(clusters.num_clusters, device, self._buffers) | {"low_bit": None}
+        tensors |= counters(clusters.num_clusters, self._stages, device, self._buffers)
+        tensors["low_bit"] = None
         bound = config.max_sparse_tokens
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
@@ -399,10 +416,11 @@ class SparseFFN(FFNBuffers):
         most = math.inf if self.rule.sparse is None else self.rule.sparse
         self._most_sparse_values = most * self._hidden_size
 
-    def _look_at(self, gate: Tensor, up: Tensor) -> None:
-        """Make the low-bit copies of gate and up [I, H], if clusters leave neurons to a look."""
+    def _derive(self) -> None:
+        """Make the low-bit copies of gate and up, if clusters leave neurons to a look."""
         if self._buffers["maybe_sets"] is None:
             return
+        gate, up, _ = self._projection_weights()
         records = quantize_rows(gate.detach(), up.detach())
         before = self._buffers["low_bit"]
         if before is not None and not torch.equal(before, records):

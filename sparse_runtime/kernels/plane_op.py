@@ -147,7 +147,12 @@ def _cpu_plane_ffn(
 
 
 def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" and load_cpu_library()
+    return x.device.type == "cpu" and _is_loaded()
+
+
+@torch.compiler.assume_constant_result
+def _is_loaded() -> bool:
+    return load_cpu_library()  # which torch.compile cannot trace
 
 
 def _blocks(x: Tensor, planes: NeuronPlanes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

@@ -115,6 +115,10 @@ _BY_BITS = {
 }
 
 
+#: What formats go by.
+PLANE_BITS = tuple(_BY_BITS)
+
+
 @dataclass(frozen=True, eq=False)
 class Rounded:
     """Rows in codes.

@@ -56,7 +56,8 @@ class FFNLayer:
     """A gated FFN found in a model.
 
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; ``parent`` holds ``mlp`` under the
-    attribute ``attribute``, and ``projections`` are the names of the three in ``mlp``.
+    attribute ``attribute``, and ``projections`` are the names of the three in ``mlp``. Of an FFN whose
+    weights are packed in planes (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of the three.
     """
 
     index: int
@@ -71,14 +72,34 @@ class FFNLayer:
     projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
 
     @property
+    def packed(self) -> bool:
+        """Whether its weights are in planes."""
+        return is_packed(self.mlp)
+
+    @property
     def hidden_size(self) -> int:
         """H."""
-        return self.gate.in_features
+        return self.mlp.hidden_size if self.packed else self.gate.in_features  # type: ignore[return-value]
 
     @property
     def intermediate_size(self) -> int:
         """I, the number of neurons."""
-        return self.gate.out_features
+        return self.mlp.intermediate_size if self.packed else self.gate.out_features  # type: ignore[return-value]
+
+    @property
+    def device(self) -> torch.device:
+        """Of the weights."""
+        return self.mlp.look.device if self.packed else self.gate.weight.device  # type: ignore[return-value,union-attr]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights, or of those that planes stand for."""
+        return self.mlp.dtype if self.packed else self.gate.weight.dtype  # type: ignore[return-value]
+
+
+def is_packed(module: nn.Module) -> bool:
+    """Whether a module is an FFN in planes: it says so."""
+    return getattr(module, "holds_planes", False) is True
 
 
 def architecture_of(model: nn.Module) -> FFNArchitecture:
@@ -99,11 +120,15 @@ def architecture_of(model: nn.Module) -> FFNArchitecture:
     return ARCHITECTURES[model_type]
 
 
-def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
+def find_ffn_layers(model: nn.Module, *, packed: bool = False) -> list[FFNLayer]:
     """Find the gated FFNs of a model, in layer order.
 
     Wrappers around the model (PEFT, ``torch.compile``) are looked through: a module counts when its
     full name *ends* with the architecture's pattern.
+
+    Args:
+        model: a causal language model.
+        packed: also FFNs whose weights are in planes, which have no projections.
 
     Raises:
         UnsupportedArchitectureError: the model type has no row, or an FFN has biases, an unknown
@@ -122,6 +147,14 @@ def find_ffn_layers(model: nn.Module) -> list[FFNLayer]:
             f"ARCHITECTURES[{model_type!r}]"
         )
     for layer in layers:
+        if layer.packed:
+            if not packed:
+                raise UnsupportedArchitectureError(
+                    f"{layer.name} is packed in planes, and this needs float weights; load the model "
+                    "without quantization_config, or call unpack_model(model) for those of the packed "
+                    "values"
+                )
+            continue
         _check_layer(layer)
         _check_activation(layer, architecture.act)
         _check_forward(layer)
@@ -164,7 +197,7 @@ def _matching_layers(
             getattr(module, attribute, None)
             for attribute in (architecture.gate, architecture.up, architecture.down)
         ]
-        if not all(isinstance(projection, nn.Module) for projection in projections):
+        if not is_packed(module) and not all(isinstance(p, nn.Module) for p in projections):
             continue
         parent_name, _, attribute = name.rpartition(".")
         yield FFNLayer(

@@ -64,7 +64,8 @@ def fingerprint_mismatch(
         model: a dense causal language model.
         expected: as :func:`model_fingerprint` gives it, or with ``weights_sha256`` in place of
             ``weights``, as an artifact of format 1 has it.
-        weights: also compare the weights, where neither side lacks them.
+        weights: also compare the weights, where neither side lacks them: offloaded and packed ones are
+            not there to compare.
 
     Returns:
         What is found and what was expected; None if nothing differs.
@@ -72,7 +73,7 @@ def fingerprint_mismatch(
     Raises:
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
     """
-    layers = find_ffn_layers(model)
+    layers = find_ffn_layers(model, packed=True)
     found = _structure(model, layers)
     for name in ("model_type", "hidden_size", "activation"):
         if found[name] != expected[name]:
@@ -121,6 +122,8 @@ def _listed(indices: Sequence[int]) -> str:
 
 
 def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
+    if any(layer.packed for layer in layers):
+        return None
     matrices = [
         linear.weight.detach() for layer in layers for linear in (layer.gate, layer.up, layer.down)
     ]

@@ -1,0 +1,316 @@
+"""Modules whose weights are in planes (``kernels/planes.py``): a linear layer and a gated FFN.
+
+They stand where the float modules stood, for inference only. Their planes are parameters without
+gradients: accelerate offloads parameters, and buffers only when told to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparse_runtime.errors import ConfigError, ModelError, SparseRuntimeError
+from sparse_runtime.kernels.linear import needs_gradient
+from sparse_runtime.kernels.plane_op import dense_plane_ffn, plane_linear
+from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, pack_linear, unpack_linear
+from sparse_runtime.kernels.rounding import round_neurons, round_rows
+from sparse_runtime.models.ffn_layers import FFNLayer
+
+# Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
+# several times its memory.
+_BLOCK_ROWS = 1024
+# What accelerate leaves on a module that it dispatched; bound to that module.
+_DISPATCHED = ("forward", "_old_forward", "_hf_hook")
+
+
+class PlaneModule(nn.Module):
+    """What :class:`PlaneLinear` and :class:`PlaneFFN` have in common.
+
+    Attributes:
+        format: of the weights.
+        dtype: of the float weights that it stands for; casting the model changes it.
+    """
+
+    format: PlaneFormat
+    dtype: torch.dtype
+
+    def own_planes(self) -> dict[str, Tensor]:
+        """Its uint8 tensors, by their names."""
+        return {
+            name: parameter.data
+            for name, parameter in self._parameters.items()
+            if parameter is not None and name != "bias"
+        }
+
+    def round_into(
+        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+    ) -> None:
+        """Round float weights into planes of its own names and sizes, on the weights' device."""
+        raise NotImplementedError
+
+    def _add_planes(self, name: str, rows: int, size: int, device: torch.device) -> None:
+        data = torch.empty(rows, size, dtype=torch.uint8, device=device)
+        self.register_parameter(name, nn.Parameter(data, requires_grad=False))
+
+    def _input(self, x: Tensor, size: int) -> Tensor:
+        """Inputs [n, size], in autocast's dtype where that is at work."""
+        if x.shape[-1] != size:
+            raise ConfigError(
+                f"inputs of {type(self).__name__} are {list(x.shape)}; expected [..., {size}]"
+            )
+        if needs_gradient(x):
+            raise SparseRuntimeError(
+                f"{type(self).__name__} is for inference: packed weights have no gradients. Call the "
+                "model under torch.inference_mode() or torch.no_grad(), or train the float model"
+            )
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x.reshape(-1, size)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PlaneModule:
+        super()._apply(fn, recurse)
+        device = next(iter(self.own_planes().values())).device
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=device)).dtype
+        return self
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        # torch would copy floats into bytes.
+        for name in self.own_planes():
+            found = state_dict.get(prefix + name)
+            if found is not None and found.dtype != torch.uint8:
+                raise ModelError(
+                    f"{prefix}{name} is {found.dtype} in the state dict; expected torch.uint8: the "
+                    "state dict is not of a model packed in this way"
+                )
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+    def _bits(self) -> str:
+        form = self.format
+        return f"{form.bits} bits ({form})" if form.residual else f"{form.bits} bits"
+
+
+class PlaneLinear(PlaneModule):
+    """A linear layer over rows in planes, in place of an ``nn.Linear``.
+
+    Attributes:
+        in_features: K.
+        out_features: N.
+        planes: records of the rows [N, R] uint8; R as of :meth:`PlaneFormat.linear_size`.
+        bias: [N], or None.
+    """
+
+    planes: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(self, linear: nn.Linear, form: PlaneFormat) -> None:
+        """Planes of no value yet for a linear layer, whose bias and device they get."""
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.format = form
+        weight = linear.weight
+        self.dtype = weight.dtype
+        self._add_planes(
+            "planes", self.out_features, form.linear_size(self.in_features), weight.device
+        )
+        self.register_parameter("bias", linear.bias)
+        self.training = linear.training
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, form: PlaneFormat, importance: Tensor | None = None
+    ) -> PlaneLinear:
+        """Round a linear layer.
+
+        Args:
+            linear: with weights [N, K], bfloat16, float16 or float32.
+            form: planes to round to.
+            importance: E[x²] of its inputs [K] float32, or None.
+        """
+        module = cls(linear, form)
+        module.round_into(module.own_planes(), linear.weight, importance=importance)
+        return module
+
+    @torch.no_grad()
+    def round_into(
+        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+    ) -> None:
+        """Round the weights [N, K] into planes of its sizes."""
+        (weight,) = weights
+        for first in range(0, self.out_features, _BLOCK_ROWS):
+            rows = slice(first, first + _BLOCK_ROWS)
+            rounded = round_rows(weight[rows], self.format, importance)
+            planes["planes"][rows] = pack_linear(rounded)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """The float layer of the packed values, in ``dtype``."""
+        linear = _float_linear(self.in_features, self.out_features, self.dtype, self.planes.device)
+        for first in range(0, self.out_features, _BLOCK_ROWS):
+            rows = slice(first, first + _BLOCK_ROWS)
+            block = unpack_linear(self.planes[rows], self.format, self.in_features)
+            linear.weight[rows] = block.values().to(self.dtype)
+        linear.bias = self.bias
+        return linear.train(self.training)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map [..., K] to [..., N] of the input's dtype.
+
+        Raises:
+            ConfigError: the input has another last dimension.
+            SparseRuntimeError: a gradient is asked for.
+        """
+        x = self._input(input, self.in_features)
+        bias = self.bias
+        if bias is not None and bias.dtype != x.dtype:
+            bias = bias.to(x.dtype)  # type: ignore[assignment]
+        output = plane_linear(x, self.planes, self.format, bias)
+        return output.reshape(*input.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Sizes and format."""
+        bias = "" if self.bias is None else ", bias=True"
+        return f"in_features={self.in_features}, out_features={self.out_features}{bias}, {self._bits()}"
+
+
+class PlaneFFN(PlaneModule):
+    """A gated FFN, down(act(gate·x) ⊙ (up·x)), over neurons in planes.
+
+    Attributes:
+        hidden_size: H.
+        intermediate_size: I.
+        activation: by the kernels' name.
+        holds_planes: what ``models/ffn_layers.py`` knows it by.
+        look, count, refine: streams of ``kernels/planes.py`` [I, …] uint8. ``refine`` is None, and in
+            no state dict, where the format has no residual: tensors without elements all look tied.
+    """
+
+    holds_planes = True
+    look: nn.Parameter
+    count: nn.Parameter
+    refine: nn.Parameter | None
+    #: What ``models/ffn_layers.py``, which is below, knows it by.
+    holds_planes = True
+
+    def __init__(self, layer: FFNLayer, form: PlaneFormat) -> None:
+        """Planes of no value yet for an FFN.
+
+        Raises:
+            UnsupportedArchitectureError: see :func:`sparse_runtime.ffn.plane_places.find_places`, which
+                says beforehand whether an FFN is no more than its weights.
+        """
+        super().__init__()
+        self.hidden_size, self.intermediate_size = layer.hidden_size, layer.intermediate_size
+        self.activation, self.format = layer.activation, form
+        self.projections = layer.projections
+        weight = layer.gate.weight
+        self.dtype = weight.dtype
+        size, rows = self.hidden_size, self.intermediate_size
+        self._add_planes("look", rows, form.look_size(size), weight.device)
+        self._add_planes("count", rows, form.count_size(size), weight.device)
+        if form.residual:
+            self._add_planes("refine", rows, form.refine_size(size), weight.device)
+        else:
+            self.register_parameter("refine", None)
+        # In a tuple, or torch would take it for a child.
+        self._float = (_without_projections(layer),)
+        self.training = layer.mlp.training
+
+    @classmethod
+    def from_mlp(
+        cls, layer: FFNLayer, form: PlaneFormat, importance: Tensor | None = None
+    ) -> PlaneFFN:
+        """Round an FFN.
+
+        Args:
+            layer: found by :func:`sparse_runtime.models.ffn_layers.find_ffn_layers`.
+            form: planes to round to.
+            importance: E[x²] of its hidden states [H] float32, or None.
+        """
+        module = cls(layer, form)
+        weights = (linear.weight for linear in (layer.gate, layer.up, layer.down))
+        module.round_into(module.own_planes(), *weights, importance=importance)
+        return module
+
+    @property
+    def planes(self) -> NeuronPlanes:
+        """Its weights, as the kernels take them."""
+        refine = self.look[:, :0] if self.refine is None else self.refine
+        return NeuronPlanes(
+            self.look, self.count, refine, self.format, self.hidden_size, self.activation
+        )
+
+    @torch.no_grad()
+    def round_into(
+        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+    ) -> None:
+        """Round gate and up [I, H] and down [H, I] into planes of its sizes."""
+        gate, up, down = weights
+        for first in range(0, self.intermediate_size, _BLOCK_ROWS):
+            rows = slice(first, first + _BLOCK_ROWS)
+            down_t = down[:, rows].t().contiguous()
+            block = round_neurons(
+                gate[rows], up[rows], down_t, self.format, self.activation, importance
+            )
+            for name, data in planes.items():
+                data[rows] = getattr(block, name)
+
+    @torch.no_grad()
+    def to_float(self) -> nn.Module:
+        """The module that it replaced, of the same class, with projections of the packed values."""
+        size, neurons, planes = self.hidden_size, self.intermediate_size, self.planes
+        device = self.look.device
+        gate, up = (_float_linear(size, neurons, self.dtype, device) for _ in range(2))
+        down = _float_linear(neurons, size, self.dtype, device)
+        for first in range(0, neurons, _BLOCK_ROWS):
+            rows = slice(first, first + _BLOCK_ROWS)
+            values = [part.values().to(self.dtype) for part in planes.rounded(rows)]
+            gate.weight[rows], up.weight[rows] = values[0], values[1]
+            down.weight[:, rows] = values[2].t()
+        module = _shallow(self._float[0])
+        module._modules.update(zip(self.projections, (gate, up, down), strict=True))
+        return module.train(self.training)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map hidden states [..., H] to the FFN's output [..., H], of their dtype.
+
+        Raises:
+            ConfigError: the input has another last dimension.
+            SparseRuntimeError: a gradient is asked for.
+        """
+        x = self._input(hidden_states, self.hidden_size)
+        return dense_plane_ffn(x, self.planes).reshape(hidden_states.shape)
+
+    def extra_repr(self) -> str:
+        """Sizes, activation and format."""
+        return (
+            f"hidden_size={self.hidden_size}, intermediate_size={self.intermediate_size}, "
+            f"activation={self.activation}, {self._bits()}"
+        )
+
+
+def _float_linear(size: int, rows: int, dtype: torch.dtype, device: torch.device) -> nn.Linear:
+    """A linear layer [size → rows] without a bias, of no value yet."""
+    return nn.utils.skip_init(nn.Linear, size, rows, bias=False, dtype=dtype, device=device)
+
+
+def _shallow(module: nn.Module) -> nn.Module:
+    """The same module, whose children can be exchanged."""
+    twin = copy.copy(module)
+    state = twin.__dict__
+    state.update({key: value.copy() for key, value in state.items() if isinstance(value, dict)})
+    for name in _DISPATCHED:
+        state.pop(name, None)
+    return twin
+
+
+def _without_projections(layer: FFNLayer) -> nn.Module:
+    """An FFN with its config, activation and class, that holds no weights."""
+    module = _shallow(layer.mlp)
+    module._modules.update(dict.fromkeys(layer.projections))
+    return module

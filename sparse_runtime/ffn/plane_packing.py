@@ -1,0 +1,166 @@
+"""Packing a model's weights into planes in place, and unpacking them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
+from sparse_runtime.ffn.plane_places import (
+    Places,
+    check_finite,
+    restore_floats,
+    untie,
+)
+from sparse_runtime.ffn.plane_quantizer import PlaneConfig, PlaneQuantizer
+from sparse_runtime.kernels.planes import PlaneFormat
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def pack_model(
+    model: ModelT,
+    bits: int | PlaneFormat | None = 6,
+    *,
+    linears: int | PlaneFormat | None = None,
+    modules_to_not_convert: Sequence[str] = (),
+    importance: Mapping[str, Tensor] | None = None,
+) -> ModelT:
+    """Pack the weights of a model's FFNs into planes, in place; of attention and head too, if asked.
+
+    All is checked first, so that an error leaves the model as it was. Then one module after another is
+    packed and its float weights are let go. The model is for inference from then on;
+    ``save_pretrained`` writes the planes and ``from_pretrained`` reads them.
+
+    Args:
+        model: a float causal language model, in memory as a whole.
+        bits: of the FFNs' weights, or their format; None leaves them in float.
+        linears: bits of attention and head, or their format; None leaves them in float. A head that is
+            tied to the embedding is packed from the same values, and the embedding stays.
+        modules_to_not_convert: see :class:`PlaneConfig`.
+        importance: E[x²] of the inputs [H] float32 by an FFN's or a linear layer's name, for some or
+            all of them.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: the bits are unknown or both None, or ``importance`` names a module that is not
+            packed.
+        AlreadySparseError: the model is sparse.
+        UnsupportedArchitectureError: the model is packed, quantized, offloaded or of an unknown type,
+            or a module is more than its weights (adapters, hooks, parametrizations).
+        NothingMatchedError: a name in ``modules_to_not_convert`` is that of no module.
+        ModelError: weights are NaN or infinite; the message names the matrix.
+    """
+    config = PlaneConfig(
+        _bits("bits", bits),
+        _bits("linears", linears),
+        list(modules_to_not_convert),
+    )
+    places = config.places(model)
+    _check_present(places)
+    counts = _importance(places, importance or {})
+    check_finite(places)
+    with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
+        untie(model, places.linears)
+        # Popped, so that nothing here holds a module's floats once it is packed.
+        places.ffns.reverse()
+        while places.ffns:
+            layer = places.ffns.pop()
+            assert config.format is not None
+            packed = PlaneFFN.from_mlp(layer, config.format, counts.get(layer.name))
+            setattr(layer.parent, layer.attribute, packed)
+            del layer
+        places.linears.reverse()
+        while places.linears:
+            place = places.linears.pop()
+            assert config.linear_format is not None
+            linear = PlaneLinear.from_linear(
+                place.linear, config.linear_format, counts.get(place.name)
+            )
+            setattr(place.parent, place.attribute, linear)
+            del place
+    _attach(model, config)
+    return model
+
+
+def unpack_model(model: ModelT) -> ModelT:
+    """Make a packed model a float one of the packed values, in place.
+
+    A head that was tied to the embedding has values of its own now, and stays untied.
+
+    Raises:
+        AlreadySparseError: the model is sparse.
+        NothingMatchedError: it holds no packed weights.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        restore_floats(model)
+    for part in _pretrained(model):
+        for owner, name in (
+            (part, "hf_quantizer"),
+            (part, "quantization_method"),
+            (part, "is_quantized"),
+            (part.config, "quantization_config"),
+            (part.config, "_is_quantized"),
+        ):
+            if name in vars(owner):
+                delattr(owner, name)
+    return model
+
+
+def _bits(name: str, value: int | PlaneFormat | None) -> int | None:
+    if not isinstance(value, PlaneFormat):
+        return value
+    try:
+        if PlaneFormat.of_bits(value.bits) == value:
+            return value.bits
+    except ConfigError:
+        pass
+    raise ConfigError(
+        f"{name} is the format {value}, which has no number of bits that a config.json could name; "
+        "expected one of PlaneFormat.of_bits"
+    )
+
+
+def _check_present(places: Places) -> None:
+    linears = {f"{layer.name}.{layer.projections[0]}": layer.gate for layer in places.ffns}
+    linears |= {place.name: place.linear for place in places.linears}
+    for name, linear in linears.items():
+        if linear.weight.device.type == "meta":
+            raise UnsupportedArchitectureError(
+                f"{name} has its weights offloaded, or none yet; load the model with "
+                "quantization_config=PlaneConfig(...), which packs weights as they are read"
+            )
+
+
+def _importance(places: Places, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    sizes = {layer.name: layer.hidden_size for layer in places.ffns}
+    sizes |= {place.name: place.linear.in_features for place in places.linears}
+    for name, counts in given.items():
+        if name not in sizes:
+            raise ConfigError(f"importance names {name!r}, which is not packed; remove it")
+        if counts.shape != (sizes[name],):
+            raise ConfigError(
+                f"importance of {name} is {list(counts.shape)}; expected [{sizes[name]}]"
+            )
+    return given
+
+
+def _attach(model: nn.Module, config: PlaneConfig) -> None:
+    """Tell transformers, so that it saves and loads the model as what it is."""
+    for number, part in enumerate(_pretrained(model)):
+        part.config._is_quantized = True
+        if number == 0:
+            part.config.quantization_config = config
+            part.hf_quantizer = PlaneQuantizer(config, pre_quantized=True)
+            part.quantization_method = config.quant_method
+
+
+def _pretrained(model: nn.Module) -> list[Any]:
+    """The model and those inside it that are transformers' own, the outermost first."""
+    return [m for m in model.modules() if hasattr(m, "get_expanded_tied_weights_keys")]

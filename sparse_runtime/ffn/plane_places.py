@@ -1,0 +1,272 @@
+"""Which modules of a model can be packed into planes, and what speaks against it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from sparse_runtime.errors import (
+    AlreadySparseError,
+    ModelError,
+    NothingMatchedError,
+    UnsupportedArchitectureError,
+)
+from sparse_runtime.ffn.patch import owners
+from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
+from sparse_runtime.kernels.backends import KERNEL_DTYPES
+from sparse_runtime.kernels.linear import FastLinear, call_problem, has_no_hooks
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+
+_REMEDY = "Merge or remove adapters, hooks and parametrizations first, or load the float checkpoint"
+
+
+@dataclass(frozen=True, eq=False)
+class LinearPlace:
+    """A linear layer outside the FFNs.
+
+    Attributes:
+        name: in the model.
+        parent: holds it under ``attribute``.
+        attribute: its own name.
+        linear: the layer.
+    """
+
+    name: str
+    parent: nn.Module
+    attribute: str
+    linear: nn.Linear
+
+
+@dataclass(frozen=True, eq=False)
+class Places:
+    """What is to be packed.
+
+    Attributes:
+        ffns: in layer order.
+        linears: attention and head, in the model's order.
+    """
+
+    ffns: list[FFNLayer]
+    linears: list[LinearPlace]
+
+
+def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[str]) -> Places:
+    """Find what can be packed, and change nothing.
+
+    Args:
+        model: a float causal language model; its weights may be on the meta device.
+        ffns: the FFNs.
+        linears: linear layers of attention and head.
+        leave: names of modules to leave in float: whole names, or some of their parts that follow each
+            other (``lm_head``, ``layers.0``, ``self_attn.q_proj``). A projection leaves its FFN whole.
+
+    Raises:
+        AlreadySparseError: the model is sparse.
+        UnsupportedArchitectureError: the model is packed or quantized already, its type is not
+            supported, or a module is more than its weights (adapters, hooks, parametrizations).
+        NothingMatchedError: a name in ``leave`` is that of no module, or nothing is left to pack.
+    """
+    _refuse_changed(model)
+    names = [name for name, _ in model.named_modules()]
+    for part in leave:
+        if not any(_holds(name, part) for name in names):
+            raise NothingMatchedError(
+                f"modules_to_not_convert names {part!r}, but no module of this {type(model).__name__} "
+                "has a name with that part; remove it, or correct it (model.named_modules() lists them)"
+            )
+    layers = find_ffn_layers(model)
+    inside = {id(module) for layer in layers for module in layer.mlp.modules()}
+    kept = [layer for layer in layers if ffns and not _left(_ffn_names(layer), leave)]
+    for layer in kept:
+        _check_ffn(layer)
+    found = []
+    if linears:
+        found = [place for place in _linears(model, inside) if not _left([place.name], leave)]
+        for place in found:
+            _check_linear(model, place)
+    if not kept and not found:
+        raise NothingMatchedError(
+            f"modules_to_not_convert leaves nothing of this {type(model).__name__} to pack"
+        )
+    return Places(kept, found)
+
+
+def check_finite(places: Places) -> None:
+    """Check that all weights are numbers.
+
+    Raises:
+        ModelError: there is a NaN or an infinity; the message names the matrix.
+    """
+    for layer in places.ffns:
+        for name, linear in zip(layer.projections, (layer.gate, layer.up, layer.down), strict=True):
+            refuse_infinite(f"{layer.name}.{name}.weight", linear.weight)
+    for place in places.linears:
+        refuse_infinite(f"{place.name}.weight", place.linear.weight)
+
+
+def refuse_infinite(name: str, weight: Tensor) -> None:
+    """Check that a matrix holds numbers.
+
+    Raises:
+        ModelError: there is a NaN or an infinity.
+    """
+    if not weight.numel():
+        return
+    # Without a temporary of the matrix's size, as isfinite() would make.
+    low, high = torch.aminmax(weight.detach())
+    if not (low.isfinite() and high.isfinite()):
+        raise ModelError(
+            f"{name} holds NaN or infinity; expected finite numbers. Load the model in bfloat16 or "
+            "float32 if this is float16, whose largest number is 65504, or download it again"
+        )
+
+
+def restore_floats(model: nn.Module) -> None:
+    """Make every packed module of a model a float module of the packed values.
+
+    Raises:
+        AlreadySparseError: the model is sparse.
+        NothingMatchedError: it holds no packed module.
+    """
+    if any(owners(model)):
+        raise AlreadySparseError("the model is sparse; call unsparsify(model) first")
+    names = [name for name, module in model.named_modules() if isinstance(module, PlaneModule)]
+    if not names:
+        raise NothingMatchedError(
+            f"this {type(model).__name__} holds no packed weights; call pack_model(model) first"
+        )
+    for name in names:
+        parent_name, _, attribute = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        packed = getattr(parent, attribute)
+        if isinstance(packed, PlaneFFN):
+            setattr(parent, attribute, packed.to_float())
+        elif isinstance(packed, PlaneLinear):
+            setattr(parent, attribute, packed.to_linear())
+
+
+def untie(model: Any, linears: Sequence[LinearPlace]) -> None:
+    """Let a packed head be, and its embedding stay float: transformers must not tie them again.
+
+    Args:
+        model: a ``PreTrainedModel``.
+        linears: those that are packed.
+
+    Raises:
+        UnsupportedArchitectureError: transformers could only untie other weights with them.
+    """
+    tied = tied_weights(model)
+    packed = {f"{place.name}.weight" for place in linears}
+    if not packed & tied.keys():
+        return
+    others = tied.keys() - packed
+    if others:
+        raise UnsupportedArchitectureError(
+            f"{min(packed & tied.keys())} cannot be packed, because the config ties {min(others)} by "
+            "the same switch; name both modules in modules_to_not_convert"
+        )
+    for module in model.modules():
+        if hasattr(module, "get_expanded_tied_weights_keys"):
+            module.config.tie_word_embeddings = False
+    model.config.get_text_config(decoder=True).tie_word_embeddings = False
+    model.all_tied_weights_keys = tied_weights(model)
+
+
+def tied_weights(model: Any) -> dict[str, str]:
+    """Names of the weights that transformers ties, each with the one that it is tied to."""
+    keys = getattr(model, "get_expanded_tied_weights_keys", None)
+    return {} if keys is None else keys(all_submodels=True)
+
+
+def _refuse_changed(model: nn.Module) -> None:
+    if any(owners(model)):
+        raise AlreadySparseError(
+            "the model is sparse; call unsparsify(model), pack it, and sparsify it again"
+        )
+    packed = next((n for n, m in model.named_modules() if isinstance(m, PlaneModule)), None)
+    if packed is not None:
+        raise UnsupportedArchitectureError(
+            f"{packed} is packed already; call unpack_model(model) first, or load the float "
+            "checkpoint for other bits"
+        )
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    fields = config if isinstance(config, dict) else vars(config) if config is not None else {}
+    method = fields.get("quant_method")
+    # A GGUF file that was read into floats still says where it came from, and ours is being made.
+    if method is None or fields.get("dequantize") or method == "planes":
+        return
+    raise UnsupportedArchitectureError(
+        f"the model is quantized already, by {getattr(method, 'value', method)}; expected float "
+        "weights: rounding rounded weights again adds up the errors of both. Load the float "
+        "checkpoint that it was made of (model.dequantize(), where the method has it, gives floats too)"
+    )
+
+
+def _holds(name: str, part: str) -> bool:
+    return f".{part}." in f".{name}."
+
+
+def _left(names: Sequence[str], leave: Sequence[str]) -> bool:
+    return any(_holds(name, part) for name in names for part in leave)
+
+
+def _ffn_names(layer: FFNLayer) -> list[str]:
+    return [layer.name, *(f"{layer.name}.{name}" for name in layer.projections)]
+
+
+def _check_ffn(layer: FFNLayer) -> None:
+    mlp = layer.mlp
+    problem = None
+    if parametrize.is_parametrized(mlp):
+        problem = "is parametrized"
+    for name, module in (("", mlp), *mlp.named_children()):
+        if name in layer.projections:
+            problem = problem or _problem(name, call_problem(module))
+        elif not has_no_hooks(module):
+            problem = problem or _problem(name, "has hooks, or its forward has been replaced")
+    # What a state dict would lose.
+    others = mlp.state_dict().keys() - {f"{name}.weight" for name in layer.projections}
+    if others:
+        problem = problem or f"holds {min(others)}, which planes have no place for"
+    if problem is not None:
+        raise UnsupportedArchitectureError(f"{layer.name}: {problem}. {_REMEDY}")
+
+
+def _problem(name: str, problem: str | None) -> str | None:
+    return None if problem is None else f"{name} {problem}".strip()
+
+
+def _linears(model: nn.Module, inside: set[int]) -> Iterator[LinearPlace]:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and id(module) not in inside:
+            parent_name, _, attribute = name.rpartition(".")
+            yield LinearPlace(name, model.get_submodule(parent_name), attribute, module)
+
+
+def _check_linear(model: nn.Module, place: LinearPlace) -> None:
+    linear = place.linear
+    weight = linear._parameters.get("weight")
+    problem = call_problem(linear)
+    if type(linear) not in (nn.Linear, FastLinear):
+        kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
+        problem = f"is a {kind}; expected a plain torch.nn.Linear"
+    elif weight is None:
+        problem = "has no parameter named weight (it is parametrized or pruned)"
+    elif type(weight) is not nn.Parameter:
+        problem = f"has a {type(weight).__qualname__} as its weight; expected a plain parameter"
+    elif weight.dtype not in KERNEL_DTYPES:
+        problem = f"has {weight.dtype} weights; expected bfloat16, float16 or float32"
+    parts = place.name.split(".")
+    for end in range(len(parts)):
+        # PEFT's layers: the adapter's linears are not the model's.
+        if hasattr(model.get_submodule(".".join(parts[:end])), "base_layer"):
+            problem = f"is part of an adapted layer, {'.'.join(parts[:end])}"
+    if problem is not None:
+        raise UnsupportedArchitectureError(
+            f"{place.name} {problem}. {_REMEDY}; modules_to_not_convert leaves modules in float"
+        )

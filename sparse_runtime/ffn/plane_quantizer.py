@@ -1,0 +1,357 @@
+"""transformers' side of packed weights: packing while a model is loaded, and loading packed models.
+
+``from_pretrained(name, quantization_config=PlaneConfig(bits=6))`` reads one FFN's or one linear
+layer's weights at a time and keeps their planes. Importing this module registers both classes under
+``planes``, so that ``from_pretrained`` of a packed folder finds them (``ffn/plane_registration.py``).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from sparse_runtime.errors import ConfigError, ModelError
+from sparse_runtime.ffn.plane_checkpoint import (
+    check_float_files,
+    check_packed_files,
+    release_pages,
+)
+from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
+from sparse_runtime.ffn.plane_places import (
+    LinearPlace,
+    Places,
+    find_places,
+    refuse_infinite,
+    restore_floats,
+    tied_weights,
+    untie,
+)
+from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.printable import printable
+
+METHOD = "planes"
+#: Of the planes on disk (``kernels/planes.py``).
+FORMAT_VERSION = 1
+# Bytes of weights read, after which their pages are let go; asking takes some milliseconds.
+_RELEASED_AT = 1 << 25
+
+
+@register_quantization_config(METHOD)
+class PlaneConfig(QuantizationConfigMixin):
+    """Weights in planes, for ``from_pretrained(name, quantization_config=PlaneConfig(bits=6))``.
+
+    Attributes:
+        bits: of the FFNs' weights: 3, 4, 5, 6, 7 or 8; None leaves them in float.
+        linear_bits: of attention and head; None leaves them in float. By default 6 where ``bits`` is
+            less than that, else 8. A head that is tied to the embedding is packed, and the embedding
+            stays.
+        modules_to_not_convert: names of modules to leave in float: whole names, or some of their parts
+            that follow each other (``lm_head``, ``layers.0``, ``self_attn.q_proj``).
+        format_version: of the planes on disk.
+
+    Raises:
+        ConfigError: a field is unknown or has a value that cannot work.
+    """
+
+    def __init__(
+        self,
+        bits: int | None = 6,
+        linear_bits: int | Literal["default"] | None = "default",
+        modules_to_not_convert: list[str] | None = None,
+        format_version: int = FORMAT_VERSION,
+        **unknown: Any,
+    ) -> None:
+        method = unknown.pop("quant_method", METHOD)
+        if unknown or method != METHOD:
+            field = printable(next(iter(unknown), "quant_method"))
+            raise ConfigError(
+                f"PlaneConfig has no field {field!r} for {printable(str(method))!r}; expected bits, "
+                f"linear_bits and modules_to_not_convert, of quant_method {METHOD!r}"
+            )
+        if format_version != FORMAT_VERSION:
+            raise ConfigError(
+                f"these planes are of format version {format_version!r}; this sparse_runtime reads "
+                f"{FORMAT_VERSION}. Install the version that wrote them, or pack the float "
+                "checkpoint again"
+            )
+        if linear_bits == "default":
+            linear_bits = 6 if isinstance(bits, int) and bits < 6 else 8
+        for name, value in (("bits", bits), ("linear_bits", linear_bits)):
+            if value is not None:
+                _check_bits(name, value)
+        if bits is None and linear_bits is None:
+            raise ConfigError("bits and linear_bits are both None; expected one of them, or both")
+        leave = [] if modules_to_not_convert is None else modules_to_not_convert
+        if isinstance(leave, str) or not all(isinstance(part, str) and part for part in leave):
+            raise ConfigError(
+                f"modules_to_not_convert is {printable(leave)}; expected a list of names, such as "
+                "['lm_head']"
+            )
+        self.quant_method = METHOD
+        self.bits = bits
+        self.linear_bits = linear_bits
+        self.modules_to_not_convert = list(leave)
+        self.format_version = format_version
+
+    @property
+    def format(self) -> PlaneFormat | None:
+        """Of the FFNs, or None."""
+        return None if self.bits is None else PlaneFormat.of_bits(self.bits)
+
+    @property
+    def linear_format(self) -> PlaneFormat | None:
+        """Of attention and head, or None."""
+        return None if self.linear_bits is None else PlaneFormat.of_bits(self.linear_bits)
+
+    def places(self, model: nn.Module) -> Places:
+        """What of a model is packed by it; errors as of ``find_places``."""
+        return find_places(
+            model,
+            ffns=self.bits is not None,
+            linears=self.linear_bits is not None,
+            leave=self.modules_to_not_convert,
+        )
+
+
+def _check_bits(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ConfigError(f"{name} is {printable(repr(value))}; expected a whole number, such as 6")
+    try:
+        PlaneFormat.of_bits(value)
+    except ConfigError as error:
+        raise ConfigError(f"{name} is {value}: {error}") from None
+
+
+@register_quantizer(METHOD)
+class PlaneQuantizer(HfQuantizer):
+    """Puts packed modules into a model that is being loaded, and packs its weights as they come."""
+
+    requires_calibration = False
+    quantization_config: PlaneConfig
+
+    def __init__(self, quantization_config: PlaneConfig, **kwargs: Any) -> None:
+        super().__init__(quantization_config, **kwargs)
+        self._conversions: list[Any] = []
+        self._late: list[LinearPlace] = []
+        self._waiting: dict[str, tuple[str, ...]] = {}
+        self._problem: ModelError | None = None
+        self._files: list[str] = []
+        self._unreleased = 0
+
+    def _process_model_before_weight_loading(
+        self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
+    ) -> None:
+        config = self.quantization_config
+        with torch.device("cpu"):  # around us new tensors have no values
+            places = config.places(model)
+        if self.pre_quantized:
+            untie(model, places.linears)
+        tied = tied_weights(model)
+        prefix = model.base_model_prefix
+        for layer in places.ffns:
+            assert config.format is not None
+            ffn = PlaneFFN(layer, config.format)
+            setattr(layer.parent, layer.attribute, ffn)
+            self._await(ffn, layer.name, layer.projections, prefix)
+        for place in places.linears:
+            if f"{place.name}.weight" in tied:
+                # transformers loads whichever of the two the checkpoint has, and ties them.
+                self._late.append(place)
+                continue
+            assert config.linear_format is not None
+            linear = PlaneLinear(place.linear, config.linear_format)
+            setattr(place.parent, place.attribute, linear)
+            self._await(linear, place.name, (), prefix)
+        self._files = checkpoint_files or []
+        if self.pre_quantized and self._files:
+            check_packed_files(model, self._files, prefix)
+        else:
+            names = [f"{name}.{part}" for name, parts in self._waiting.items() for part in parts]
+            check_float_files(self._files, names, prefix)
+
+    def _await(
+        self, module: PlaneModule, name: str, projections: tuple[str, ...], prefix: str
+    ) -> None:
+        """Have a module's weights packed when they come."""
+        if self.pre_quantized:
+            return
+        from transformers.core_model_loading import WeightConverter
+
+        # Older transformers (5.4) cast what they read to the dtype of what will hold it.
+        for plane, data in module.own_planes().items():
+            blank = torch.empty(data.shape, dtype=module.dtype, device=data.device)
+            module.register_parameter(plane, nn.Parameter(blank, requires_grad=False))
+        start = name.removeprefix(f"{prefix}.")  # a checkpoint may have the prefix or not
+        names = tuple(f"{part}.weight" for part in projections) or ("weight",)
+        self._waiting[name] = names
+        self._conversions.append(
+            WeightConverter(
+                [f"{start}.{part}" for part in names],
+                f"{start}.look" if projections else f"{start}.planes",
+                operations=[_operation(lambda model, tensors: self.take(model, name, tensors))],
+            )
+        )
+
+    def take(self, model: nn.Module, name: str, tensors: dict[str, Any]) -> dict[str, Tensor]:
+        """Pack the weights of a module.
+
+        Args:
+            model: that is being loaded.
+            name: of the module.
+            tensors: by their names' ends, as :meth:`_await` asked for them.
+
+        Returns:
+            The module's planes by their full names. A problem is kept for when all is loaded:
+            transformers would take an error here for its own, and log it.
+        """
+        module = model.get_submodule(name)
+        assert isinstance(module, PlaneModule)
+        weights = []
+        for part in self._waiting.pop(name):
+            value = next((v for key, v in tensors.items() if key.endswith(part)), None)
+            weight = value[0] if isinstance(value, list) and value else value
+            self._check(f"{name}.{part}", weight, _shape(module, part))
+            weights.append(weight)
+        device = "cpu" if weights[0] is None else weights[0].device
+        planes = {
+            plane: torch.zeros(data.shape, dtype=torch.uint8, device=device)
+            for plane, data in module.own_planes().items()
+        }
+        if self._problem is None:
+            module.round_into(planes, *weights)
+            self._unreleased += sum(weight.nbytes for weight in weights)
+            if self._unreleased >= _RELEASED_AT:
+                release_pages(self._files)
+                self._unreleased = 0
+        return {f"{name}.{plane}": data for plane, data in planes.items()}
+
+    def _check(self, name: str, weight: Any, shape: tuple[int, ...]) -> None:
+        if self._problem is not None:
+            return
+        if weight is None:
+            self._problem = _missing(name)
+        elif not weight.is_floating_point() or tuple(weight.shape) != shape:
+            self._problem = ModelError(
+                f"{name} is {weight.dtype} {list(weight.shape)} in the checkpoint; expected a float "
+                f"{list(shape)} by config.json. Download the checkpoint again, or load it as the model "
+                "it was made of"
+            )
+        else:
+            try:
+                refuse_infinite(name, weight)
+            except ModelError as error:
+                self._problem = error
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        if self._problem is None and self._waiting:
+            name, parts = next(iter(self._waiting.items()))
+            self._problem = _missing(f"{name}.{parts[0]}")
+        if self._problem is not None:
+            raise self._problem
+        for place in self._late:
+            self._pack_tied(model, place)
+        untie(model, self._late)
+        # They are no way back for save_pretrained.
+        conversions = getattr(model, "_weight_conversions", None)
+        if conversions is not None:
+            model._weight_conversions = [c for c in conversions if c not in self._conversions]
+        if not self.pre_quantized:
+            release_pages(self._files)
+        self._late, self._conversions, self._files = [], [], []
+        # What is asked for this flag refuses half() and float(), which do no harm here.
+        model.is_quantized = False
+        return model
+
+    def _pack_tied(self, model: nn.Module, place: LinearPlace) -> None:
+        """Pack a head out of the embedding that it is tied to, which stays."""
+        config, linear = self.quantization_config, place.linear
+        assert config.linear_format is not None
+        hook: Any = getattr(linear, "_hf_hook", None)
+        if linear.weight.device.type == "meta" or getattr(hook, "offload", False):
+            config.modules_to_not_convert.append(place.name)
+            warnings.warn(
+                f"{place.name} stays in float, tied to the embedding, which is offloaded",
+                stacklevel=2,
+            )
+            return
+        refuse_infinite(f"{place.name}.weight", linear.weight)
+        packed = PlaneLinear.from_linear(linear, config.linear_format)
+        if hook is not None:
+            from accelerate.hooks import add_hook_to_module
+
+            add_hook_to_module(packed, hook)
+        setattr(place.parent, place.attribute, packed)
+
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
+        """Whether a parameter is packed out of a float checkpoint."""
+        if self.pre_quantized:
+            return False
+        module_name, _, tensor = param_name.rpartition(".")
+        module = model.get_submodule(module_name)
+        return isinstance(module, PlaneModule) and tensor in module.own_planes()
+
+    def param_element_size(self, model: Any, param_name: str, param: Tensor) -> float:
+        """Bytes of an element: planes that are to come stand there as floats."""
+        return 1 if self.param_needs_quantization(model, param_name) else param.element_size()
+
+    def get_weight_conversions(self) -> list[Any]:
+        """How a float checkpoint's weights become planes."""
+        return self._conversions
+
+    def get_quantize_ops(self) -> Any:
+        """What is left to do once weights are packed."""
+        return _operation(lambda model, tensors: tensors)
+
+    def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
+        """Planes are plain tensors."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """For inference only."""
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """No branch of the packed modules depends on data."""
+        return True
+
+    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+        restore_floats(model)
+        return model if dtype is None else model.to(dtype)
+
+
+def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:
+    """A step of transformers' loading that calls a function with model and tensors."""
+    from transformers.core_model_loading import ConversionOps
+
+    class Planes(ConversionOps):  # type: ignore[misc]
+        def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+            return convert(kwargs["model"], input_dict)
+
+        def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+            return self  # transformers copies a step for each tensor, and all that hangs on it
+
+    return Planes()
+
+
+def _shape(module: PlaneModule, part: str) -> tuple[int, ...]:
+    if isinstance(module, PlaneFFN):
+        sizes = module.intermediate_size, module.hidden_size
+        return sizes[::-1] if part == f"{module.projections[2]}.weight" else sizes
+    assert isinstance(module, PlaneLinear)
+    return module.out_features, module.in_features
+
+
+def _missing(name: str) -> ModelError:
+    return ModelError(
+        f"{name} is missing in the checkpoint, so that random weights would be run. Download or save "
+        "it again, or load it as the model it was made of"
+    )

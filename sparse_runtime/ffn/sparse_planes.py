@@ -1,0 +1,165 @@
+"""The part of an FFN in planes that makes it sparse."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparse_runtime.cost import FFNCost, PlaneCost
+from sparse_runtime.ffn.placement import mean_share, plain_tensors
+from sparse_runtime.ffn.plane_modules import PlaneFFN
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.linear import has_global_hooks
+from sparse_runtime.kernels.operands import ClusterTables, Stages
+from sparse_runtime.kernels.plane_op import dense_plane_ffn, routed_plane_ffn
+from sparse_runtime.kernels.planes import NeuronPlanes
+from sparse_runtime.models.ffn_layers import FFNLayer
+
+
+@dataclass(frozen=True, eq=False)
+class SeenPlanes:
+    """The streams that operands were made of. Nothing is derived from their bytes.
+
+    Attributes:
+        owner: the FFN.
+        streams: its tensors.
+    """
+
+    owner: PlaneFFN
+    streams: tuple[Tensor | None, ...]
+
+    @classmethod
+    def of(cls, owner: PlaneFFN) -> SeenPlanes:
+        """As they are now."""
+        return cls(owner, cls._streams(owner))
+
+    @staticmethod
+    def _streams(owner: PlaneFFN) -> tuple[Tensor | None, ...]:
+        own = owner._parameters
+        return own["look"], own["count"], own["refine"]
+
+    def is_current(self) -> bool:
+        """Whether the operands are still the FFN's."""
+        return not self.is_stale() and not has_global_hooks()
+
+    def is_stale(self) -> bool:
+        """Whether there are other tensors, or other memory behind them, by now."""
+        own = self.owner._parameters
+        look, count, refine = self.streams
+        return own["look"] is not look or own["count"] is not count or own["refine"] is not refine
+
+    def change(self) -> str | None:
+        """Why the kernels may not stand in for the FFN."""
+        return "hooks are registered for all modules" if has_global_hooks() else None
+
+
+class SparsePlaneFFN(SparseFFN):
+    """What ``sparsify`` adds to an FFN whose weights are in planes, as its child ``sparse_ffn``.
+
+    Both bands of the artifact's sets are candidates: every one of them is looked at, and counted and
+    refined as far as the artifact's factors say. Without factors candidates are refined whole.
+
+    Attributes:
+        looked_at: mean share of the neurons that are candidates.
+        density: 0: no neuron is computed without a look.
+    """
+
+    _stages = 3
+
+    # What it works on
+
+    @property
+    def _owner_ffn(self) -> PlaneFFN:
+        owner = self._owner[0]
+        assert isinstance(owner, PlaneFFN)
+        return owner
+
+    @property
+    def planes(self) -> NeuronPlanes:
+        """The weights."""
+        return self._owner_ffn.planes
+
+    @property
+    def stages(self) -> Stages | None:
+        """How far neurons are read."""
+        factors = self._buffers["factors"]
+        return None if factors is None else Stages(factors, self.config.tau, self.config.ramp)
+
+    @property
+    def tables(self) -> ClusterTables:
+        """The candidates: both bands of the artifact's sets."""
+        b = self._buffers
+        sure, maybe = b["active_sets"], b["maybe_sets"]
+        assert sure is not None
+        return ClusterTables(sure if maybe is None else sure | maybe, None, b["factors"])
+
+    def _own_cost(self, layer: FFNLayer) -> FFNCost:
+        form = layer.mlp.format
+        return PlaneCost(
+            hidden_size=layer.hidden_size,
+            intermediate_size=layer.intermediate_size,
+            extra_elements=self._clusters.extra_elements,
+            base=form.base,  # type: ignore[union-attr,arg-type]
+            residual=form.residual,  # type: ignore[union-attr,arg-type]
+        )
+
+    def _own_weights(self) -> tuple[Tensor, ...]:
+        return ()
+
+    def _fits(self, hidden_states: Tensor) -> bool:
+        placed = self._placed
+        if placed is None or hidden_states.device != placed[0]:
+            return False
+        autocast = torch.is_autocast_enabled(placed[0].type)
+        return (
+            torch.get_autocast_dtype(placed[0].type) if autocast else hidden_states.dtype
+        ) == placed[1]
+
+    def _flattened(self) -> Any:
+        return (
+            self.planes,
+            self.tables,
+            self.stages,
+            self.router,
+            self.compensation,
+            self.counters,
+        )
+
+    # What a call does
+
+    def _routed(self, x: Tensor, operands: Any) -> Tensor:
+        return routed_plane_ffn(x, *operands, backend=self.backend)
+
+    def _by_clusters(self, x: Tensor, ids: Tensor) -> Tensor:
+        return routed_plane_ffn(x, *self._flattened(), backend=self.backend, cluster_ids=ids)
+
+    def all_rows(self, x: Tensor) -> Tensor:
+        """All neurons with all bits: [n, H] of hidden states [n, H]."""
+        return dense_plane_ffn(x, self.planes)
+
+    # What it is derived from
+
+    def adopt(self) -> Any:
+        """Place tables beside the streams."""
+        with plain_tensors():
+            self.forget()
+            owner = self._owner_ffn
+            self.problem = None
+            if not self._try_to_place(owner.look.device, owner.dtype):
+                return None
+            self._operands = self._flattened()
+            self._seen = SeenPlanes.of(owner)  # type: ignore[assignment]
+            return self._seen
+
+    def _derive(self) -> None:
+        b = self._buffers
+        b["active_sets"], b["maybe_sets"] = self.tables.active_sets, None
+        self.looked_at = mean_share(b["active_sets"], self.cost.intermediate_size)
+        self.density = 0.0
+
+    def _place(self, device: torch.device, dtype: torch.dtype) -> None:
+        super()._place(device, dtype)
+        self._derive()
