@@ -21,15 +21,19 @@ from sparse_runtime.cli.options import (
     DeviceOption,
     JsonOption,
     ModelArgument,
+    RampOption,
     RevisionOption,
+    TauOption,
     VerifyOption,
+    WeightsOption,
     WindowOption,
     cuts,
+    plane_options,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE, SHARE, parse_numbers
-from sparse_runtime.cli.tables import print_curves, print_quality
+from sparse_runtime.cli.tables import print_curves, print_packed, print_quality
 from sparse_runtime.cli.texts import (
     check_windows_fit,
     fit_sources,
@@ -37,6 +41,7 @@ from sparse_runtime.cli.texts import (
     judged_source,
     warn_of_overlap,
 )
+from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
 
@@ -96,6 +101,9 @@ def evaluate(
     budget: BudgetOption = None,
     revision: RevisionOption = None,
     budgets: BudgetsOption = None,
+    weights: WeightsOption = None,
+    tau: TauOption = None,
+    ramp: RampOption = None,
     verify: VerifyOption = None,
     baselines: BaselinesOption = None,
     calibration: CalibrationOption = None,
@@ -119,7 +127,13 @@ def evaluate(
     if names:
         check_windows_fit(window, {"--calibration-tokens": limits[0]})
     sources = _checked(names, data or ["wikitext2"], calibration)
+    planes = plane_options(weights, None, tau, ramp)
     curves = shares is not None or bool(names)
+    if planes and curves:
+        raise ConfigError(
+            "--weights is given with --budgets or --baselines, which compare float weights; expected "
+            "one or the other"
+        )
     centroids = curves or cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
@@ -133,7 +147,10 @@ def evaluate(
     if not curves:
         if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        record |= _quality(loaded, artifact, texts, protocol)
+        if planes:
+            record |= _packed_quality(loaded, artifact, texts, protocol, planes)
+        else:
+            record |= _quality(loaded, artifact, texts, protocol)
     else:
         windows = None
         if names:
@@ -202,6 +219,33 @@ def _quality(
         results.append({"data": source, **result})
     further = {"others": results[1:]} if len(results) > 1 else {}
     return {**results[0], **further}
+
+
+def _packed_quality(
+    model: Any,
+    artifact: ClusterSet,
+    texts: Sequence[tuple[str, Tensor]],
+    protocol: Protocol,
+    planes: dict[str, Any],
+) -> dict[str, Any]:
+    """Figures of an artifact over packed weights; those of further texts under ``others``."""
+    from sparse_runtime.eval.quality.packed import evaluate_packed
+
+    results = evaluate_packed(
+        model,
+        artifact,
+        [tokens for _, tokens in texts],
+        SparseConfig(prefill="sparse", **planes),
+        window=protocol.window,
+        stride=protocol.stride,
+        prompt_tokens=protocol.prompt_tokens,
+        progress=protocol.progress,
+    )
+    named = [{"data": source, **result} for (source, _), result in zip(texts, results, strict=True)]
+    for result in named:
+        print_packed(result, planes["weights"])
+    further = {"others": named[1:]} if len(named) > 1 else {}
+    return {"weights": planes["weights"], **named[0], **further}
 
 
 def _curves(

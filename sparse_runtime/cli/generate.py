@@ -25,11 +25,16 @@ from sparse_runtime.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LinearWeightsOption,
     ModelArgument,
+    RampOption,
     RevisionOption,
     SeedOption,
+    TauOption,
     VerifyOption,
+    WeightsOption,
     cuts,
+    plane_options,
     resolve_dtype,
 )
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, POSITIVE
@@ -67,6 +72,10 @@ def generate(
             "--fast-linear", help="Run attention's linear layers and the head by the kernels too."
         ),
     ] = False,
+    weights: WeightsOption = None,
+    linear_weights: LinearWeightsOption = None,
+    tau: TauOption = None,
+    ramp: RampOption = None,
     budget: BudgetOption = None,
     verify: VerifyOption = None,
     revision: RevisionOption = None,
@@ -80,11 +89,20 @@ def generate(
     """
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
+    planes = plane_options(weights, linear_weights, tau, ramp)
     centroids = cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
-    sparsify(loaded, artifact, budget=budget, verify=verify, strict=strict, fast_linear=fast_linear)
+    sparsify(
+        loaded,
+        artifact,
+        budget=budget,
+        verify=verify,
+        strict=strict,
+        fast_linear=fast_linear,
+        **planes,
+    )
     options: dict[str, Any] = {"temperature": temperature, "seed": seed}
     variants = ("dense", "sparse") if compare else ("sparse",)
     length = inputs["input_ids"].shape[1] + max(max_new_tokens, WARM_UP_TOKENS)

@@ -3,13 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 import typer
 
 from sparse_runtime.cli.figures import check_output_file
-from sparse_runtime.cli.ranges import PERCENTAGE, POSITIVE, SEED, SHARE, TWO_OR_MORE
+from sparse_runtime.cli.ranges import (
+    NOT_NEGATIVE,
+    ONE_OR_MORE,
+    PERCENTAGE,
+    PLANE_BITS,
+    POSITIVE,
+    SEED,
+    SHARE,
+    TWO_OR_MORE,
+)
+from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import parse_dtype
 
 ModelArgument = Annotated[
@@ -66,6 +76,34 @@ VerifyOption = Annotated[
     bool | None,
     typer.Option(help="With or without looks at low-bit copies, whatever the artifact has."),
 ]
+WeightsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pack the FFNs' weights in planes of so many bits: 3, 4, 5, 6, 7 or 8.",
+        callback=PLANE_BITS.callback,
+    ),
+]
+LinearWeightsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Pack the weights of attention and head likewise.", callback=PLANE_BITS.callback
+    ),
+]
+TauOption = Annotated[
+    float | None,
+    typer.Option(
+        help="With packed weights: refine neurons whose look is so many times what counting takes "
+        "[default: 2]",
+        callback=ONE_OR_MORE.callback,
+    ),
+]
+RampOption = Annotated[
+    float | None,
+    typer.Option(
+        help="With packed weights: width of the ramp over which a neuron's share grows [default: 0]",
+        callback=NOT_NEGATIVE.callback,
+    ),
+]
 NewBudgetOption = Annotated[
     float, typer.Option(help="Mean cost share, router included.", callback=SHARE.callback)
 ]
@@ -84,6 +122,24 @@ CalibrationTokensOption = Annotated[
 TestTokensOption = Annotated[
     int, typer.Option(callback=POSITIVE.callback, help="Tokens of the held-out text.")
 ]
+
+
+def plane_options(
+    weights: int | None,
+    linear_weights: int | None,
+    tau: float | None,
+    ramp: float | None,
+) -> dict[str, Any]:
+    """Options of ``sparsify`` for weights in planes: those that are given.
+
+    Raises:
+        ConfigError: one has no effect.
+    """
+    for name, value in (("--tau", tau), ("--ramp", ramp)):
+        if value is not None and weights is None:
+            raise ConfigError(f"{name} has no effect on float weights; give --weights as well")
+    options = {"weights": weights, "linear_weights": linear_weights, "tau": tau, "ramp": ramp}
+    return {name: value for name, value in options.items() if value is not None}
 
 
 def cuts(budget: float | None, verify: bool | None) -> bool:

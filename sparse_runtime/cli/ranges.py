@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels import planes
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,8 @@ INNER_SHARE = Range("a share between 0 and 1", lambda value: 0 < value < 1)
 PERCENTAGE = Range("a percentage between 0 and 100", lambda value: 0 < value < 100)
 POSITIVE = Range("1 or more", lambda value: value >= 1)
 SEED = Range("0 to 2³² − 1", lambda value: 0 <= value < 2**32)
+PLANE_BITS = Range("3, 4, 5, 6, 7 or 8", lambda value: value in planes.PLANE_BITS)
+ONE_OR_MORE = Range("1 or more", lambda value: value >= 1)
 TWO_OR_MORE = Range("2 or more", lambda value: value >= 2)
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
 

@@ -143,6 +143,24 @@ _WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
 _NARROW = 100
 
 
+def print_packed(result: dict[str, Any], bits: int) -> None:
+    """Print what packed weights and sparsity over them cost, and what they read."""
+    rows = []
+    for name, own in (("all neurons", result["packed"]), ("sparse", result)):
+        rows.append(
+            {
+                f"{bits} bits": name,
+                "KL": f"{own['kl']:.4f}",
+                "top-1": f"{own['top1']:.3f}",
+                "perplexity ÷ float": f"{own['ratio']:.3f}",
+                "bits per FFN weight": f"{own['bits_per_weight']:.2f}",
+            }
+        )
+    print_rows(f"{result['data']}, {result['tokens']} tokens", rows)
+    shares = (f"{100 * result[name]:.0f} % {name}" for name in ("looked", "counted", "refined"))
+    out.print(f"[dim]of the neurons {', '.join(shares)}[/dim]", soft_wrap=True)
+
+
 def print_curves(curves: dict[str, Any]) -> None:
     """Print the figures of ``evaluate_curves``."""
     columns = _CURVE_COLUMNS if out.width < _NARROW else _CURVE_COLUMNS | _WIDE_COLUMNS

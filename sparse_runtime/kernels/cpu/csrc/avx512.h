@@ -131,6 +131,27 @@ inline Bytes load_nibbles(const uint8_t* p, int) {
       _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_srlv_epi64(twice, _mm512_set_epi64(4, 4, 4, 4, 0, 0, 0, 0));
 }
+// Parts of a row's last unit of u groups, zeros beyond (planes.h).
+#define SPARSE_FFN_MASKED_TAILS
+inline Bytes load_tail_bytes(const uint8_t* p, int64_t u) {
+  return _mm512_maskz_loadu_epi8((__mmask64(1) << (16 * u)) - 1, p);
+}
+inline Bytes load_tail_nibbles(const uint8_t* p, int64_t u) {
+  const __m512i pairs = _mm512_maskz_loadu_epi8((__mmask64(1) << (8 * u)) - 1, p);
+  const __m512i words = _mm512_set_epi64(7, 6, 5, 4, 3, 2, 1, 0);
+  const __mmask8 second = __mmask8(0xff << u);
+  const __m512i from = _mm512_mask_sub_epi64(words, second, words, _mm512_set1_epi64(u));
+  const __m512i spread =
+      _mm512_maskz_permutexvar_epi64(__mmask8((1 << (2 * u)) - 1), from, pairs);
+  return _mm512_mask_srli_epi64(spread, second, spread, 4);
+}
+inline Lanes spread_tail_scales(const bf16* p, int64_t u, const uint8_t* groups) {
+  const __m256i halves = _mm256_maskz_loadu_epi16(__mmask16((1 << u) - 1), p);
+  const __m512 wide = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
+  const __m512i from =
+      _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(groups)));
+  return _mm512_permutexvar_ps(from, wide);
+}
 inline Bytes low_bits(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
 template <int n>
 inline Bytes shift(Bytes v) {

@@ -76,11 +76,12 @@ struct PlaneFormat {
 
 // A token for dot products with planes: in groups of 64 rounded to 15 bits, high * 128 + low, in the order
 // of the codes. `starts` are, for planes of 2, 3 and 4 bits, what the offset of their codes takes off.
-// Scales and starts are zero from the last group on to the next multiple of 16.
+// Scales and starts are zero from the last group on to `group_stride`, a multiple of 16.
 struct PlaneToken {
   const int8_t* high;  // [units, 256]
   const int8_t* low;
-  const float* scales;  // [groups]
+  const float* scales;       // [groups]
+  const float* tail_scales;  // [16]: of a last unit of fewer than four groups, by lane
   const int32_t* starts[3];  // [groups]
 };
 struct PlaneTokens {
@@ -89,12 +90,13 @@ struct PlaneTokens {
   const float* scales;
   const int32_t* starts;
   int64_t code_stride;   // bytes between tokens
-  int64_t group_stride;  // elements between tokens' scales, and between starts
+  int64_t group_stride;  // elements between starts; 16 less than between tokens' scales
   int64_t groups;
   int64_t count;
   SPARSE_FFN_INLINE PlaneToken token(int64_t t) const {
     const int32_t* const own = starts + 3 * t * group_stride;
-    return {high + t * code_stride, low + t * code_stride, scales + t * group_stride,
+    const float* const first = scales + t * (group_stride + 16);
+    return {high + t * code_stride, low + t * code_stride, first, first + group_stride,
             {own, own + group_stride, own + 2 * group_stride}};
   }
 };

@@ -32,27 +32,35 @@ constexpr int64_t kUnitCodes = 4 * kPlaneGroup;
 // ---------------------------------------------------------------------------------------------
 // Codes of a unit
 
-// Part `part` of a unit's four vectors of codes.
+// The codes in a chunk's bytes, and n's: four, or two of 4 bits.
 template <int kBits>
-inline __attribute__((always_inline)) void load_codes(const uint8_t* unit, int part, Bytes* codes) {
-  const Bytes a = load_bytes(unit + part * sizeof(Bytes));
+inline __attribute__((always_inline)) void split_codes(Bytes a, Bytes n, Bytes* codes) {
   if constexpr (kBits == 2) {
     codes[0] = low_bits(a, 3);
     codes[1] = low_bits(shift<2>(a), 3);
     codes[2] = low_bits(shift<4>(a), 3);
     codes[3] = low_bits(shift<6>(a), 3);
   } else if constexpr (kBits == 3) {
-    const Bytes n = load_nibbles(unit + 64, part);
     codes[0] = low_bits(a, 7);
     codes[1] = low_bits(shift<3>(a), 7);
     codes[2] = low_bits(n, 7);
     codes[3] = either(low_bits(shift<6>(a), 3), low_bits(shift<1>(n), 4));
   } else {
-    const Bytes b = load_bytes(unit + 64 + part * sizeof(Bytes));
     codes[0] = low_bits(a, 15);
     codes[1] = low_bits(shift<4>(a), 15);
-    codes[2] = low_bits(b, 15);
-    codes[3] = low_bits(shift<4>(b), 15);
+  }
+}
+
+// Part `part` of a unit's four vectors of codes.
+template <int kBits>
+inline __attribute__((always_inline)) void load_codes(const uint8_t* unit, int part, Bytes* codes) {
+  const Bytes a = load_bytes(unit + part * sizeof(Bytes));
+  if constexpr (kBits == 4) {
+    const Bytes b = load_bytes(unit + 64 + part * sizeof(Bytes));
+    split_codes<4>(a, a, codes);
+    split_codes<4>(b, b, codes + 2);
+  } else {
+    split_codes<kBits>(a, kBits == 3 ? load_nibbles(unit + 64, part) : a, codes);
   }
 }
 
@@ -60,10 +68,10 @@ inline __attribute__((always_inline)) void load_codes(const uint8_t* unit, int p
 template <int kBits>
 inline void spread_tail(const uint8_t* tail, int64_t u, uint8_t* unit) {
   memset(unit, 0, 32 * kBits);
-  memcpy(unit, tail, size_t(16 * u));
+  for (int64_t i = 0; i < u; ++i) memcpy(unit + 16 * i, tail + 16 * i, 16);
   if constexpr (kBits == 3) {
     uint64_t halves[8] = {};
-    memcpy(halves, tail + 16 * u, size_t(8 * u));
+    for (int64_t i = 0; i < u; ++i) memcpy(halves + i, tail + 16 * u + 8 * i, 8);
     for (int64_t i = u; i-- > 0;) {
       halves[u + i] = halves[i] >> 4 & 0x0f0f0f0f0f0f0f0f;
       halves[i] &= 0x0f0f0f0f0f0f0f0f;
@@ -71,9 +79,42 @@ inline void spread_tail(const uint8_t* tail, int64_t u, uint8_t* unit) {
     for (int i = 0; i < 4; ++i) halves[i] |= halves[4 + i] << 4;
     memcpy(unit + 64, halves, 32);
   } else if constexpr (kBits == 4) {
-    memcpy(unit + 64, tail + 16 * u, size_t(16 * u));
+    for (int64_t i = 0; i < u; ++i) memcpy(unit + 64 + 16 * i, tail + 16 * (u + i), 16);
   }
 }
+
+#ifdef SPARSE_FFN_MASKED_TAILS
+template <int kBits>
+inline __attribute__((always_inline)) void load_tail_codes(const uint8_t* tail, int64_t u, int,
+                                                           Bytes* codes) {
+  const Bytes a = load_tail_bytes(tail, u);
+  if constexpr (kBits == 4) {
+    const Bytes b = load_tail_bytes(tail + 16 * u, u);
+    split_codes<4>(a, a, codes);
+    split_codes<4>(b, b, codes + 2);
+  } else {
+    split_codes<kBits>(a, kBits == 3 ? load_tail_nibbles(tail + 16 * u, u) : a, codes);
+  }
+}
+#else
+template <int kBits>
+inline void load_tail_codes(const uint8_t* tail, int64_t u, int part, Bytes* codes) {
+  uint8_t unit[128];
+  spread_tail<kBits>(tail, u, unit);
+  load_codes<kBits>(unit, part, codes);
+}
+inline Lanes spread_tail_scales(const bf16* p, int64_t, const uint8_t* groups) {
+  float values[kLanes];
+  for (int j = 0; j < kLanes; ++j) values[j] = to_float(p[groups[j]]);
+  return load_lanes(values);
+}
+#endif
+
+// The group of lane j in a last unit of u groups: j % u.
+constexpr uint8_t kTailGroups[4][16] = {{},
+                                        {},
+                                        {0, 1, 0, 1, 0, 1, 0, 1},
+                                        {0, 1, 2, 0, 1, 2, 0, 1, 2, 0, 1, 2}};
 
 // ---------------------------------------------------------------------------------------------
 // Tokens
@@ -116,21 +157,28 @@ void round_plane_token(const float* x, int64_t length, int8_t* high, int8_t* low
     for (int bits = 2; bits <= 4; ++bits)
       starts[(bits - 2) * start_stride + g] = -(sum * (1 << (bits - 1)));
   }
+  // The last unit's by lane.
+  const int64_t u = groups % 4;
+  for (int64_t j = 0; j < 16; ++j)
+    scales[start_stride + j] = j < 4 * u ? scales[groups - u + kTailGroups[u][j]] : 0.0f;
 }
 
 // ---------------------------------------------------------------------------------------------
 // Dot products of R rows with N tokens
 
 // Sums of a unit's lanes: codes . x, over 128 times the high bytes and the low ones.
-template <int kBits, int R, int N>
+template <int kBits, int R, int N, bool kTail>
 inline __attribute__((always_inline)) void dot_unit(const uint8_t* const* unit, int64_t unit_number,
                                                     const PlaneToken* x,
                                                     const float (*products)[N][16],
-                                                    bool tail, Lanes (*sums)[N]) {
+                                                    int64_t u, Lanes (*sums)[N]) {
   for (int s = 0; s < R; ++s) {
     for (int part = 0; part < kParts; ++part) {
       Bytes codes[4];
-      load_codes<kBits>(unit[s], part, codes);
+      if (kTail)
+        load_tail_codes<kBits>(unit[s], u, part, codes);
+      else
+        load_codes<kBits>(unit[s], part, codes);
 #pragma GCC unroll 4
       for (int t = 0; t < N; ++t) {
         const int64_t at = unit_number * kUnitCodes + part * int64_t(sizeof(Bytes));
@@ -143,7 +191,7 @@ inline __attribute__((always_inline)) void dot_unit(const uint8_t* const* unit, 
         }
         const float* const scales = products[s][t];
         sums[s][t] = madd(to_lanes(plus(shift_left<7>(high), low)),
-                          tail ? load_lanes(scales + part * kLanes) : load_four_times(scales),
+                          kTail ? load_lanes(scales + part * kLanes) : load_four_times(scales),
                           sums[s][t]);
       }
     }
@@ -178,25 +226,23 @@ inline void dot_rows(const uint8_t* const* planes, const uint8_t* const* scales,
         for (int t = 0; t < N; ++t) memcpy(four[s][t], products[s][t] + 4 * i, 16);
       }
       prefetch.step(lines);
-      dot_unit<kBits, R, N>(unit, first + i, x, four, false, sums);
+      dot_unit<kBits, R, N, false>(unit, first + i, x, four, 4, sums);
     }
   }
   if (rest) {
-    uint8_t spread[R][128];
     const uint8_t* unit[R];
     float products[R][N][16];
     for (int s = 0; s < R; ++s) {
-      spread_tail<kBits>(planes[s] + units * 32 * kBits, rest, spread[s]);
-      unit[s] = spread[s];
-      for (int t = 0; t < N; ++t)
-        for (int64_t j = 0; j < 16; ++j)
-          products[s][t][j] =
-              j < 4 * rest ? to_float(reinterpret_cast<const bf16*>(scales[s])[4 * units + j % rest]) *
-                                 x[t].scales[4 * units + j % rest]
-                           : 0.0f;
+      unit[s] = planes[s] + units * 32 * kBits;
+      const bf16* const own = reinterpret_cast<const bf16*>(scales[s]) + 4 * units;
+      for (int64_t j = 0; j < 16; j += kLanes) {
+        const Lanes spread = spread_tail_scales(own, rest, kTailGroups[rest] + j);
+        for (int t = 0; t < N; ++t)
+          store(products[s][t] + j, mul(spread, load_lanes(x[t].tail_scales + j)));
+      }
     }
     prefetch.step(lines);
-    dot_unit<kBits, R, N>(unit, units, x, products, true, sums);
+    dot_unit<kBits, R, N, true>(unit, units, x, products, rest, sums);
   }
   for (int t = 0; t < N; ++t)
     for (int s = 0; s < R; s += 4)
@@ -263,29 +309,11 @@ inline Lanes lanes_of(const float* p, int64_t g, int w, int part) {
   return all_lanes(p[g + w]);
 }
 
-template <int kBits>
-inline __attribute__((always_inline)) void split_codes(Bytes a, Bytes n, Bytes* codes) {
-  if constexpr (kBits == 2) {
-    for (int c = 0; c < 4; ++c) codes[c] = a;
-    codes[0] = low_bits(a, 3);
-    codes[1] = low_bits(shift<2>(a), 3);
-    codes[2] = low_bits(shift<4>(a), 3);
-    codes[3] = low_bits(shift<6>(a), 3);
-  } else if constexpr (kBits == 3) {
-    codes[0] = low_bits(a, 7);
-    codes[1] = low_bits(shift<3>(a), 7);
-    codes[2] = low_bits(n, 7);
-    codes[3] = either(low_bits(shift<6>(a), 3), low_bits(shift<1>(n), 4));
-  } else {
-    codes[0] = low_bits(a, 15);
-    codes[1] = low_bits(shift<4>(a), 15);
-  }
-}
-
 // Adds to y, 256 sums of a unit, in the order [w][c][lane]: for a full unit that of the columns.
 // `rows` are the unit's bytes in each row.
 template <int kBits, bool kTail>
-inline void down_unit(const uint8_t* const* rows, int64_t quads, int64_t offset, int64_t unit,
+inline void down_unit(const uint8_t* const* rows, int64_t quads, int64_t offset,
+                      [[maybe_unused]] int64_t u, int64_t unit,
                       int64_t stride, const Weighed& weighed, float* y,
                       Prefetch& prefetch) {
   constexpr int kCodes = kBits == 4 ? 2 : 4;           // of one byte of a chunk
@@ -309,6 +337,13 @@ inline void down_unit(const uint8_t* const* rows, int64_t quads, int64_t offset,
 #pragma GCC unroll 4
           for (int i = 0; i < 4; ++i) {
             const uint8_t* const own = rows[4 * q + i] + offset;
+#ifdef SPARSE_FFN_MASKED_TAILS
+            if (kTail) {
+              a[i] = load_tail_bytes(own + 16 * u * chunk, u);
+              n[i] = kBits == 3 ? load_tail_nibbles(own + 16 * u, u) : a[i];
+              continue;
+            }
+#endif
             a[i] = load_bytes(own + 64 * chunk + part * sizeof(Bytes));
             n[i] = kBits == 3 ? load_nibbles(own + 64, part) : a[i];
           }
@@ -390,7 +425,7 @@ template <class T>
 inline void spread_lanes(const T* values, int64_t u, T* out) {
   for (int64_t w = 0; w < 4; ++w)
     for (int64_t l = 0; l < 16; ++l)
-      out[16 * w + l] = l / 4 < u ? values[(l / 4 * 4 + w) % u] : T(0);
+      out[16 * w + l] = l / 4 < u ? values[kTailGroups[u][l / 4 * 4 + w]] : T(0);
 }
 
 template <int kBits>
@@ -400,14 +435,20 @@ void down_with(const uint8_t* const* planes, int64_t count, int64_t groups, Down
   const int64_t padded = (groups + 15) / 16 * 16;
   const Weighed weighed = {scratch.high, scratch.low, scratch.starts, scratch.steps};
   for (int64_t unit = 0; unit < units; ++unit)
-    down_unit<kBits, false>(planes, quads, unit * 32 * kBits, unit, padded, weighed,
+    down_unit<kBits, false>(planes, quads, unit * 32 * kBits, 4, unit, padded, weighed,
                             y + unit * kUnitCodes, prefetch);
   if (!rest) return;
-  const uint8_t* spread[kPlaneBlock];
+#ifdef SPARSE_FFN_MASKED_TAILS
+  const uint8_t* const* const tails = planes;
+  const int64_t offset = units * 32 * kBits;
+#else
+  const uint8_t* tails[kPlaneBlock];
   for (int64_t i = 0; i < count; ++i) {
     spread_tail<kBits>(planes[i] + units * 32 * kBits, rest, scratch.tails + i * 128);
-    spread[i] = scratch.tails + i * 128;
+    tails[i] = scratch.tails + i * 128;
   }
+  const int64_t offset = 0;
+#endif
   const int64_t g = 4 * units;
   for (int64_t q = 0; q < quads; ++q) {
     spread_lanes(scratch.high + q * padded + g, rest, scratch.tail_high + q * 64);
@@ -417,7 +458,7 @@ void down_with(const uint8_t* const* planes, int64_t count, int64_t groups, Down
   float steps[64];
   spread_lanes(scratch.starts + g, rest, starts);
   spread_lanes(scratch.steps + g, rest, steps);
-  down_unit<kBits, true>(spread, quads, 0, 0, 64,
+  down_unit<kBits, true>(tails, quads, offset, rest, 0, 64,
                          {scratch.tail_high, scratch.tail_low, starts, steps},
                          y + units * kUnitCodes, prefetch);
 }

@@ -1,0 +1,253 @@
+"""The Triton backend of the operation over neurons in planes (``kernels/planes.py``).
+
+As in ``ffn.py``, without host synchronization, and in three launches for any number of tokens:
+
+    route (router, cluster) → look, refine, gate and up → down
+
+A program looks at some neurons and refines those of them that matter most at once: their sums so far
+are in its registers. A row that any of several tokens needs is read once for all. One token's neurons
+are listed before down.
+
+No block size has been measured on a GPU for these kernels: they take those of the bfloat16 kernels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from sparse_runtime.kernels.triton import plane_kernels
+from sparse_runtime.kernels.triton.config import TritonConfig
+from sparse_runtime.kernels.triton.ffn import (
+    _FORCED,
+    _LOOK_COUNTER,
+    MAX_TOKENS,
+    _Call,
+)
+
+# Lanes of a unit and outputs of a unit: 4 groups of 64, in 4 code vectors.
+_UNIT_SIZE = 256
+
+
+@torch.library.custom_op(
+    "sparse_runtime::triton_plane_ffn",
+    mutates_args=("cluster_counts", "row_counts", "counters"),
+)
+def triton_plane_ffn(
+    x: Tensor,
+    look: Tensor,
+    count: Tensor,
+    refine: Tensor,
+    base: int,
+    residual: int,
+    activation: str,
+    sets: Tensor | None,
+    cluster_ids: Tensor | None,
+    router_down: Tensor | None,
+    router_up: Tensor | None,
+    router_bias: Tensor | None,
+    factors: Tensor | None,
+    tau: float,
+    width: float,
+    cluster_bias: Tensor | None,
+    cluster_counts: Tensor | None,
+    row_counts: Tensor | None,
+    correction_down: Tensor | None,
+    correction_up: Tensor | None,
+    counters: Tensor,
+) -> Tensor:
+    """Read the neurons of tokens' clusters as far as they matter; add bias and correction.
+
+    :func:`sparse_runtime.kernels.plane_reference.plane_ffn_reference` is the definition.
+
+    Args:
+        x: hidden states [n, H], bfloat16, float16 or float32.
+        look: records [I, ·] uint8, contiguous, as the next two.
+        count: records [I, ·] uint8.
+        refine: records [I, ·] uint8; of no width without a residual.
+        base: bits of base planes.
+        residual: bits of residual planes.
+        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        sets: bitmaps of candidates [K, ⌈I/8⌉] uint8; None: all neurons, and no clusters.
+        cluster_ids: [n] int64, instead of the router's; None without ``sets``.
+        router_down: [r, H] of x's dtype, or None for a linear router.
+        router_up: [K, r], or [K, H]; None without a router.
+        router_bias: [K]; None without a router.
+        factors: [I] float32; None: every candidate is refined whole.
+        tau: a neuron is refined beyond.
+        width: of the ramp.
+        cluster_bias: [K, H] or None.
+        cluster_counts: incremented for every token [K] int64, or None.
+        row_counts: incremented by neurons counted, looked at and refined [3] int64, or None.
+        correction_down: [c, H] or None, as the next.
+        correction_up: [c, H].
+        counters: :func:`sparse_runtime.kernels.triton.ffn.num_counters` zeros, int32; calls that may
+            overlap need their own.
+
+    Returns:
+        [n, H], dtype of x.
+    """
+    outputs = []
+    parts = x.contiguous().split(MAX_TOKENS)
+    for first, tokens in zip(range(0, max(1, len(x)), MAX_TOKENS), parts, strict=True):
+        call = _PlaneCall(tokens, (look, count, refine), (base, residual), sets, activation)
+        call.counts, call.counters, call.bias = row_counts, counters, cluster_bias
+        call.correction = None if correction_down is None else (correction_down, correction_up)
+        ids = None if cluster_ids is None else cluster_ids[first : first + MAX_TOKENS]
+        with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
+            if sets is None or ids is not None:
+                call.take(ids, cluster_counts)
+            else:
+                assert router_up is not None
+                assert router_bias is not None
+                counts = call.count.long() if cluster_counts is None else cluster_counts
+                call.route(router_down, router_up, router_bias, counts)
+            outputs.append(call.compute_stages(factors, tau, width))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+@triton_plane_ffn.register_fake
+def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("sparse_runtime::triton_plane_linear", mutates_args=())
+def triton_plane_linear(
+    x: Tensor, records: Tensor, base: int, residual: int, bias: Tensor | None
+) -> Tensor:
+    """A linear layer over rows in planes.
+
+    Args:
+        x: inputs [n, K], bfloat16, float16 or float32.
+        records: of the layer's rows [N, ·] uint8, contiguous.
+        base: bits of base planes.
+        residual: bits of residual planes.
+        bias: [N] of x's dtype, or None.
+
+    Returns:
+        [n, N], dtype of x.
+    """
+    # Measured settings are those of an FFN's shape.
+    config = _FORCED[-1] if _FORCED else TritonConfig()
+    rows, size = records.shape[0], x.shape[1]
+    y = x.new_empty(x.shape[0], rows)
+    for tokens, outputs in zip(x.contiguous().split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True):
+        n = len(tokens)
+        if n == 0 or rows == 0:
+            continue
+        block = config.gate_rows if n == 1 else max(16, config.many_rows)
+        with torch.cuda.device_of(x):
+            plane_kernels.plane_linear_kernel[(-(-rows // block),)](
+                tokens, records, records if bias is None else bias, outputs, n, rows,
+                H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None,
+                **_tokens(n, x.dtype), BLOCK_R=block, UNITS=_units(config.gate_hidden, size),
+                num_warps=config.gate_warps if n == 1 else config.many_warps,
+            )  # fmt: skip
+    return y
+
+
+@triton_plane_linear.register_fake
+def _(x: Tensor, records: Tensor, *unused: object, **also_unused: object) -> Tensor:
+    return x.new_empty(x.shape[0], records.shape[0])
+
+
+class _PlaneCall(_Call):
+    """One call's tensors, with streams of records as weights."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        streams: tuple[Tensor, Tensor, Tensor],
+        bits: tuple[int, int],
+        sets: Tensor | None,
+        activation: str,
+    ) -> None:
+        look, count, refine = streams
+        bitmaps = look if sets is None else sets
+        super().__init__(x, look, count, refine, bitmaps, activation, None, None, None)
+        # Neurons are listed after a look, not by the router.
+        self.look = (bitmaps, look, look)
+        self.clustered = sets is not None
+        self.format = {"H": self.hidden_size, "BASE": bits[0], "RESIDUAL": bits[1]}
+
+    def take(self, cluster_ids: Tensor | None, cluster_counts: Tensor | None) -> None:
+        """Take clusters as given, if there are any."""
+        if cluster_ids is not None:
+            self.assign(cluster_ids.contiguous())
+            if cluster_counts is not None:
+                cluster_counts.scatter_add_(0, self.ids, torch.ones_like(self.ids))
+        if self.correction is not None:  # the router's kernel would have projected the tokens
+            self.projected = self.x.float() @ self.correction[0].float().t()
+            self.projected_rows = len(self.correction[0])
+
+    def compute_stages(self, factors: Tensor | None, tau: float, width: float) -> Tensor:
+        """Outputs [n, H]; without factors every candidate is refined whole."""
+        if self.tokens == 0:
+            return torch.empty_like(self.x)
+        listed = self.tokens == 1 and (self.clustered or factors is not None)
+        activations = self.x.new_empty(self.tokens, self.neurons, dtype=torch.float32)
+        finer = torch.empty_like(activations) if self.format["RESIDUAL"] else activations
+        self._gate_up(activations, finer, factors, tau, width, listed=listed)
+        return self._down(activations, finer, listed=listed)
+
+    def _gate_up(
+        self,
+        activations: Tensor,
+        finer: Tensor,
+        factors: Tensor | None,
+        tau: float,
+        width: float,
+        *,
+        listed: bool,
+    ) -> None:
+        config, one = self.config, self.tokens == 1
+        look, _, refine = self.weights
+        # Two rows of a neuron are one step's rows, 16 at least for several tokens.
+        block = config.look_rows if one else max(8, config.many_rows // 2)
+        plane_kernels.plane_gate_up_kernel[(-(-self.neurons // block),)](
+            self.x, self.ids, self.sets, activations if factors is None else factors, look, refine,
+            activations, finer, self.rows, self.count,
+            self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
+            self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
+            ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
+            RAMP=width > 0, LISTED=listed, COUNTED=self.counts is not None,
+            **_tokens(self.tokens, self.x.dtype), BLOCK_I=block,
+            UNITS=_units(64 * config.look_groups, self.hidden_size),
+            num_warps=config.look_warps if one else config.many_warps,
+        )  # fmt: skip
+
+    def _down(self, activations: Tensor, finer: Tensor, *, listed: bool) -> Tensor:
+        config, n = self.config, self.tokens
+        _, count, refine = self.weights
+        y, units = torch.empty_like(self.x), -(-self.hidden_size // _UNIT_SIZE)
+        splits = config.down_splits if n == 1 else config.many_splits
+        partial = self.x.new_empty(splits, n, self.hidden_size, dtype=torch.float32)
+        extras = self._extras()
+        if n == 1:
+            # A row's lanes of one unit are a quarter as many as the outputs: more rows at a time.
+            plane_kernels.plane_down_one_kernel[(units, splits)](
+                activations, finer, count, refine, self.rows, self.count, partial, y, *extras,
+                self.neurons, self.projected_rows, **self.format, **self._finish(), LISTED=listed,
+                SPLITS=splits, BLOCK_R=2 * config.down_rows, num_warps=config.down_warps,
+            )  # fmt: skip
+        else:
+            plane_kernels.plane_down_many_kernel[(units, splits)](
+                activations, finer, count, refine, partial, y, *extras, n, self.neurons,
+                self.projected_rows, **self.format, **self._finish(), **_tokens(n, self.x.dtype),
+                SPLITS=splits, BLOCK_R=max(16, config.many_rows), num_warps=config.many_warps,
+            )  # fmt: skip
+        return y
+
+
+def _tokens(n: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Tokens of a block, and how their products are computed: 16 bits are exact in tf32."""
+    padded = 1 if n == 1 else max(16, triton.next_power_of_2(n))
+    return {"TOKENS": padded, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+
+
+def _units(wanted: int, size: int) -> int:
+    """Units read at a time: so many elements, and no more than a row has."""
+    return max(1, min(wanted, triton.next_power_of_2(size)) // _UNIT_SIZE)

@@ -1,0 +1,463 @@
+# mypy: ignore-errors
+# (Triton's language is not Python's: parameters are tensors, pointers or constants of the compiler.)
+"""The kernels over neurons in planes in Triton; ``plane_ffn.py`` launches them.
+
+The layout is that of ``kernels/planes.py``. A unit's bytes are taken as 64 *lanes*: lane
+16·q + 4·g + b holds elements 4·q + b, and 16, 32, 48 further, of group g, one of each code vector. In a
+whole unit lanes are bytes in their order, so that a thread loads 16 at a time; the last unit of a row,
+if it has fewer groups, goes through the same code with other addresses and idle lanes. Four lanes side
+by side, a *quad*, share a scale.
+
+Everything that depends on the data stays on the device, and what several programs add up is added in
+the same order every time: see ``kernels.py``. H is a constant for the compiler, because the alignment
+of records follows from it: unknown, they would be loaded byte by byte.
+
+Sums are in float32. Products of several tokens go to matrix units in tf32 if tokens have 16 bits: of
+these and of a scale times a base code or a residual code nothing is lost by that.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sparse_runtime.kernels.triton.kernels import (
+    _activate,
+    _finish,
+    _in_set,
+    _is_last,
+    _write_list,
+)
+
+# The bits of float32's 2**23, whose last digit is one.
+_ONES = tl.constexpr(0x4B000000)
+
+
+@triton.jit
+def _signed(code, BITS: tl.constexpr):
+    """Stored codes as numbers: an addition, where a conversion would run at a quarter of its rate."""
+    return (code | _ONES).to(tl.float32, bitcast=True) - (8388608 + (1 << (BITS - 1)))
+
+
+@triton.jit
+def _lanes(first, GROUPS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr):
+    """Of the lanes of some units with U groups: unit, first element, place, whether they exist.
+
+    The place is that of a byte in a chunk of 16·U; then follow the one in a chunk of 8·U, and the shift
+    of the half byte there.
+    """
+    lane = tl.arange(0, 64 * UNITS)
+    unit = first + lane // 64
+    q, g, b = lane // 16 % 4, lane // 4 % 4, lane % 4
+    if U == 4:
+        place, half = lane % 64, lane % 32
+        inside = unit < GROUPS // 4
+    else:
+        place, half = (q * U + g) * 4 + b, (q % 2 * U + g) * 4 + b
+        inside = g < U
+    return unit, unit * 256 + g * 64 + q * 4 + b, place, half, q // 2 * 4, inside
+
+
+@triton.jit
+def _plane_codes(
+    plane, wanted, first,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Codes of some units of rows' planes: four times [ROWS, lanes]."""
+    unit, _, place, half, shift, inside = _lanes(first, GROUPS, UNITS, U)
+    mask = wanted[:, None] & inside[None, :]
+    start = unit * (32 * BITS)
+    low = tl.load(plane[:, None] + (start + place)[None, :], mask=mask, other=0).to(tl.int32)
+    if BITS == 2:
+        v0, v1, v2, v3 = low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6
+    elif BITS == 3:
+        rest = plane[:, None] + (start + 16 * U + half)[None, :]
+        high = tl.load(rest, mask=mask, other=0).to(tl.int32) >> shift[None, :]
+        v0, v1, v2, v3 = low & 7, (low >> 3) & 7, high & 7, (low >> 6) | ((high >> 1) & 4)
+    else:
+        rest = plane[:, None] + (start + 16 * U + place)[None, :]
+        high = tl.load(rest, mask=mask, other=0).to(tl.int32)
+        v0, v1, v2, v3 = low & 15, low >> 4, high & 15, high >> 4
+    return _signed(v0, BITS), _signed(v1, BITS), _signed(v2, BITS), _signed(v3, BITS)
+
+
+@triton.jit
+def _codes(
+    base, rest, wanted, first,
+    GROUPS: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, UNITS: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
+    """Codes by base, by residual (in steps of it), or by both; no bits: that one is not read."""
+    if RESIDUAL == 0:
+        return _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
+    if BASE == 0:
+        return _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+    steps: tl.constexpr = 1 << RESIDUAL
+    b0, b1, b2, b3 = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
+    r0, r1, r2, r3 = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+    return b0 * steps + r0, b1 * steps + r1, b2 * steps + r2, b3 * steps + r3
+
+
+@triton.jit
+def _scales(scales, wanted, first, GROUPS: tl.constexpr, UNITS: tl.constexpr):
+    """Scales of rows' quads [ROWS, 16·UNITS]; pointers are to bytes."""
+    quad = tl.arange(0, 16 * UNITS)
+    group = (first + quad // 16) * 4 + quad % 4
+    places = scales.to(tl.pointer_type(tl.uint16))[:, None] + group[None, :]
+    mask = wanted[:, None] & (group < GROUPS)[None, :]
+    bits = tl.load(places, mask=mask, other=0).to(tl.uint32) << 16  # bfloat16
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _wide(quads):
+    """Every column four times: [ROWS, quads] -> [ROWS, lanes]."""
+    rows: tl.constexpr = quads.shape[0]
+    columns: tl.constexpr = quads.shape[1]
+    return tl.reshape(
+        tl.broadcast_to(quads[:, :, None], [rows, columns, 4]), [rows, columns * 4]
+    )
+
+
+@triton.jit
+def _unit_sums(
+    x, base, rest, scales, wanted, first,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, UNITS: tl.constexpr,
+    U: tl.constexpr,
+):  # fmt: skip
+    """Products of some units of rows with one token, added up in quads."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    _, h, _, _, _, inside = _lanes(first, GROUPS, UNITS, U)
+    c0, c1, c2, c3 = _codes(base, rest, wanted, first, GROUPS, BASE, RESIDUAL, UNITS, U)
+    x0 = tl.load(x + h, mask=inside & (h < H), other=0).to(tl.float32)
+    x1 = tl.load(x + h + 16, mask=inside & (h + 16 < H), other=0).to(tl.float32)
+    x2 = tl.load(x + h + 32, mask=inside & (h + 32 < H), other=0).to(tl.float32)
+    x3 = tl.load(x + h + 48, mask=inside & (h + 48 < H), other=0).to(tl.float32)
+    products = c0 * x0[None, :] + c1 * x1[None, :] + c2 * x2[None, :] + c3 * x3[None, :]
+    quads = tl.sum(tl.reshape(products, [wanted.shape[0], 16 * UNITS, 4]), 2)
+    return quads * _scales(scales, wanted, first, GROUPS, UNITS)
+
+
+@triton.jit
+def _unit_dots(
+    sums, x, base, rest, scales, wanted, n, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    PRECISION: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Add the products of one unit of rows with several tokens."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    t = tl.arange(0, TOKENS)
+    tokens = x + t[:, None] * H
+    scale = _wide(_scales(scales, wanted, unit, GROUPS, 1))
+    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, 1, U)
+    for c in tl.static_range(4):
+        mask = (t < n)[:, None] & (inside & (h + 16 * c < H))[None, :]
+        values = tl.load(tokens + (h + 16 * c)[None, :], mask=mask, other=0).to(tl.float32)
+        sums = tl.dot(values, tl.trans(codes[c] * scale), sums, input_precision=PRECISION)
+    return sums
+
+
+@triton.jit
+def _sums(
+    x, base, rest, scales, wanted, n,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Products [TOKENS, ROWS] of rows with tokens, by base codes, residual codes or both.
+
+    Args are pointers [ROWS] to planes and scales; what is not wanted comes out as anything.
+    """
+    WHOLE: tl.constexpr = (H + 63) // 64 // 4
+    U: tl.constexpr = (H + 63) // 64 % 4
+    if TOKENS == 1:
+        quads = tl.zeros([wanted.shape[0], 16 * UNITS], tl.float32)
+        for first in range(0, WHOLE, UNITS):
+            quads += _unit_sums(
+                x, base, rest, scales, wanted, first, H, BASE, RESIDUAL, UNITS, 4
+            )  # fmt: skip
+        sums = tl.sum(quads, 1)
+        if U > 0:
+            quads = _unit_sums(x, base, rest, scales, wanted, WHOLE, H, BASE, RESIDUAL, 1, U)
+            sums += tl.sum(quads, 1)
+        sums = sums[None, :]
+    else:
+        sums = tl.zeros([TOKENS, wanted.shape[0]], tl.float32)
+        for unit in range(WHOLE):
+            sums = _unit_dots(
+                sums, x, base, rest, scales, wanted, n, unit, H, BASE, RESIDUAL, TOKENS,
+                PRECISION, 4,
+            )  # fmt: skip
+        if U > 0:
+            sums = _unit_dots(
+                sums, x, base, rest, scales, wanted, n, WHOLE, H, BASE, RESIDUAL, TOKENS,
+                PRECISION, U,
+            )  # fmt: skip
+    return sums * (1 / (1 << RESIDUAL))
+
+
+@triton.jit
+def _gate_up(
+    x, look, refine, first, wanted, n,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, READ_BASE: tl.constexpr,
+    READ_RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gate's and up's products, each [TOKENS, BLOCK_I]: their rows are read as one matrix in turns."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    BLOCK_I: tl.constexpr = wanted.shape[0]
+    r = tl.arange(0, 2 * BLOCK_I)
+    i, which = (first + r // 2).to(tl.int64), r % 2
+    both = tl.reshape(
+        tl.broadcast_to(wanted.to(tl.int32)[:, None], [BLOCK_I, 2]), [2 * BLOCK_I]
+    )
+    record = look + i * ((16 * BASE + 4) * GROUPS)
+    sums = _sums(
+        x, record + which * (8 * BASE * GROUPS),
+        refine + i * (24 * RESIDUAL * GROUPS) + which * (8 * RESIDUAL * GROUPS),
+        record + 16 * BASE * GROUPS + which * (2 * GROUPS), both != 0, n,
+        H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
+    )  # fmt: skip
+    return tl.split(tl.reshape(sums, [TOKENS, BLOCK_I, 2]))
+
+
+@triton.jit
+def _ramp(evidence, width, RAMP: tl.constexpr):
+    """As in the reference; not above one: NaN is one."""
+    if not RAMP:
+        return tl.full(evidence.shape, 1.0, tl.float32)
+    share = (evidence - 1) / width
+    return tl.maximum(tl.where(share < 1, share, 1.0), 0.0)
+
+
+@triton.jit
+def plane_gate_up_kernel(
+    x, ids, sets, factors, look, refine, activations, finer_parts, rows, count, row_counts, counter,
+    n, neurons, set_bytes, tau, width,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    CLUSTERED: tl.constexpr, STAGED: tl.constexpr, RAMP: tl.constexpr, LISTED: tl.constexpr,
+    COUNTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Look at candidates, refine those that matter most. Grid (I / BLOCK_I,).
+
+    Writes what each neuron's base values of down are multiplied by for each token [n, I], zero where it
+    is skipped, and what the residual's values are [n, I]; lists one token's neurons that are not zero.
+    """
+    first = tl.program_id(0) * BLOCK_I
+    i, t = first + tl.arange(0, BLOCK_I), tl.arange(0, TOKENS)
+    exists = (t < n)[:, None] & (i < neurons)[None, :]
+    mine = exists
+    if CLUSTERED:
+        bitmaps = sets + tl.load(ids + t, mask=t < n, other=0)[:, None] * set_bytes
+        mine = _in_set(bitmaps, i[None, :], exists) & exists
+    h = tl.zeros([TOKENS, BLOCK_I], tl.float32)
+    finer = tl.zeros([TOKENS, BLOCK_I], tl.float32)
+    looked = tl.max(mine.to(tl.int32), 0)
+    if tl.max(looked, 0) > 0:
+        gate, up = _gate_up(
+            x, look, refine, first, looked != 0, n,
+            H, BASE, RESIDUAL, True, not STAGED, TOKENS, UNITS, PRECISION,
+        )  # fmt: skip
+        h = _activate(gate, ACTIVATION) * up
+        counted, refined = mine, mine
+        if STAGED:
+            factor = tl.load(factors + i, mask=i < neurons, other=0)
+            evidence = tl.abs(h) * factor[None, :]
+            # Not "above": NaN is refined, not skipped.
+            counted = mine & ((evidence <= 1) == 0)
+            refined = counted & ((evidence <= tau) == 0)
+            finer = tl.where(refined, _ramp(evidence / tau, width, RAMP), 0.0)
+            needed = tl.max(refined.to(tl.int32), 0)
+            if RESIDUAL > 0:
+                if tl.max(needed, 0) > 0:
+                    more_gate, more_up = _gate_up(
+                        x, look, refine, first, needed != 0, n,
+                        H, BASE, RESIDUAL, False, True, TOKENS, UNITS, PRECISION,
+                    )  # fmt: skip
+                    full = _activate(gate + more_gate, ACTIVATION) * (up + more_up)
+                    h = tl.where(finer > 0, h + finer * (full - h), h)
+            h *= _ramp(evidence, width, RAMP)
+        else:
+            finer = tl.full([TOKENS, BLOCK_I], 1.0, tl.float32)
+        h = tl.where(counted, h, 0.0)
+        finer = tl.where(refined, finer * h, 0.0)
+        if COUNTED:
+            tl.atomic_add(row_counts, tl.sum(tl.sum(counted.to(tl.int64), 1), 0))
+            tl.atomic_add(row_counts + 1, tl.sum(tl.sum(mine.to(tl.int64), 1), 0))
+            tl.atomic_add(row_counts + 2, tl.sum(tl.sum(refined.to(tl.int64), 1), 0))
+    place = t[:, None] * neurons + i[None, :]
+    tl.store(activations + place, h, mask=exists)
+    if RESIDUAL > 0:
+        tl.store(finer_parts + place, finer, mask=exists)
+    # Not one condition: the counter is for calls that make a list.
+    if LISTED:  # noqa: SIM102
+        if _is_last(counter, tl.num_programs(0)):
+            _write_list(activations, rows, count, neurons, False)
+
+
+@triton.jit
+def _down_one_unit(
+    activations, finer_parts, count_records, refine, rows, begin, end, partial, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
+    BLOCK_R: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """One token's outputs of one unit, from a part of its neurons."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    s0 = tl.zeros([BLOCK_R, 64], tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    for start in range(begin, end, BLOCK_R):
+        j = start + tl.arange(0, BLOCK_R)
+        listed = j < end
+        row = tl.load(rows + j, mask=listed, other=0) if LISTED else j
+        h = tl.load(activations + row, mask=listed, other=0)
+        record = count_records + row.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
+        scale = _scales(record + 8 * BASE * GROUPS, listed, unit, GROUPS, 1)
+        c0, c1, c2, c3 = _plane_codes(record, listed, unit, GROUPS, BASE, 1, U)
+        weight = _wide(scale * h[:, None])
+        s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
+        if RESIDUAL > 0:
+            finer = tl.load(finer_parts + row, mask=listed, other=0) * (1 / (1 << RESIDUAL))
+            plane = refine + row.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
+            c0, c1, c2, c3 = _plane_codes(
+                plane, listed & (finer != 0), unit, GROUPS, RESIDUAL, 1, U
+            )
+            weight = _wide(scale * finer[:, None])
+            s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
+    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    tl.store(partial + h, tl.sum(s0, 0), mask=inside & (h < H))
+    tl.store(partial + h + 16, tl.sum(s1, 0), mask=inside & (h + 16 < H))
+    tl.store(partial + h + 32, tl.sum(s2, 0), mask=inside & (h + 32 < H))
+    tl.store(partial + h + 48, tl.sum(s3, 0), mask=inside & (h + 48 < H))
+
+
+@triton.jit
+def plane_down_one_kernel(
+    activations, finer_parts, count_records, refine, rows, count, partial, y, ids, cluster_bias,
+    projected, correction_up, counters, neurons, total,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
+    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Output of one token. Grid (units, SPLITS): each split takes a part of the list."""
+    unit, split = tl.program_id(0), tl.program_id(1)
+    WHOLE: tl.constexpr = (H + 63) // 64 // 4
+    U: tl.constexpr = (H + 63) // 64 % 4
+    num_rows = tl.load(count) if LISTED else neurons
+    blocks = (num_rows + BLOCK_R - 1) // BLOCK_R
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
+    begin, end = split * share, tl.minimum((split + 1) * share, num_rows)
+    if unit < WHOLE:
+        _down_one_unit(
+            activations, finer_parts, count_records, refine, rows, begin, end, partial + split * H,
+            unit, H, BASE, RESIDUAL, LISTED, BLOCK_R, 4,
+        )  # fmt: skip
+    elif U > 0:
+        _down_one_unit(
+            activations, finer_parts, count_records, refine, rows, begin, end, partial + split * H,
+            unit, H, BASE, RESIDUAL, LISTED, BLOCK_R, U,
+        )  # fmt: skip
+    if _is_last(counters + unit, SPLITS):
+        h = unit * 256 + tl.arange(0, 256)
+        _finish(
+            y, 0, total, partial, H, ids, cluster_bias, projected, correction_up, h, h < H, H,
+            SPLITS, BIASED, CORRECTION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _down_many_unit(
+    activations, finer_parts, count_records, refine, begin, end, partial, n, neurons, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Several tokens' outputs of one unit, from a part of the neurons."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    t = tl.arange(0, TOKENS)
+    s0 = tl.zeros([TOKENS, 64], tl.float32)
+    s1, s2, s3 = s0, s0, s0
+    for start in range(begin, end, BLOCK_R):
+        i = start + tl.arange(0, BLOCK_R)
+        place = t[:, None] * neurons + i[None, :]
+        mask = (t < n)[:, None] & (i < end)[None, :]
+        h = tl.load(activations + place, mask=mask, other=0)
+        needed = tl.max((h != 0).to(tl.int32), 0) > 0
+        record = count_records + i.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
+        scale = _wide(_scales(record + 8 * BASE * GROUPS, needed, unit, GROUPS, 1))
+        c0, c1, c2, c3 = _plane_codes(record, needed, unit, GROUPS, BASE, 1, U)
+        s0 = tl.dot(h, c0 * scale, s0, input_precision=PRECISION)
+        s1 = tl.dot(h, c1 * scale, s1, input_precision=PRECISION)
+        s2 = tl.dot(h, c2 * scale, s2, input_precision=PRECISION)
+        s3 = tl.dot(h, c3 * scale, s3, input_precision=PRECISION)
+        if RESIDUAL > 0:
+            finer = tl.load(finer_parts + place, mask=mask, other=0) * (1 / (1 << RESIDUAL))
+            needed = tl.max((finer != 0).to(tl.int32), 0) > 0
+            plane = refine + i.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
+            c0, c1, c2, c3 = _plane_codes(plane, needed, unit, GROUPS, RESIDUAL, 1, U)
+            s0 = tl.dot(finer, c0 * scale, s0, input_precision=PRECISION)
+            s1 = tl.dot(finer, c1 * scale, s1, input_precision=PRECISION)
+            s2 = tl.dot(finer, c2 * scale, s2, input_precision=PRECISION)
+            s3 = tl.dot(finer, c3 * scale, s3, input_precision=PRECISION)
+    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    inside = (t < n)[:, None] & inside[None, :]
+    h = h[None, :]
+    place = partial + t[:, None] * H + h
+    tl.store(place, s0, mask=inside & (h < H))
+    tl.store(place + 16, s1, mask=inside & (h + 16 < H))
+    tl.store(place + 32, s2, mask=inside & (h + 32 < H))
+    tl.store(place + 48, s3, mask=inside & (h + 48 < H))
+
+
+@triton.jit
+def plane_down_many_kernel(
+    activations, finer_parts, count_records, refine, partial, y, ids, cluster_bias, projected,
+    correction_up, counters, n, neurons, total,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
+    BIASED: tl.constexpr, CORRECTION: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of several tokens. Grid (units, SPLITS): each split takes a part of the neurons."""
+    unit, split = tl.program_id(0), tl.program_id(1)
+    WHOLE: tl.constexpr = (H + 63) // 64 // 4
+    U: tl.constexpr = (H + 63) // 64 % 4
+    blocks = (neurons + BLOCK_R - 1) // BLOCK_R
+    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
+    begin, end = split * share, tl.minimum((split + 1) * share, neurons)
+    if unit < WHOLE:
+        _down_many_unit(
+            activations, finer_parts, count_records, refine, begin, end, partial + split * n * H,
+            n, neurons, unit, H, BASE, RESIDUAL, TOKENS, BLOCK_R, PRECISION, 4,
+        )  # fmt: skip
+    elif U > 0:
+        _down_many_unit(
+            activations, finer_parts, count_records, refine, begin, end, partial + split * n * H,
+            n, neurons, unit, H, BASE, RESIDUAL, TOKENS, BLOCK_R, PRECISION, U,
+        )  # fmt: skip
+    if _is_last(counters + unit, SPLITS):
+        h = unit * 256 + tl.arange(0, 256)
+        for token in range(n):
+            _finish(
+                y, token, total, partial + token * H, n * H, ids, cluster_bias, projected,
+                correction_up, h, h < H, H, SPLITS, BIASED, CORRECTION,
+            )  # fmt: skip
+
+
+@triton.jit
+def plane_linear_kernel(
+    x, records, bias, y, n, num_rows,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, BIASED: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Outputs of a linear layer. Grid (rows / BLOCK_R,)."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
+    t = tl.arange(0, TOKENS)
+    record = records + r.to(tl.int64) * ((8 * (BASE + RESIDUAL) + 2) * GROUPS)
+    sums = _sums(
+        x, record, record + 8 * BASE * GROUPS, record + 8 * (BASE + RESIDUAL) * GROUPS,
+        r < num_rows, n, H, BASE, RESIDUAL, TOKENS, UNITS, PRECISION,
+    )  # fmt: skip
+    if BIASED:
+        sums += tl.load(bias + r, mask=r < num_rows, other=0).to(tl.float32)[None, :]
+    place = y + t[:, None] * num_rows + r[None, :]
+    mask = (t < n)[:, None] & (r < num_rows)[None, :]
+    tl.store(place, sums.to(y.dtype.element_ty), mask=mask)
