@@ -303,9 +303,7 @@ class SparseFFN(FFNBuffers):
             if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
             self.forget()
-            if _BY_KEY.get(self._key) is not self:  # a new one, or a copy
-                self._key = next(_KEYS)
-                _BY_KEY[self._key] = self
+            self._get_a_key()
             sizes = self.cost.intermediate_size, self.cost.hidden_size
             self.problem = projection_problem(self._owner[0], self.projections, sizes)
             if self.problem is not None:
@@ -324,6 +322,11 @@ class SparseFFN(FFNBuffers):
             self._operands = self._flattened()
             self._seen = seen
             return seen
+
+    def _get_a_key(self) -> None:
+        if _BY_KEY.get(self._key) is not self:  # a new one, or a copy
+            self._key = next(_KEYS)
+            _BY_KEY[self._key] = self
 
     def _try_to_place(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a backend can run where the weights are by now."""

@@ -146,6 +146,7 @@ class SparsePlaneFFN(SparseFFN):
         """Place tables beside the streams."""
         with plain_tensors():
             self.forget()
+            self._get_a_key()
             owner = self._owner_ffn
             self.problem = None
             if not self._try_to_place(owner.look.device, owner.dtype):
