@@ -46,7 +46,9 @@ COMMON_FILES: dict[str, list[str]] = {
     "ops.cpp": [],
     "pass.cpp": [],
     "plane_ffn.cpp": [],
+    "plane_linear.cpp": [],
     "plane_ops.cpp": [],
+    "plane_pass.cpp": [],
 }
 X86_FILES = {
     "isa_avx2.cpp": AVX2,

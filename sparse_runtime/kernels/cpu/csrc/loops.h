@@ -30,7 +30,9 @@
 #include "down.h"
 #include "look.h"
 #include "output.h"
-#include "planes.h"
+#include "plane_down.h"
+#include "plane_dots.h"
+#include "plane_values.h"
 
 namespace {
 

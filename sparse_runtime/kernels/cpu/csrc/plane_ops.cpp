@@ -4,7 +4,7 @@
 
 #include "checks.h"
 #include "dispatch.h"
-#include "plane_ffn.h"
+#include "plane_pass.h"
 
 namespace sparse_ffn {
 
@@ -24,7 +24,6 @@ PlaneFormat format_of(StableIValue base, StableIValue residual) {
   return {int(bits), int(rest)};
 }
 
-int64_t plane_bytes(int64_t length, int bits) { return 8 * bits * plane_groups(length); }
 int64_t scale_bytes(int64_t length) { return 2 * plane_groups(length); }
 
 // Records of bytes, whose scales stand at even addresses.

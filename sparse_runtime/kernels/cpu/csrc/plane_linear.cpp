@@ -1,0 +1,83 @@
+// Linear layers over planes, and rows' values.
+#include "parallel.h"
+#include "plane_ffn.h"
+#include "plane_pass.h"
+#include "plane_tokens.h"
+#include "tokens.h"
+
+namespace sparse_ffn {
+
+void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFormat& format,
+                      Stream records, int64_t rows, int64_t length, const void* bias, void* y) {
+  const Isa& isa = current_isa();
+  const Kernels& kernels = isa.by_dtype[dtype];
+  const int64_t base = plane_bytes(length, format.base);
+  const int64_t residual = plane_bytes(length, format.residual);
+  const int64_t parts = num_threads_for(rows * records.stride);
+  in_passes(x, element_size, [&](Tokens some, int64_t first_token) {
+    const int64_t tokens = some.count, values = tokens * kPlaneBlock;
+    Scratch& memory = scratch();
+    memory.reserve(TokenMemory::size(tokens, length) +
+                   parts * (Scratch::size<Prefetch>(1) + 2 * Scratch::size<float>(values)));
+    TokenMemory token_memory;
+    token_memory.take(memory, tokens, length);
+    Prefetch* queues[kMaxThreads];
+    float* dots[kMaxThreads];
+    float* finer[kMaxThreads];
+    for (int64_t p = 0; p < parts; ++p) {
+      queues[p] = new (memory.take<Prefetch>(1)) Prefetch;
+      dots[p] = memory.take<float>(values);
+      finer[p] = memory.take<float>(values);
+    }
+    const PlaneTokens rounded = round_tokens(isa, dtype, element_size, some, length, token_memory);
+    parallel(parts, [&](int64_t part) {
+      const Range range = part_of(rows, parts, part, kPlaneRows);
+      const auto fetch = [&](int64_t r) {
+        const int64_t count = at_most(range.end - r, kPlaneBlock);
+        queues[part]->add(records.data + r * records.stride, count * records.stride);
+      };
+      fetch(range.begin);
+      for (int64_t r = range.begin; r < range.end; r += kPlaneBlock) {
+        const int64_t count = at_most(range.end - r, kPlaneBlock);
+        const uint8_t* planes[kPlaneBlock];
+        const uint8_t* residuals[kPlaneBlock];
+        const uint8_t* scales[kPlaneBlock];
+        for (int64_t i = 0; i < round_up(count, kPlaneRows); ++i) {
+          planes[i] = records.data + (r + at_most(i, count - 1)) * records.stride;
+          residuals[i] = planes[i] + base;
+          scales[i] = residuals[i] + residual;
+        }
+        fetch(r + kPlaneBlock);
+        const int64_t padded = round_up(count, kPlaneRows);
+        isa.common.plane_dots(format.base, {planes, scales, padded, nullptr}, rounded, dots[part],
+                              kPlaneBlock, *queues[part]);
+        if (format.residual) {
+          isa.common.plane_dots(format.residual, {residuals, scales, padded, nullptr}, rounded,
+                                finer[part], kPlaneBlock, *queues[part]);
+          const float factor = 1.0f / float(1 << format.residual);
+          for (int64_t k = 0; k < values; ++k) dots[part][k] += factor * finer[part][k];
+        }
+        for (int64_t t = 0; t < tokens; ++t)
+          kernels.store(dots[part] + t * kPlaneBlock, count,
+                        bias ? static_cast<const char*>(bias) + r * element_size : nullptr,
+                        static_cast<char*>(y) + ((first_token + t) * rows + r) * element_size);
+      }
+    });
+  });
+}
+
+void run_plane_values(DType dtype, int64_t element_size, const PlaneFormat& format,
+                      const PlaneRowsOf& rows, int64_t count, int64_t length, void* out) {
+  const Kernels& kernels = current_isa().by_dtype[dtype];
+  const int64_t parts = num_threads_for(count * length * element_size);
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(count, parts, part, 1);
+    for (int64_t r = range.begin; r < range.end; ++r)
+      kernels.plane_values(format, rows.base.data + r * rows.base.stride,
+                           rows.residual.data + r * rows.residual.stride,
+                           rows.scales.data + r * rows.scales.stride, length,
+                           static_cast<char*>(out) + r * length * element_size);
+  });
+}
+
+}  // namespace sparse_ffn

@@ -1,0 +1,237 @@
+// The stages of a part's neurons: look, decide, refine, down.
+#include "plane_pass.h"
+
+#include <math.h>
+#include <string.h>
+
+#include "sizes.h"
+
+namespace sparse_ffn {
+
+namespace {
+
+float ramp(float evidence, float width) {
+  if (width == 0.0f) return 1.0f;
+  const float share = (evidence - 1.0f) / width;
+  return !(share < 1.0f) ? 1.0f : share;
+}
+
+void choose(const PlanePass& pass, int64_t first, PlaneStep& step) {
+  step.count = at_most(pass.num_rows - first, kStepRows);
+  if (step.count < 0) step.count = 0;
+  const uint64_t all = pass.x.count >= 64 ? ~uint64_t(0) : (uint64_t(1) << pass.x.count) - 1;
+  for (int64_t r = 0; r < step.count; ++r) {
+    step.index[r] = pass.rows ? pass.rows[first + r] : int32_t(first + r);
+    step.wanted[r] = pass.groups.count > 1 ? wanting(pass.groups, pass.clusters.sets,
+                                                     pass.clusters.stride, step.index[r])
+                                           : all;
+  }
+}
+
+// A neuron's gate and up, in some stream, and its scales.
+struct Pairs {
+  const uint8_t* planes[2 * kStepRows];
+  const uint8_t* scales[2 * kStepRows];
+  uint64_t tokens[2 * kStepRows];
+  int64_t count = 0;
+
+  void add(const uint8_t* gate, const uint8_t* up, const uint8_t* gate_scales,
+           const uint8_t* up_scales, uint64_t wanted) {
+    planes[count] = gate, planes[count + 1] = up;
+    scales[count] = gate_scales, scales[count + 1] = up_scales;
+    tokens[count] = tokens[count + 1] = wanted;
+    count += 2;
+  }
+  PlaneRows rows(int64_t num_tokens) {
+    while (count % kPlaneRows) {
+      planes[count] = planes[count - 1], scales[count] = scales[count - 1];
+      tokens[count++] = 0;
+    }
+    return {planes, scales, count, num_tokens > 1 ? tokens : nullptr};
+  }
+};
+
+void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
+  const PlaneFfn& ffn = *pass.ffn;
+  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.base);
+  const int64_t scales = 2 * plane_groups(ffn.hidden_size), tokens = pass.x.count;
+  Pairs pairs;
+  for (int64_t r = 0; r < step.count; ++r) {
+    const uint8_t* const record = ffn.look.data + step.index[r] * ffn.look.stride;
+    pairs.add(record, record + plane, record + 2 * plane, record + 2 * plane + scales,
+              step.wanted[r]);
+  }
+  const int64_t ld = 2 * kStepRows;
+  pass.isa->common.plane_dots(ffn.format.base, pairs.rows(tokens), pass.x, own.dots, ld,
+                              *own.prefetch);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* const looks = step.looks + t * kStepRows;
+    float* const gate = step.gate + t * kStepRows;
+    float* const up = step.up + t * kStepRows;
+    for (int64_t r = 0; r < step.count; ++r) {
+      looks[r] = gate[r] = own.dots[t * ld + 2 * r];
+      up[r] = own.dots[t * ld + 2 * r + 1];
+    }
+    pass.isa->common.activate(ffn.activation, looks, up, step.count);
+  }
+}
+
+// Decides about a step's neurons, and has what they need fetched.
+void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
+  const PlaneFfn& ffn = *pass.ffn;
+  const Stages& stages = pass.stages;
+  for (int64_t r = 0; r < step.count; ++r) {
+    uint64_t counted = 0, refined = 0;
+    if (!stages.factors) {
+      counted = refined = step.wanted[r];
+    } else {
+      const float factor = stages.factors[step.index[r]];
+      for (uint64_t left = step.wanted[r]; left; left &= left - 1) {
+        const int64_t t = __builtin_ctzll(left);
+        const float evidence = fabsf(step.looks[t * kStepRows + r]) * factor;
+        step.evidence[t * kStepRows + r] = evidence;
+        // Not below a bound, so that NaN is refined.
+        if (!(evidence <= 1.0f)) counted |= uint64_t(1) << t;
+        if (!(evidence <= 1.0f) && !(evidence <= stages.tau)) refined |= uint64_t(1) << t;
+      }
+    }
+    step.counted[r] = counted;
+    step.refined[r] = refined;
+    own.counts[0] += __builtin_popcountll(counted);
+    own.counts[1] += __builtin_popcountll(step.wanted[r]);
+    own.counts[2] += __builtin_popcountll(refined);
+    if (refined && ffn.format.residual)
+      own.prefetch->add(ffn.refine.data + step.index[r] * ffn.refine.stride,
+                        3 * plane_bytes(ffn.hidden_size, ffn.format.residual));
+  }
+  for (int64_t r = 0; r < step.count; ++r)
+    if (step.counted[r])
+      own.prefetch->add(ffn.count.data + step.index[r] * ffn.count.stride,
+                        plane_bytes(ffn.hidden_size, ffn.format.base) +
+                            2 * plane_groups(ffn.hidden_size));
+}
+
+// Activations of a step's refined neurons by all their bits: own.full, in the first of its two parts.
+void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
+  const PlaneFfn& ffn = *pass.ffn;
+  const int64_t base = plane_bytes(ffn.hidden_size, ffn.format.base);
+  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
+  const int64_t scales = 2 * plane_groups(ffn.hidden_size), tokens = pass.x.count;
+  Pairs pairs;
+  int64_t place[kStepRows];
+  for (int64_t r = 0; r < step.count; ++r) {
+    if (!step.refined[r]) continue;
+    place[pairs.count / 2] = r;
+    const uint8_t* const record = ffn.refine.data + step.index[r] * ffn.refine.stride;
+    const uint8_t* const own_scales =
+        ffn.look.data + step.index[r] * ffn.look.stride + 2 * base;
+    pairs.add(record, record + plane, own_scales, own_scales + scales, step.refined[r]);
+  }
+  const int64_t count = pairs.count / 2, ld = 2 * kStepRows;
+  if (count == 0) return;
+  pass.isa->common.plane_dots(ffn.format.residual, pairs.rows(tokens), pass.x, own.dots, ld,
+                              *own.prefetch);
+  const float finer = 1.0f / float(1 << ffn.format.residual);
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* const gate = own.full + t * kStepRows;
+    float* const up = own.full + (tokens + t) * kStepRows;
+    memcpy(gate, step.gate + t * kStepRows, size_t(step.count) * sizeof(float));
+    memcpy(up, step.up + t * kStepRows, size_t(step.count) * sizeof(float));
+    for (int64_t i = 0; i < count; ++i) {
+      if (!(step.refined[place[i]] >> t & 1)) continue;
+      gate[place[i]] += finer * own.dots[t * ld + 2 * i];
+      up[place[i]] += finer * own.dots[t * ld + 2 * i + 1];
+    }
+    pass.isa->common.activate(ffn.activation, gate, up, step.count);
+  }
+}
+
+// Rows of down, with their weights.
+struct DownRows {
+  const uint8_t* planes[kStepRows];
+  const uint8_t* scales[kStepRows];
+  float h[kStepRows];
+  int64_t count = 0;
+
+  void add(const uint8_t* plane, const uint8_t* own_scales, float weight) {
+    planes[count] = plane;
+    scales[count] = own_scales;
+    h[count++] = weight;
+  }
+  void run(const PlanePass& pass, PlanePart& own, int bits, float factor, float* sums) {
+    if (count == 0) return;
+    while (count % 4) add(planes[count - 1], scales[count - 1], 0.0f);
+    pass.isa->common.plane_down(bits, planes, scales, h, count,
+                                plane_groups(pass.ffn->hidden_size), factor, own.down, sums,
+                                *own.prefetch);
+  }
+};
+
+void add_down(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
+  const PlaneFfn& ffn = *pass.ffn;
+  const Stages& stages = pass.stages;
+  const int64_t base = plane_bytes(ffn.hidden_size, ffn.format.base);
+  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
+  for (int64_t t = 0; t < pass.x.count; ++t) {
+    DownRows counted, refined;
+    for (int64_t r = 0; r < step.count; ++r) {
+      if (!(step.counted[r] >> t & 1)) continue;
+      const int64_t at = t * kStepRows + r;
+      const bool is_refined = ffn.format.residual && (step.refined[r] >> t & 1);
+      const float evidence = stages.factors ? step.evidence[at] : 0.0f;
+      const float finer =
+          !is_refined ? 0.0f : stages.factors ? ramp(evidence / stages.tau, stages.width) : 1.0f;
+      float h = step.looks[at];
+      if (is_refined) h = finer == 1.0f ? own.full[at] : h + finer * (own.full[at] - h);
+      if (stages.factors) h *= ramp(evidence, stages.width);
+      const uint8_t* const record = ffn.count.data + step.index[r] * ffn.count.stride;
+      counted.add(record, record + base, h);
+      if (is_refined)
+        refined.add(ffn.refine.data + step.index[r] * ffn.refine.stride + 2 * plane, record + base,
+                    h * finer);
+    }
+    float* const sums = own.sums + t * pass.sum_stride;
+    counted.run(pass, own, ffn.format.base, 1.0f, sums);
+    if (ffn.format.residual)
+      refined.run(pass, own, ffn.format.residual, 1.0f / float(1 << ffn.format.residual), sums);
+  }
+}
+
+}  // namespace
+
+void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part) {
+  const PlaneFfn& ffn = *pass.ffn;
+  memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
+  const int64_t record = 2 * (plane_bytes(ffn.hidden_size, ffn.format.base) +
+                              2 * plane_groups(ffn.hidden_size));
+  const auto fetch = [&](const PlaneStep& step) {
+    for (int64_t r = 0; r < step.count; ++r)
+      own.prefetch->add(ffn.look.data + step.index[r] * ffn.look.stride, record);
+  };
+  // Parts take steps in turns, so that all have alike shares of what is counted.
+  const int64_t stride = pass.num_parts * kStepRows;
+  PlaneStep* now = &own.steps[0];
+  PlaneStep* before = &own.steps[1];
+  before->count = 0;
+  choose(pass, part * kStepRows, *now);
+  fetch(*now);
+  PlaneStep next;
+  for (int64_t first = part * kStepRows; now->count > 0 || before->count > 0; first += stride) {
+    choose(pass, first + stride, next);
+    fetch(next);
+    if (now->count > 0) look(pass, own, *now);
+    if (before->count > 0) {
+      if (ffn.format.residual) refine(pass, own, *before);
+      add_down(pass, own, *before);
+    }
+    if (now->count > 0) decide(pass, own, *now);
+    PlaneStep* const free = before;
+    before = now;
+    now = free;
+    now->count = next.count;
+    memcpy(now->index, next.index, sizeof(next.index));
+    memcpy(now->wanted, next.wanted, sizeof(next.wanted));
+  }
+}
+
+}  // namespace sparse_ffn

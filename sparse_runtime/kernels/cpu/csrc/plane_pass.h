@@ -1,0 +1,55 @@
+// One pass of the FFN over planes: up to kMaxTokens tokens, divided into parts that threads compute.
+#pragma once
+
+#include "groups.h"
+#include "plane_ffn.h"
+
+namespace sparse_ffn {
+
+inline int64_t plane_bytes(int64_t length, int bits) { return 8 * bits * plane_groups(length); }
+
+// Neurons of a step: what is decided about is read during the next one. 32 neurons of Mistral's shape
+// take 140 KB to look at, and as much again at most: a step and the next one fit into an L2 cache.
+constexpr int64_t kStepRows = 32;
+
+// Neurons that are read and decided about together.
+struct PlaneStep {
+  int64_t count;
+  int32_t index[kStepRows];
+  uint64_t wanted[kStepRows];   // tokens that have them as candidates
+  uint64_t counted[kStepRows];
+  uint64_t refined[kStepRows];
+  float* gate;      // [tokens, kStepRows]: dot products with base planes
+  float* up;
+  float* looks;     // their activation
+  float* evidence;  // |look| * factor
+};
+
+struct PlanePass {
+  const PlaneFfn* ffn;
+  const Isa* isa;
+  Clusters clusters;
+  Stages stages;
+  Groups groups;
+  PlaneTokens x;
+  const int32_t* rows;  // null: all neurons
+  int64_t num_rows;
+  int64_t num_parts;
+  int64_t sum_stride;  // floats: 256 for each unit
+};
+
+// What one part works with.
+struct PlanePart {
+  Prefetch* prefetch;
+  PlaneStep steps[2];
+  float* dots;  // [tokens, 2 * kStepRows]
+  float* full;  // [2, tokens, kStepRows]
+  float* sums;  // [tokens, sum_stride]
+  DownScratch down;
+  int64_t counts[3];
+};
+
+// A part's steps, added up in the part's own sums.
+void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part);
+
+}  // namespace sparse_ffn
