@@ -317,10 +317,10 @@ def decode_bytes(model: Any, clusters: ClusterSet) -> tuple[int, int]:
     The input embedding is a look-up of one row and does not count; a tied output head does.
     """
     ffn = sum(
-        linear.weight.numel() * linear.weight.element_size()
-        for layer in find_ffn_layers(model)
+        p.numel() * p.element_size()
+        for layer in find_ffn_layers(model, packed=True)
         if layer.index in clusters.layers
-        for linear in (layer.gate, layer.up, layer.down)
+        for p in layer.mlp.parameters()
     )
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()

@@ -13,7 +13,7 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,7 @@ import torch
 
 from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.bench import (
     decode_bytes,
@@ -34,9 +35,11 @@ from sparse_runtime.eval.latency.bench import (
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
 from sparse_runtime.eval.latency.shapes import SHAPES, random_clusters, random_model
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
+from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.files import write_json
 from sparse_runtime.models import load_model
 from sparse_runtime.models.demo_model import demo_file
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
 
 PROMPT_TOKENS = 128
@@ -44,14 +47,37 @@ NEW_TOKENS = 32
 ROUNDS = 3
 GGUF_TYPES = ("Q4_0", "Q8_0")
 _DENSITY = 0.5
-# sparse, with fast linears, compiled
-_WAYS = {
-    "dense": (False, False, False),
-    "dense + fast linears": (False, True, False),
-    "sparse": (True, False, False),
-    "sparse + fast linears": (True, True, False),
-    "dense + fast linears, compiled": (False, True, True),
-    "sparse + fast linears, compiled": (True, True, True),
+PLANE_BITS = (5, 4)
+# Of |h| of normal hidden states, the upper quartile over the median, by measurement.
+_HALF_REFINED = 3.0
+
+
+@dataclass(frozen=True)
+class Way:
+    """One of our ways to run a model.
+
+    Attributes:
+        sparse: with clusters.
+        fast_linear: other linear layers by our kernels too; those in planes always are.
+        compiled: decode steps as one compiled graph.
+        tau: over planes, see ``SparseConfig``.
+    """
+
+    sparse: bool = False
+    fast_linear: bool = False
+    compiled: bool = False
+    tau: float = 2.0
+
+
+EAGER = {
+    "dense": Way(),
+    "dense + fast linears": Way(fast_linear=True),
+    "sparse": Way(sparse=True),
+    "sparse + fast linears": Way(sparse=True, fast_linear=True),
+}
+WAYS = EAGER | {
+    "dense + fast linears, compiled": Way(fast_linear=True, compiled=True),
+    "sparse + fast linears, compiled": Way(sparse=True, fast_linear=True, compiled=True),
 }
 _SCRIPT = Path(__file__).with_name("llama_peer.py")
 _HOW = "pip install xllamacpp gguf into an environment of its own, as make bench-peers does"
@@ -127,19 +153,20 @@ def bench_peers(
     prompt_tokens: int = PROMPT_TOKENS,
     new_tokens: int = NEW_TOKENS,
     rounds: int = ROUNDS,
-    compiled: bool = True,
+    ways: Mapping[str, Way] = WAYS,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Time a model in our ways and in llama.cpp's, in turns.
 
     Args:
-        model: a dense causal language model on the CPU; dense again when this returns.
+        model: a dense causal language model on the CPU, in floats or in planes; dense again when this
+            returns.
         clusters: of it.
         peers: to run beside it.
         prompt_tokens: length of a random prompt.
         new_tokens: decode steps timed in each round.
         rounds: after one that warms ours up.
-        compiled: time compiled decode steps as well.
+        ways: to run the model, by their names in the tables.
         progress: reports one unit per run.
 
     Returns:
@@ -152,22 +179,30 @@ def bench_peers(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     bandwidth, read = ReadBandwidth(), list[float]()
-    ours = {way: Runner(name) for name, way in _WAYS.items() if compiled or not way[2]}
+    ours = [(way, Runner(name)) for name, way in ways.items()]
     total, ffn_bytes = decode_bytes(model, clusters)
+    layers = find_ffn_layers(model, packed=True)
+    costs = (
+        FFNCost(layer.hidden_size, layer.intermediate_size, 0, element_size(layer.dtype))
+        for layer in layers
+    )
+    floats = sum(cost.dense_bytes for cost in costs)
     cache = time_prefill(model, prompt[:, :-1])[1]
     share = 1.0
     runs = (rounds + 1) * len(ours) + rounds * len(peers)
     with (progress or TqdmProgress()).task("peers", runs) as advance:
         for number in range(rounds + 1):
-            for (sparse, fast, graph), runner in ours.items():
-                with _made(model, clusters, sparse, fast):
+            for way, runner in ours:
+                with _made(model, clusters, way):
                     seconds = time_prefill(model, prompt)[0]
-                    if graph:
+                    if way.compiled:
                         steps = time_compiled_decode(model, prompt, new_tokens if number else 2)
                     else:
                         steps = time_decode(model, prompt, cache, new_tokens if number else 2)
-                    share = sparse_share(model) if sparse else 1.0
-                runner.bytes_per_token = total - ffn_bytes * (1 - share)
+                    share = sparse_share(model) if way.sparse else share
+                runner.bytes_per_token = total
+                if way.sparse:
+                    runner.bytes_per_token += share * floats - ffn_bytes
                 if number:
                     runner.add(prompt_tokens / seconds, 1 / statistics.mean(steps))
                 advance(1)
@@ -176,7 +211,7 @@ def bench_peers(
                 advance(1)
             read.append(bandwidth())
     return {
-        "ours": [runner.record() for runner in ours.values()],
+        "ours": [runner.record() for _, runner in ours],
         "peers": [peer.record() for peer in peers],
         "read_gbps": statistics.median(read),
         "read_range": [min(read), max(read)],
@@ -189,17 +224,18 @@ def bench_peers(
 
 
 @contextmanager
-def _made(model: Any, clusters: ClusterSet, sparse: bool, fast: bool) -> Iterator[None]:
+def _made(model: Any, clusters: ClusterSet, way: Way) -> Iterator[None]:
     """The model in one of our ways, inside the context."""
-    if sparse:
-        sparsify(model, clusters, check_fingerprint=False, fast_linear=fast)
+    if way.sparse:
+        options = {"fast_linear": way.fast_linear, "tau": way.tau}
+        sparsify(model, clusters, check_fingerprint=False, **options)
         reset_cost(model)
-    elif fast:
+    elif way.fast_linear:
         fast_linear(model)
     try:
         yield
     finally:
-        if sparse:
+        if way.sparse:
             unsparsify(model)
         slow_linear(model)
 
@@ -229,6 +265,26 @@ def random_gguf(python: str, folder: Path, shape: str, kind: str) -> Path:
     return file
 
 
+def planes_record(bits: int, python: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """Mistral's shape with all weights in planes of so many bits, and llama.cpp, in turns.
+
+    Of the neurons some four fifths are looked at, two fifths counted and one fifth refined.
+    """
+    model = random_model("mistral-7b")
+    looked, confirmed = 0.8, 0.5
+    look_share = FFNCost(4096, 1, 0).look_bytes / FFNCost(4096, 1, 0).neuron_bytes
+    clusters = random_clusters(
+        model, density=looked * (confirmed + look_share), looked=looked, confirmed=confirmed
+    )
+    pack_model(model, bits, linears=bits)
+    ways = {
+        f"{bits} bits": Way(),
+        f"{bits} bits, sparse": Way(sparse=True, tau=_HALF_REFINED),
+    }
+    peers = [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES]
+    return {"bits": bits, **bench_peers(model, clusters, peers, ways=ways)}
+
+
 def main(python: str, folder: str, figures: str) -> None:
     """Time both models and write the figures."""
     files = {kind: random_gguf(python, Path(folder), "mistral-7b", kind) for kind in GGUF_TYPES}
@@ -241,15 +297,17 @@ def main(python: str, folder: str, figures: str) -> None:
         rounds=2 * ROUNDS,
     )
     del demo
+    peers = [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES]
     model = random_model("mistral-7b")
-    record = bench_peers(
-        model,
-        random_clusters(model, density=_DENSITY),
-        [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES],
-        compiled=False,  # one to two minutes of compiling in each round
-    )
+    # Compiling would take one to two minutes in each round.
+    record = bench_peers(model, random_clusters(model, density=_DENSITY), peers, ways=EAGER)
+    del model
+    planes = [planes_record(bits, python, files) for bits in PLANE_BITS]
     host = host_record()
-    write_json(Path(figures), {"model": "mistral-7b", **record, "demo": demo_record, "host": host})
+    write_json(
+        Path(figures),
+        {"model": "mistral-7b", **record, "planes": planes, "demo": demo_record, "host": host},
+    )
 
 
 if __name__ == "__main__":

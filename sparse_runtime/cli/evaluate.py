@@ -129,11 +129,7 @@ def evaluate(
     sources = _checked(names, data or ["wikitext2"], calibration)
     planes = plane_options(weights, None, tau, ramp)
     curves = shares is not None or bool(names)
-    if planes and curves:
-        raise ConfigError(
-            "--weights is given with --budgets or --baselines, which compare float weights; expected "
-            "one or the other"
-        )
+    _check_planes(planes, curves)
     centroids = curves or cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
@@ -147,10 +143,8 @@ def evaluate(
     if not curves:
         if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        if planes:
-            record |= _packed_quality(loaded, artifact, texts, protocol, planes)
-        else:
-            record |= _quality(loaded, artifact, texts, protocol)
+        judge = _packed_quality if planes else _quality
+        record |= judge(loaded, artifact, texts, protocol, planes)
     else:
         windows = None
         if names:
@@ -183,6 +177,15 @@ def _check_options(
             raise ConfigError(f"--{option} is given without --baselines, which alone it is for")
 
 
+def _check_planes(planes: dict[str, Any], curves: bool) -> None:
+    """Refuse packed weights where float ones are compared. Raises ConfigError."""
+    if planes and curves:
+        raise ConfigError(
+            "--weights is given with --budgets or --baselines, which compare float weights; expected "
+            "one or the other"
+        )
+
+
 def _checked(
     baselines: Sequence[str], data: Sequence[str], calibration: list[str] | None
 ) -> list[tuple[str, DataSource]]:
@@ -199,7 +202,11 @@ def _checked(
 
 
 def _quality(
-    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], protocol: Protocol
+    model: Any,
+    artifact: ClusterSet,
+    texts: Sequence[tuple[str, Tensor]],
+    protocol: Protocol,
+    planes: dict[str, Any],
 ) -> dict[str, Any]:
     """Figures of an artifact as it is; those of further texts under ``others``."""
     from sparse_runtime.eval.quality.artifact_quality import evaluate_quality

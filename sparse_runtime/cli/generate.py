@@ -94,16 +94,10 @@ def generate(
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
-    sparsify(
-        loaded,
-        artifact,
-        budget=budget,
-        verify=verify,
-        strict=strict,
-        fast_linear=fast_linear,
-        **planes,
-    )
+    ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
+    sparsify(loaded, artifact, budget=budget, verify=verify, **ways, **planes)
     options: dict[str, Any] = {"temperature": temperature, "seed": seed}
+    options["max_new_tokens"] = max_new_tokens
     variants = ("dense", "sparse") if compare else ("sparse",)
     length = inputs["input_ids"].shape[1] + max(max_new_tokens, WARM_UP_TOKENS)
     compiled: dict[str, float] = {}
@@ -114,27 +108,24 @@ def generate(
             warm_up(loaded, tokenizer, inputs, variant)
     runs = {}
     for variant in variants:
-        out.print(f"[bold]{variant}[/bold]")
-        # A continuation reads as one text; an answer stands alone.
-        printer = TextStreamer(
-            tokenizer, skip_prompt=bool(inputs["chat"]), skip_special_tokens=True
-        )
-        runs[variant] = generate_text(
-            loaded,
-            tokenizer,
-            inputs,
-            variant,
-            printer=printer,
-            max_new_tokens=max_new_tokens,
-            compiled_length=length if compiled else None,
-            **options,
-        )
+        options["compiled_length"] = length if compiled else None
+        runs[variant] = _streamed(loaded, tokenizer, inputs, variant, **options)
         runs[variant]["compile_seconds"] = compiled.get(variant)
         _print_figures(runs[variant])
     record = {"model": model, "prompt": prompt, "chat": inputs["chat"]}
     write_figures(json_file, {**record, **runs})
     if strict and runs["sparse"]["nothing_sparse"]:
         raise SparseRuntimeError(f"nothing ran sparse: {runs['sparse']['nothing_sparse']}")
+
+
+def _streamed(
+    model: Any, tokenizer: Any, inputs: Any, variant: str, **options: Any
+) -> dict[str, Any]:
+    """Print a text while it is generated; its figures."""
+    out.print(f"[bold]{variant}[/bold]")
+    # A continuation reads as one text; an answer stands alone.
+    printer = TextStreamer(tokenizer, skip_prompt=bool(inputs["chat"]), skip_special_tokens=True)
+    return generate_text(model, tokenizer, inputs, variant, printer=printer, **options)
 
 
 def _print_figures(figures: dict[str, Any]) -> None:

@@ -13,6 +13,7 @@ No block size has been measured on a GPU for these kernels: they take those of t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -79,7 +80,7 @@ def triton_plane_ffn(
         factors: [I] float32; None: every candidate is refined whole.
         tau: a neuron is refined beyond.
         width: of the ramp.
-        cluster_bias: [K, H] or None.
+        cluster_bias: [K, H], or None, as without ``sets``.
         cluster_counts: incremented for every token [K] int64, or None.
         row_counts: incremented by neurons counted, looked at and refined [3] int64, or None.
         correction_down: [c, H] or None, as the next.
@@ -91,20 +92,23 @@ def triton_plane_ffn(
         [n, H], dtype of x.
     """
     outputs = []
-    parts = x.contiguous().split(MAX_TOKENS)
-    for first, tokens in zip(range(0, max(1, len(x)), MAX_TOKENS), parts, strict=True):
+    parts = x.contiguous().split(_part(x))
+    ids_of_parts: Sequence[Tensor | None] = [None] * len(parts)
+    if cluster_ids is not None:
+        ids_of_parts = cluster_ids.split(_part(x))
+    for tokens, ids in zip(parts, ids_of_parts, strict=True):
         call = _PlaneCall(tokens, (look, count, refine), (base, residual), sets, activation)
         call.counts, call.counters, call.bias = row_counts, counters, cluster_bias
         call.correction = None if correction_down is None else (correction_down, correction_up)
-        ids = None if cluster_ids is None else cluster_ids[first : first + MAX_TOKENS]
         with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
             if sets is None or ids is not None:
                 call.take(ids, cluster_counts)
             else:
                 assert router_up is not None
                 assert router_bias is not None
-                counts = call.count.long() if cluster_counts is None else cluster_counts
-                call.route(router_down, router_up, router_bias, counts)
+                if cluster_counts is None:
+                    cluster_counts = x.new_zeros(len(sets), dtype=torch.int64)
+                call.route(router_down, router_up, router_bias, cluster_counts)
             outputs.append(call.compute_stages(factors, tau, width))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
@@ -130,21 +134,21 @@ def triton_plane_linear(
     Returns:
         [n, N], dtype of x.
     """
-    # Measured settings are those of an FFN's shape.
+    # Nothing is measured for the shape of a linear layer.
     config = _FORCED[-1] if _FORCED else TritonConfig()
     rows, size = records.shape[0], x.shape[1]
     y = x.new_empty(x.shape[0], rows)
-    for tokens, outputs in zip(x.contiguous().split(MAX_TOKENS), y.split(MAX_TOKENS), strict=True):
-        n = len(tokens)
-        if n == 0 or rows == 0:
+    part = _part(x)
+    for tokens, outputs in zip(x.contiguous().split(part), y.split(part), strict=True):
+        if outputs.numel() == 0:
             continue
-        block = config.gate_rows if n == 1 else max(16, config.many_rows)
+        block = config.gate_rows if len(tokens) == 1 else max(16, config.many_rows)
         with torch.cuda.device_of(x):
             plane_kernels.plane_linear_kernel[(-(-rows // block),)](
-                tokens, records, records if bias is None else bias, outputs, n, rows,
-                H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None,
-                **_tokens(n, x.dtype), BLOCK_R=block, UNITS=_units(config.gate_hidden, size),
-                num_warps=config.gate_warps if n == 1 else config.many_warps,
+                tokens, records, records if bias is None else bias, outputs, len(tokens), rows,
+                H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None, BLOCK_R=block,
+                UNITS=_units(config.gate_hidden, size),
+                **_tokens(tokens, config.gate_warps, config),
             )  # fmt: skip
     return y
 
@@ -213,10 +217,9 @@ class _PlaneCall(_Call):
             self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
             ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
-            RAMP=width > 0, LISTED=listed, COUNTED=self.counts is not None,
-            **_tokens(self.tokens, self.x.dtype), BLOCK_I=block,
+            RAMP=width > 0, LISTED=listed, COUNTED=self.counts is not None, BLOCK_I=block,
             UNITS=_units(64 * config.look_groups, self.hidden_size),
-            num_warps=config.look_warps if one else config.many_warps,
+            **_tokens(self.x, config.look_warps, config),
         )  # fmt: skip
 
     def _down(self, activations: Tensor, finer: Tensor, *, listed: bool) -> Tensor:
@@ -224,28 +227,37 @@ class _PlaneCall(_Call):
         _, count, refine = self.weights
         y, units = torch.empty_like(self.x), -(-self.hidden_size // _UNIT_SIZE)
         splits = config.down_splits if n == 1 else config.many_splits
+        # A row has 64 lanes in a unit of 256 outputs: one token's programs take more rows at a time.
+        block = 2 * config.down_rows if n == 1 else max(16, config.many_rows)
         partial = self.x.new_empty(splits, n, self.hidden_size, dtype=torch.float32)
-        extras = self._extras()
-        if n == 1:
-            # A row's lanes of one unit are a quarter as many as the outputs: more rows at a time.
-            plane_kernels.plane_down_one_kernel[(units, splits)](
-                activations, finer, count, refine, self.rows, self.count, partial, y, *extras,
-                self.neurons, self.projected_rows, **self.format, **self._finish(), LISTED=listed,
-                SPLITS=splits, BLOCK_R=2 * config.down_rows, num_warps=config.down_warps,
-            )  # fmt: skip
-        else:
-            plane_kernels.plane_down_many_kernel[(units, splits)](
-                activations, finer, count, refine, partial, y, *extras, n, self.neurons,
-                self.projected_rows, **self.format, **self._finish(), **_tokens(n, self.x.dtype),
-                SPLITS=splits, BLOCK_R=max(16, config.many_rows), num_warps=config.many_warps,
-            )  # fmt: skip
+        plane_kernels.plane_down_kernel[(units, splits)](
+            activations, finer, count, refine, self.rows, self.count, partial, y, *self._extras(),
+            n, self.neurons, self.projected_rows, **self.format, **self._finish(), LISTED=listed,
+            SPLITS=splits, BLOCK_R=block, **_tokens(self.x, config.down_warps, config),
+        )  # fmt: skip
         return y
 
 
-def _tokens(n: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Tokens of a block, and how their products are computed: 16 bits are exact in tf32."""
-    padded = 1 if n == 1 else max(16, triton.next_power_of_2(n))
-    return {"TOKENS": padded, "PRECISION": "ieee" if dtype == torch.float32 else "tf32"}
+def _part(x: Tensor) -> int:
+    """Tokens at a time: products of float32 go without matrix units, through registers."""
+    return 16 if x.dtype == torch.float32 else MAX_TOKENS
+
+
+def _tokens(x: Tensor, warps: int, config: TritonConfig) -> dict[str, Any]:
+    """How a part's products are computed; tf32 holds all of 16 bits.
+
+    Args:
+        x: the part [n, H].
+        warps: of a program, for one token.
+        config: has those for several.
+    """
+    exact = x.dtype == torch.float32
+    padded = 1 if len(x) == 1 else max(16, triton.next_power_of_2(len(x)))
+    if (
+        padded > 1
+    ):  # sums of more tokens do not fit into the registers of the same number of threads
+        warps = config.many_warps * (2 if exact or padded > 16 else 1)
+    return {"TOKENS": padded, "PRECISION": "ieee" if exact else "tf32", "num_warps": warps}
 
 
 def _units(wanted: int, size: int) -> int:

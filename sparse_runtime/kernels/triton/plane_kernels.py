@@ -89,13 +89,15 @@ def _codes(
 ):  # fmt: skip
     """Codes by base, by residual (in steps of it), or by both; no bits: that one is not read."""
     if RESIDUAL == 0:
-        return _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
-    if BASE == 0:
-        return _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
-    steps: tl.constexpr = 1 << RESIDUAL
-    b0, b1, b2, b3 = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
-    r0, r1, r2, r3 = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
-    return b0 * steps + r0, b1 * steps + r1, b2 * steps + r2, b3 * steps + r3
+        codes = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
+    elif BASE == 0:
+        codes = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+    else:
+        steps: tl.constexpr = 1 << RESIDUAL
+        b0, b1, b2, b3 = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
+        r0, r1, r2, r3 = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+        codes = b0 * steps + r0, b1 * steps + r1, b2 * steps + r2, b3 * steps + r3
+    return codes
 
 
 @triton.jit
@@ -114,9 +116,8 @@ def _wide(quads):
     """Every column four times: [ROWS, quads] -> [ROWS, lanes]."""
     rows: tl.constexpr = quads.shape[0]
     columns: tl.constexpr = quads.shape[1]
-    return tl.reshape(
-        tl.broadcast_to(quads[:, :, None], [rows, columns, 4]), [rows, columns * 4]
-    )
+    fours = tl.broadcast_to(quads[:, :, None], [rows, columns, 4])
+    return tl.reshape(fours, [rows, columns * 4])
 
 
 @triton.jit
@@ -128,12 +129,12 @@ def _unit_sums(
     """Products of some units of rows with one token, added up in quads."""
     GROUPS: tl.constexpr = (H + 63) // 64
     _, h, _, _, _, inside = _lanes(first, GROUPS, UNITS, U)
-    c0, c1, c2, c3 = _codes(base, rest, wanted, first, GROUPS, BASE, RESIDUAL, UNITS, U)
-    x0 = tl.load(x + h, mask=inside & (h < H), other=0).to(tl.float32)
-    x1 = tl.load(x + h + 16, mask=inside & (h + 16 < H), other=0).to(tl.float32)
-    x2 = tl.load(x + h + 32, mask=inside & (h + 32 < H), other=0).to(tl.float32)
-    x3 = tl.load(x + h + 48, mask=inside & (h + 48 < H), other=0).to(tl.float32)
-    products = c0 * x0[None, :] + c1 * x1[None, :] + c2 * x2[None, :] + c3 * x3[None, :]
+    codes = _codes(base, rest, wanted, first, GROUPS, BASE, RESIDUAL, UNITS, U)
+    products = tl.zeros([wanted.shape[0], 64 * UNITS], tl.float32)
+    for c in tl.static_range(4):
+        mask = inside & (h + 16 * c < H)
+        values = tl.load(x + h + 16 * c, mask=mask, other=0).to(tl.float32)
+        products += codes[c] * values[None, :]
     quads = tl.sum(tl.reshape(products, [wanted.shape[0], 16 * UNITS, 4]), 2)
     return quads * _scales(scales, wanted, first, GROUPS, UNITS)
 
@@ -173,9 +174,7 @@ def _sums(
     if TOKENS == 1:
         quads = tl.zeros([wanted.shape[0], 16 * UNITS], tl.float32)
         for first in range(0, WHOLE, UNITS):
-            quads += _unit_sums(
-                x, base, rest, scales, wanted, first, H, BASE, RESIDUAL, UNITS, 4
-            )  # fmt: skip
+            quads += _unit_sums(x, base, rest, scales, wanted, first, H, BASE, RESIDUAL, UNITS, 4)
         sums = tl.sum(quads, 1)
         if U > 0:
             quads = _unit_sums(x, base, rest, scales, wanted, WHOLE, H, BASE, RESIDUAL, 1, U)
@@ -208,14 +207,13 @@ def _gate_up(
     BLOCK_I: tl.constexpr = wanted.shape[0]
     r = tl.arange(0, 2 * BLOCK_I)
     i, which = (first + r // 2).to(tl.int64), r % 2
-    both = tl.reshape(
-        tl.broadcast_to(wanted.to(tl.int32)[:, None], [BLOCK_I, 2]), [2 * BLOCK_I]
-    )
+    both = tl.broadcast_to(wanted.to(tl.int32)[:, None], [BLOCK_I, 2])
     record = look + i * ((16 * BASE + 4) * GROUPS)
     sums = _sums(
         x, record + which * (8 * BASE * GROUPS),
         refine + i * (24 * RESIDUAL * GROUPS) + which * (8 * RESIDUAL * GROUPS),
-        record + 16 * BASE * GROUPS + which * (2 * GROUPS), both != 0, n,
+        record + 16 * BASE * GROUPS + which * (2 * GROUPS),
+        tl.reshape(both, [2 * BLOCK_I]) != 0, n,
         H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
     )  # fmt: skip
     return tl.split(tl.reshape(sums, [TOKENS, BLOCK_I, 2]))
@@ -224,10 +222,12 @@ def _gate_up(
 @triton.jit
 def _ramp(evidence, width, RAMP: tl.constexpr):
     """As in the reference; not above one: NaN is one."""
-    if not RAMP:
-        return tl.full(evidence.shape, 1.0, tl.float32)
-    share = (evidence - 1) / width
-    return tl.maximum(tl.where(share < 1, share, 1.0), 0.0)
+    if RAMP:
+        share = (evidence - 1) / width
+        share = tl.maximum(tl.where(share < 1, share, 1.0), 0.0)
+    else:
+        share = tl.full(evidence.shape, 1.0, tl.float32)
+    return share
 
 
 @triton.jit
@@ -269,7 +269,7 @@ def plane_gate_up_kernel(
             refined = counted & ((evidence <= tau) == 0)
             finer = tl.where(refined, _ramp(evidence / tau, width, RAMP), 0.0)
             needed = tl.max(refined.to(tl.int32), 0)
-            if RESIDUAL > 0:
+            if RESIDUAL > 0:  # noqa: SIM102 (as below)
                 if tl.max(needed, 0) > 0:
                     more_gate, more_up = _gate_up(
                         x, look, refine, first, needed != 0, n,
@@ -297,106 +297,60 @@ def plane_gate_up_kernel(
 
 
 @triton.jit
-def _down_one_unit(
-    activations, finer_parts, count_records, refine, rows, begin, end, partial, unit,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
-    BLOCK_R: tl.constexpr, U: tl.constexpr,
+def _add_outputs(
+    s0, s1, s2, s3, h, plane, scale, wanted, unit,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, PRECISION: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
-    """One token's outputs of one unit, from a part of its neurons."""
+    """Add what neurons' activations [TOKENS, ROWS] make of a plane of down's rows.
+
+    Sums are [TOKENS, lanes], or [ROWS, lanes] for one token: rows are added up at the end.
+    """
+    c0, c1, c2, c3 = _plane_codes(plane, wanted, unit, GROUPS, BITS, 1, U)
+    if h.shape[0] == 1:
+        weight = _wide(scale * tl.trans(h))
+        s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
+    else:
+        weight = _wide(scale)
+        s0 = tl.dot(h, c0 * weight, s0, input_precision=PRECISION)
+        s1 = tl.dot(h, c1 * weight, s1, input_precision=PRECISION)
+        s2 = tl.dot(h, c2 * weight, s2, input_precision=PRECISION)
+        s3 = tl.dot(h, c3 * weight, s3, input_precision=PRECISION)
+    return s0, s1, s2, s3
+
+
+@triton.jit
+def _down_unit(
+    activations, finer_parts, count_records, refine, rows, begin, end, partial, n, neurons, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Outputs of one unit from a part of the neurons."""
     GROUPS: tl.constexpr = (H + 63) // 64
-    s0 = tl.zeros([BLOCK_R, 64], tl.float32)
+    t = tl.arange(0, TOKENS)
+    s0 = tl.zeros([BLOCK_R if TOKENS == 1 else TOKENS, 64], tl.float32)
     s1, s2, s3 = s0, s0, s0
     for start in range(begin, end, BLOCK_R):
         j = start + tl.arange(0, BLOCK_R)
-        listed = j < end
-        row = tl.load(rows + j, mask=listed, other=0) if LISTED else j
-        h = tl.load(activations + row, mask=listed, other=0)
-        record = count_records + row.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
-        scale = _scales(record + 8 * BASE * GROUPS, listed, unit, GROUPS, 1)
-        c0, c1, c2, c3 = _plane_codes(record, listed, unit, GROUPS, BASE, 1, U)
-        weight = _wide(scale * h[:, None])
-        s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
-        if RESIDUAL > 0:
-            finer = tl.load(finer_parts + row, mask=listed, other=0) * (1 / (1 << RESIDUAL))
-            plane = refine + row.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
-            c0, c1, c2, c3 = _plane_codes(
-                plane, listed & (finer != 0), unit, GROUPS, RESIDUAL, 1, U
-            )
-            weight = _wide(scale * finer[:, None])
-            s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
-    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
-    tl.store(partial + h, tl.sum(s0, 0), mask=inside & (h < H))
-    tl.store(partial + h + 16, tl.sum(s1, 0), mask=inside & (h + 16 < H))
-    tl.store(partial + h + 32, tl.sum(s2, 0), mask=inside & (h + 32 < H))
-    tl.store(partial + h + 48, tl.sum(s3, 0), mask=inside & (h + 48 < H))
-
-
-@triton.jit
-def plane_down_one_kernel(
-    activations, finer_parts, count_records, refine, rows, count, partial, y, ids, cluster_bias,
-    projected, correction_up, counters, neurons, total,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
-    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Output of one token. Grid (units, SPLITS): each split takes a part of the list."""
-    unit, split = tl.program_id(0), tl.program_id(1)
-    WHOLE: tl.constexpr = (H + 63) // 64 // 4
-    U: tl.constexpr = (H + 63) // 64 % 4
-    num_rows = tl.load(count) if LISTED else neurons
-    blocks = (num_rows + BLOCK_R - 1) // BLOCK_R
-    share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
-    begin, end = split * share, tl.minimum((split + 1) * share, num_rows)
-    if unit < WHOLE:
-        _down_one_unit(
-            activations, finer_parts, count_records, refine, rows, begin, end, partial + split * H,
-            unit, H, BASE, RESIDUAL, LISTED, BLOCK_R, 4,
-        )  # fmt: skip
-    elif U > 0:
-        _down_one_unit(
-            activations, finer_parts, count_records, refine, rows, begin, end, partial + split * H,
-            unit, H, BASE, RESIDUAL, LISTED, BLOCK_R, U,
-        )  # fmt: skip
-    if _is_last(counters + unit, SPLITS):
-        h = unit * 256 + tl.arange(0, 256)
-        _finish(
-            y, 0, total, partial, H, ids, cluster_bias, projected, correction_up, h, h < H, H,
-            SPLITS, BIASED, CORRECTION,
-        )  # fmt: skip
-
-
-@triton.jit
-def _down_many_unit(
-    activations, finer_parts, count_records, refine, begin, end, partial, n, neurons, unit,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, U: tl.constexpr,
-):  # fmt: skip
-    """Several tokens' outputs of one unit, from a part of the neurons."""
-    GROUPS: tl.constexpr = (H + 63) // 64
-    t = tl.arange(0, TOKENS)
-    s0 = tl.zeros([TOKENS, 64], tl.float32)
-    s1, s2, s3 = s0, s0, s0
-    for start in range(begin, end, BLOCK_R):
-        i = start + tl.arange(0, BLOCK_R)
-        place = t[:, None] * neurons + i[None, :]
-        mask = (t < n)[:, None] & (i < end)[None, :]
+        row = tl.load(rows + j, mask=j < end, other=0) if LISTED else j
+        place = t[:, None] * neurons + row[None, :]
+        mask = (t < n)[:, None] & (j < end)[None, :]
         h = tl.load(activations + place, mask=mask, other=0)
         needed = tl.max((h != 0).to(tl.int32), 0) > 0
-        record = count_records + i.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
-        scale = _wide(_scales(record + 8 * BASE * GROUPS, needed, unit, GROUPS, 1))
-        c0, c1, c2, c3 = _plane_codes(record, needed, unit, GROUPS, BASE, 1, U)
-        s0 = tl.dot(h, c0 * scale, s0, input_precision=PRECISION)
-        s1 = tl.dot(h, c1 * scale, s1, input_precision=PRECISION)
-        s2 = tl.dot(h, c2 * scale, s2, input_precision=PRECISION)
-        s3 = tl.dot(h, c3 * scale, s3, input_precision=PRECISION)
+        record = count_records + row.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
+        scale = _scales(record + 8 * BASE * GROUPS, needed, unit, GROUPS, 1)
+        s0, s1, s2, s3 = _add_outputs(
+            s0, s1, s2, s3, h, record, scale, needed, unit, GROUPS, BASE, PRECISION, U
+        )
         if RESIDUAL > 0:
-            finer = tl.load(finer_parts + place, mask=mask, other=0) * (1 / (1 << RESIDUAL))
-            needed = tl.max((finer != 0).to(tl.int32), 0) > 0
-            plane = refine + i.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
-            c0, c1, c2, c3 = _plane_codes(plane, needed, unit, GROUPS, RESIDUAL, 1, U)
-            s0 = tl.dot(finer, c0 * scale, s0, input_precision=PRECISION)
-            s1 = tl.dot(finer, c1 * scale, s1, input_precision=PRECISION)
-            s2 = tl.dot(finer, c2 * scale, s2, input_precision=PRECISION)
-            s3 = tl.dot(finer, c3 * scale, s3, input_precision=PRECISION)
+            h = tl.load(finer_parts + place, mask=mask, other=0) * (1 / (1 << RESIDUAL))
+            needed = tl.max((h != 0).to(tl.int32), 0) > 0
+            plane = refine + row.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
+            s0, s1, s2, s3 = _add_outputs(
+                s0, s1, s2, s3, h, plane, scale, needed, unit, GROUPS, RESIDUAL, PRECISION, U
+            )
+    if TOKENS == 1:
+        s0, s1 = tl.sum(s0, 0)[None, :], tl.sum(s1, 0)[None, :]
+        s2, s3 = tl.sum(s2, 0)[None, :], tl.sum(s3, 0)[None, :]
     _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
     inside = (t < n)[:, None] & inside[None, :]
     h = h[None, :]
@@ -408,29 +362,32 @@ def _down_many_unit(
 
 
 @triton.jit
-def plane_down_many_kernel(
-    activations, finer_parts, count_records, refine, partial, y, ids, cluster_bias, projected,
-    correction_up, counters, n, neurons, total,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, SPLITS: tl.constexpr,
-    BIASED: tl.constexpr, CORRECTION: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr,
-    PRECISION: tl.constexpr,
+def plane_down_kernel(
+    activations, finer_parts, count_records, refine, rows, count, partial, y, ids, cluster_bias,
+    projected, correction_up, counters, n, neurons, total,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
+    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Outputs of several tokens. Grid (units, SPLITS): each split takes a part of the neurons."""
+    """Outputs. Grid (units, SPLITS): each split takes a part of one token's list, or of all neurons."""
     unit, split = tl.program_id(0), tl.program_id(1)
     WHOLE: tl.constexpr = (H + 63) // 64 // 4
     U: tl.constexpr = (H + 63) // 64 % 4
-    blocks = (neurons + BLOCK_R - 1) // BLOCK_R
+    num_rows = tl.load(count) if LISTED else neurons
+    blocks = (num_rows + BLOCK_R - 1) // BLOCK_R
     share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
-    begin, end = split * share, tl.minimum((split + 1) * share, neurons)
+    begin, end = split * share, tl.minimum((split + 1) * share, num_rows)
     if unit < WHOLE:
-        _down_many_unit(
-            activations, finer_parts, count_records, refine, begin, end, partial + split * n * H,
-            n, neurons, unit, H, BASE, RESIDUAL, TOKENS, BLOCK_R, PRECISION, 4,
+        _down_unit(
+            activations, finer_parts, count_records, refine, rows, begin, end,
+            partial + split * n * H, n, neurons, unit,
+            H, BASE, RESIDUAL, LISTED, TOKENS, BLOCK_R, PRECISION, 4,
         )  # fmt: skip
     elif U > 0:
-        _down_many_unit(
-            activations, finer_parts, count_records, refine, begin, end, partial + split * n * H,
-            n, neurons, unit, H, BASE, RESIDUAL, TOKENS, BLOCK_R, PRECISION, U,
+        _down_unit(
+            activations, finer_parts, count_records, refine, rows, begin, end,
+            partial + split * n * H, n, neurons, unit,
+            H, BASE, RESIDUAL, LISTED, TOKENS, BLOCK_R, PRECISION, U,
         )  # fmt: skip
     if _is_last(counters + unit, SPLITS):
         h = unit * 256 + tl.arange(0, 256)

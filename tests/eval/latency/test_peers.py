@@ -102,9 +102,9 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
 
 def test_what_did_not_run_is_no_figure(tiny_model, stand_in):
     with pytest.raises(SparseRuntimeError, match=r"ran 12 \+ 5 tokens; expected 12 \+ 4"):
-        bench(tiny_model, stand_in(extra=1), compiled=False)
+        bench(tiny_model, stand_in(extra=1), ways=peers.EAGER)
     with pytest.raises(SparseRuntimeError, match=r"ended with code 1: .*No module named 'nobody'"):
-        bench(tiny_model, stand_in(text="import nobody"), compiled=False)
+        bench(tiny_model, stand_in(text="import nobody"), ways=peers.EAGER)
 
 
 def test_a_sparse_run_that_was_dense_is_no_figure(tiny_model, stand_in, monkeypatch):
@@ -113,7 +113,7 @@ def test_a_sparse_run_that_was_dense_is_no_figure(tiny_model, stand_in, monkeypa
         pytest.warns(UserWarning, match="run dense"),
         pytest.raises(SparseRuntimeError, match="no token took the sparse path"),
     ):
-        bench(tiny_model, stand_in(), compiled=False)
+        bench(tiny_model, stand_in(), ways=peers.EAGER)
 
 
 def test_an_error_is_one_line(tmp_path):
