@@ -10,7 +10,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
-#include "ffn.h"
+#include "plane_pass.h"
 #include "scalar.h"
 
 // The two functions of torch that parallel.h calls.
@@ -288,6 +288,137 @@ bool check_rounding(const char* isa, const char* name, DType dtype) {
   return true;
 }
 
+// Rows in planes, and what they stand for.
+struct PlaneRowsHere {
+  PlaneRowsHere(const PlaneFormat& format, int64_t rows, int64_t length)
+      : length(length), groups(plane_groups(length)), values(size_t(rows * length)) {
+    const float finer = 1.0f / float(1 << format.residual);
+    for (int64_t r = 0; r < rows; ++r) {
+      std::vector<int> high(size_t(groups * 64), 0), low(size_t(groups * 64), 0);
+      for (int64_t k = 0; k < length; ++k) {
+        high[size_t(k)] = int(next_bits() % (1u << format.base)) - (1 << (format.base - 1));
+        if (format.residual)
+          low[size_t(k)] =
+              int(next_bits() % (1u << format.residual)) - (1 << (format.residual - 1));
+      }
+      base.push_back(pack(high, format.base));
+      residual.push_back(format.residual ? pack(low, format.residual) : std::vector<uint8_t>());
+      scales.emplace_back(size_t(2 * groups));
+      for (int64_t g = 0; g < groups; ++g) {
+        const bf16 scale = from_float<bf16>(float(next_value() * 0.1));
+        memcpy(&scales.back()[size_t(2 * g)], &scale, 2);
+        for (int64_t k = 64 * g; k < 64 * (g + 1) && k < length; ++k)
+          values[size_t(r * length + k)] =
+              to_float(scale) * (float(high[size_t(k)]) + finer * float(low[size_t(k)]));
+      }
+    }
+  }
+
+  // As planes.py draws it.
+  std::vector<uint8_t> pack(const std::vector<int>& codes, int bits) const {
+    std::vector<uint8_t> out;
+    for (int64_t first = 0; first < groups; first += 4) {
+      const int64_t u = std::min<int64_t>(4, groups - first), size = 16 * u;
+      std::vector<int> v[4];
+      for (int c = 0; c < 4; ++c) {
+        v[c].resize(size_t(size));
+        for (int q = 0; q < 4; ++q)
+          for (int64_t g = 0; g < u; ++g)
+            for (int b = 0; b < 4; ++b)
+              v[c][size_t((q * u + g) * 4 + b)] =
+                  codes[size_t(64 * (first + g) + 16 * c + 4 * q + b)] + (1 << (bits - 1));
+      }
+      const auto n = [&](int64_t k) { return v[2][size_t(k)] | (v[3][size_t(k)] >> 2) << 3; };
+      for (int64_t k = 0; k < size; ++k) {
+        const int a = v[0][size_t(k)], b = v[1][size_t(k)], c = v[2][size_t(k)];
+        const int d = v[3][size_t(k)];
+        if (bits == 2) out.push_back(uint8_t(a | b << 2 | c << 4 | d << 6));
+        if (bits == 3) out.push_back(uint8_t(a | b << 3 | (d & 3) << 6));
+        if (bits == 4) out.push_back(uint8_t(a | b << 4));
+      }
+      if (bits == 3)
+        for (int64_t k = 0; k < size / 2; ++k) out.push_back(uint8_t(n(k) | n(k + size / 2) << 4));
+      if (bits == 4)
+        for (int64_t k = 0; k < size; ++k)
+          out.push_back(uint8_t(v[2][size_t(k)] | v[3][size_t(k)] << 4));
+    }
+    return out;
+  }
+
+  double dot(int64_t r, const float* x) const {
+    double sum = 0;
+    for (int64_t k = 0; k < length; ++k) sum += double(values[size_t(r * length + k)]) * x[k];
+    return sum;
+  }
+
+  int64_t length, groups;
+  std::vector<float> values;
+  std::vector<std::vector<uint8_t>> base, residual, scales;
+};
+
+std::vector<uint8_t> joined(std::initializer_list<const std::vector<uint8_t>*> parts) {
+  std::vector<uint8_t> out;
+  for (const auto* part : parts) out.insert(out.end(), part->begin(), part->end());
+  return out;
+}
+
+// The largest error of linear layers and FFNs over planes, in parts of the largest output.
+double check_plane(const PlaneFormat& format, int64_t length, int64_t rows, int64_t n) {
+  PlaneRowsHere gate(format, rows, length), up(format, rows, length), down(format, rows, length);
+  std::vector<uint8_t> records, look, count, refine;
+  for (size_t r = 0; r < size_t(rows); ++r) {
+    const auto add = [](std::vector<uint8_t>& stream, const std::vector<uint8_t>& record) {
+      stream.insert(stream.end(), record.begin(), record.end());
+    };
+    add(records, joined({&gate.base[r], &gate.residual[r], &gate.scales[r]}));
+    add(look, joined({&gate.base[r], &up.base[r], &gate.scales[r], &up.scales[r]}));
+    add(count, joined({&down.base[r], &down.scales[r]}));
+    add(refine, joined({&gate.residual[r], &up.residual[r], &down.residual[r]}));
+  }
+  std::vector<float> x(size_t(n * length)), y(size_t(n * rows)), z(size_t(n * length));
+  for (float& value : x) value = float(next_value());
+  const auto stream = [&](const std::vector<uint8_t>& bytes) {
+    return Stream{bytes.data(), int64_t(bytes.size()) / rows};
+  };
+  const Tokens tokens = {x.data(), length, n};
+  run_plane_linear(kFloat32, 4, tokens, format, stream(records), rows, length, nullptr, y.data());
+  const PlaneFfn ffn = {kFloat32,     4,
+                        length,       rows,
+                        format,       stream(look),
+                        stream(count), stream(refine),
+                        kRelu};
+  run_plane_ffn(ffn, tokens, {}, nullptr, {nullptr, 1.0f, 0.0f}, {}, z.data());
+  double worst = 0, largest = 0, worst_ffn = 0, largest_ffn = 0;
+  for (int64_t t = 0; t < n; ++t) {
+    std::vector<double> sums(size_t(length), 0.0);
+    for (int64_t r = 0; r < rows; ++r) {
+      const float* const token = x.data() + t * length;
+      const double g = gate.dot(r, token), h = std::max(g, 0.0) * up.dot(r, token);
+      worst = fmax(worst, fabs(double(y[size_t(t * rows + r)]) - g));
+      largest = fmax(largest, fabs(g));
+      for (int64_t k = 0; k < length; ++k)
+        sums[size_t(k)] += h * double(down.values[size_t(r * length + k)]);
+    }
+    for (int64_t k = 0; k < length; ++k) {
+      worst_ffn = fmax(worst_ffn, fabs(double(z[size_t(t * length + k)]) - sums[size_t(k)]));
+      largest_ffn = fmax(largest_ffn, fabs(sums[size_t(k)]));
+    }
+  }
+  return fmax(worst / largest, worst_ffn / largest_ffn);
+}
+
+bool check_planes(const char* isa, double tolerance) {
+  double worst = 0;
+  for (const int base : {3, 4})
+    for (const int residual : {0, 2, 3, 4})
+      for (const int64_t length : {64, 130, 448, 576, 1100})
+        for (const int64_t n : {1, 3})
+          worst = fmax(worst, check_plane({base, residual}, length, 37, n));
+  printf("%s planes: error %.2g, allowed %.2g: %s\n", isa, worst, tolerance,
+         worst <= tolerance ? "good" : "BAD");
+  return worst <= tolerance;
+}
+
 }  // namespace
 
 int main() {
@@ -302,6 +433,7 @@ int main() {
     good &= check_all<fp16>(name, "fp16", kFloat16, pow(2, -11) + sums);
     good &= check_all<float>(name, "fp32", kFloat32, sums);
     good &= check_looks(name, sums);
+    good &= check_planes(name, pow(2, -11));
     good &= check_rounding<bf16>(name, "bf16", kBFloat16);
     good &= check_rounding<fp16>(name, "fp16", kFloat16);
     std::vector<uint64_t> words(100003);
