@@ -80,8 +80,11 @@ def sparsify(
         artifact = _artifact(model, clusters, config, revision)
         matched = _matched(layers, artifact)
         state = ModelState()
-        if config.weights is not None or config.linear_weights is not None:
-            _pack(model, config)
+        if config.weights is not None:
+            # transformers' quantizers, which it extends, are imported for those who ask for it only.
+            from sparse_runtime.ffn.plane_packing import pack_model
+
+            pack_model(model, config.weights, linears=config.linear_weights)
             state.packed = True
             layers = find_ffn_layers(model, packed=True)
             matched = [layer for layer in layers if layer.index in artifact.layers]
@@ -96,12 +99,6 @@ def sparsify(
         swap(linears)
         state.fast_linears += linears
     return model
-
-
-def _pack(model: nn.Module, config: SparseConfig) -> None:
-    from sparse_runtime.ffn.plane_packing import pack_model  # it imports transformers' quantizers
-
-    pack_model(model, config.weights, linears=config.linear_weights)
 
 
 def _artifact(

@@ -227,7 +227,7 @@ def bench_peers(
 def _made(model: Any, clusters: ClusterSet, way: Way) -> Iterator[None]:
     """The model in one of our ways, inside the context."""
     if way.sparse:
-        options = {"fast_linear": way.fast_linear, "tau": way.tau}
+        options: dict[str, Any] = {"fast_linear": way.fast_linear, "tau": way.tau}
         sparsify(model, clusters, check_fingerprint=False, **options)
         reset_cost(model)
     elif way.fast_linear:

@@ -74,7 +74,7 @@ def evaluate_packed(
     return results
 
 
-def _distance(score: TextScore, reference: TextScore) -> dict[str, float]:
+def _distance(score: TextScore, reference: TextScore) -> dict[str, float | None]:
     return {
         "kl": score.mean_divergence,
         "top1": score.agreement,

@@ -155,7 +155,7 @@ class PlaneLinear(PlaneModule):
             rows = slice(first, first + _BLOCK_ROWS)
             block = unpack_linear(self.planes[rows], self.format, self.in_features)
             linear.weight[rows] = block.values().to(self.dtype)
-        linear.bias = self.bias
+        linear.bias = self.bias  # type: ignore[assignment]
         return linear.train(self.training)
 
     def forward(self, input: Tensor) -> Tensor:

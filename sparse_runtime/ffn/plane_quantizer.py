@@ -213,10 +213,10 @@ class PlaneQuantizer(HfQuantizer):
         """
         module = model.get_submodule(name)
         assert isinstance(module, PlaneModule)
-        weights = []
+        weights: list[Any] = []
         for part in self._waiting.pop(name):
             value = next((v for key, v in tensors.items() if key.endswith(part)), None)
-            weight = value[0] if isinstance(value, list) and value else value
+            weight: Any = value[0] if isinstance(value, list) and value else value
             self._check(f"{name}.{part}", weight, _shape(module, part))
             weights.append(weight)
         device = "cpu" if weights[0] is None else weights[0].device
@@ -332,7 +332,7 @@ def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:
     """A step of transformers' loading that calls a function with model and tensors."""
     from transformers.core_model_loading import ConversionOps
 
-    class Planes(ConversionOps):  # type: ignore[misc]
+    class Planes(ConversionOps):
         def convert(self, input_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
             return convert(kwargs["model"], input_dict)
 

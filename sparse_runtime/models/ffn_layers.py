@@ -89,7 +89,7 @@ class FFNLayer:
     @property
     def device(self) -> torch.device:
         """Of the weights."""
-        return self.mlp.look.device if self.packed else self.gate.weight.device  # type: ignore[return-value,union-attr]
+        return self.mlp.look.device if self.packed else self.gate.weight.device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:

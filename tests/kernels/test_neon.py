@@ -32,7 +32,7 @@ def run_check(setup, tmp_path, compiler, emulator, machine):
         source = CHECK if name == CHECK.name else SOURCES / name
         output = tmp_path / f"{name}.o"
         subprocess.run([compiler, *flags, *own_flags, "-c", source, "-o", output], check=True)
-        if name not in ("checks.cpp", "ops.cpp", "plane_ops.cpp"):  # they need torch; compiled all the same
+        if name not in ("checks.cpp", "ops.cpp", "plane_ops.cpp"):  # these need torch
             objects.append(output)
     program = tmp_path / "check"
     subprocess.run([compiler, *objects, "-static", "-o", program], check=True)

@@ -210,10 +210,12 @@ def test_extreme_weights_stay_finite(form, dtype):
     weight[1], weight[2] = (signs * largest).to(dtype), largest
     weight[3], weight[4] = -largest, tiny / 64  # denormal
     weight[5] = (randn(96).clamp(-1, 1) * largest).to(dtype)
-    weight[6], weight[7, 90] = tiny * 100, largest
+    weight[6], weight[7, 90], weight[7, 10] = tiny * 100, largest, tiny * 2
     importance = torch.rand(96)
     for rounded in (round_rows(weight, form), round_rows(weight, form, importance)):
         assert rounded.scales.isfinite().all()
+        used = rounded.scales[rounded.scales != 0].abs()  # no denormals, which some CPUs take for 0
+        assert (used >= torch.finfo(torch.bfloat16).smallest_normal).all()
         assert not rounded.hi[0].any()
         assert not rounded.scales[0].any()
         for base in (False, True):
@@ -293,6 +295,29 @@ def test_compensation_lowers_the_error_of_the_outputs(form, size):
     assert torch.equal(found.scales, plain.scales)
     assert row_error(found) < 0.8 * row_error(plain)
     assert torch.equal(rows, before)  # the weights are not the scratch
+
+
+@pytest.mark.parametrize("form", [PlaneFormat(4), PlaneFormat(3, 2)], ids=str)
+def test_compensation_is_the_best_answer_to_what_was_rounded(form):
+    """Before an input is rounded, it and the later ones minimize the error with the earlier fixed."""
+    size = 70  # more than one block of the sweep
+    moments, weight = correlated(size), randn(8, size)
+    found = compensate_columns(weight, form, moments)
+    damped = moments.double()
+    damped = damped + 0.1 * damped.diagonal().mean() * torch.eye(size)
+    scales = found.scales.double().repeat_interleave(64, dim=1)[:, :size]
+    hi, lo = every_code(form)
+    rest = torch.zeros(8, size, dtype=torch.float64)  # weights less their rounded values
+    same = 0
+    for k in range(size):
+        answer = torch.linalg.solve(damped[k:, k:], damped[k:, :k] @ rest[:, :k].T)[0]
+        target = weight[:, k].double() + answer
+        costs = errors_by_code(target[:, None], scales[:, k : k + 1], form)[:, 0]
+        best = costs.argmin(1)
+        same += ((hi[best] == found.hi[:, k]) & (lo[best] == found.lo[:, k])).sum().item()
+        values = scales[:, k] * (found.hi[:, k] + found.lo[:, k].double() / 2**form.residual)
+        rest[:, k] = weight[:, k].double() - values
+    assert same >= 0.99 * 8 * size
 
 
 @every_format
