@@ -89,7 +89,7 @@ bench-peers: $(STAMP)
 	$(PEERS)/bin/python -m pip install --quiet xllamacpp gguf || { echo "error: xllamacpp (llama.cpp with \
 	prebuilt wheels) cannot be installed here; nothing was measured" >&2; exit 1; }
 	mkdir -p runs/bench
-	$(BIN)/python -m sparse_runtime.eval.latency.peers $(PEERS)/bin/python runs/peers runs/bench/peers.json
+	$(BIN)/python -m sparse_runtime.eval.latency.peers $(PEERS)/bin/python runs/peers runs/bench/peers.json $(PARTS)
 	$(BIN)/python -m sparse_runtime.eval.report.peers_markdown docs/benchmarks/peers.md runs/bench/peers.json
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.

@@ -401,4 +401,4 @@ def test_the_float_model_is_never_in_memory(tmp_path, dtype):
     assert 100 < size < 180, result.stdout
     # One FFN in float, and up to 128 MB of pages of the checkpoint that are let go at a time.
     assert peak < size + 40 + 160, result.stdout
-    assert end < size + 60, result.stdout
+    assert end < size + 80, result.stdout

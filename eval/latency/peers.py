@@ -1,6 +1,6 @@
 """Our variants and llama.cpp, in turns in one run: what ``make bench-peers`` calls.
 
-    python -m sparse_runtime.eval.latency.peers PYTHON FOLDER FIGURES.json
+    python -m sparse_runtime.eval.latency.peers PYTHON FOLDER FIGURES.json [PART…]
 
 PYTHON has xllamacpp and gguf (llama.cpp with prebuilt wheels, which are of AVX2 on Linux); FOLDER keeps
 the GGUF files. Each round times every one of ours, then each peer in a process of its own, started for
@@ -13,9 +13,10 @@ import json
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ NEW_TOKENS = 32
 ROUNDS = 3
 GGUF_TYPES = ("Q4_0", "Q8_0")
 _DENSITY = 0.5
-PLANE_BITS = (5, 4)
+_SHAPE = "mistral-7b"
 # Of |h| of normal hidden states, the upper quartile over the median, by measurement.
 _HALF_REFINED = 3.0
 
@@ -265,53 +266,86 @@ def random_gguf(python: str, folder: Path, shape: str, kind: str) -> Path:
     return file
 
 
-def planes_record(bits: int, python: str, files: Mapping[str, Path]) -> dict[str, Any]:
-    """Mistral's shape with all weights in planes of so many bits, and llama.cpp, in turns.
-
-    Of the neurons some four fifths are looked at, two fifths counted and one fifth refined.
-    """
-    model = random_model("mistral-7b")
-    looked, confirmed = 0.8, 0.5
-    look_share = FFNCost(4096, 1, 0).look_bytes / FFNCost(4096, 1, 0).neuron_bytes
-    clusters = random_clusters(
-        model, density=looked * (confirmed + look_share), looked=looked, confirmed=confirmed
-    )
-    pack_model(model, bits, linears=bits)
-    ways = {
-        f"{bits} bits": Way(),
-        f"{bits} bits, sparse": Way(sparse=True, tau=_HALF_REFINED),
-    }
-    peers = [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES]
-    return {"bits": bits, **bench_peers(model, clusters, peers, ways=ways)}
+def _time_demo(python: str, _: Mapping[str, Path]) -> dict[str, Any]:
+    model, _tokenizer = load_model("demo", dtype=torch.bfloat16)
+    return bench_peers(model, _demo_clusters(), [_demo_peer(python)], rounds=2 * ROUNDS)
 
 
-def main(python: str, folder: str, figures: str) -> None:
-    """Time both models and write the figures."""
-    files = {kind: random_gguf(python, Path(folder), "mistral-7b", kind) for kind in GGUF_TYPES}
-    demo, _ = load_model("demo", dtype=torch.bfloat16)
-    file = demo_file()
-    demo_record = bench_peers(
-        demo,
-        ClusterSet.from_pretrained("runs/demo/clusters", centroids=False),
-        [Peer(f"llama.cpp {file.suffixes[-2].lstrip('.')}", python, file)],
-        rounds=2 * ROUNDS,
-    )
-    del demo
-    peers = [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES]
-    model = random_model("mistral-7b")
+def _time_shape(python: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    model = random_model(_SHAPE)
+    clusters = random_clusters(model, density=_DENSITY)
     # Compiling would take one to two minutes in each round.
-    record = bench_peers(model, random_clusters(model, density=_DENSITY), peers, ways=EAGER)
-    del model
-    planes = [planes_record(bits, python, files) for bits in PLANE_BITS]
-    host = host_record()
-    write_json(
-        Path(figures),
-        {"model": "mistral-7b", **record, "planes": planes, "demo": demo_record, "host": host},
-    )
+    return bench_peers(model, clusters, _shape_peers(python, files), ways=EAGER)
+
+
+def _time_demo_planes(python: str, _: Mapping[str, Path]) -> dict[str, Any]:
+    model, _tokenizer = load_model("demo", dtype=torch.bfloat16)
+    pack_model(model, 6, linears=6)
+    ways = {
+        "6 bits": Way(),
+        "6 bits, sparse": Way(sparse=True),
+        "6 bits, compiled": Way(compiled=True),
+        "6 bits, sparse, compiled": Way(sparse=True, compiled=True),
+    }
+    peers = [_demo_peer(python)]
+    return bench_peers(model, _demo_clusters(), peers, ways=ways, rounds=2 * ROUNDS)
+
+
+def _time_shape_planes(bits: int, python: str, files: Mapping[str, Path]) -> dict[str, Any]:
+    """All weights in planes; of the neurons some 80 % looked at, 40 % counted and 20 % refined."""
+    model = random_model(_SHAPE)
+    cost = FFNCost(model.config.hidden_size, model.config.intermediate_size, 0)  # type: ignore[union-attr,arg-type]
+    looked, confirmed = 0.8, 0.5
+    density = looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
+    clusters = random_clusters(model, density=density, looked=looked, confirmed=confirmed)
+    pack_model(model, bits, linears=bits)
+    ways = {f"{bits} bits": Way(), f"{bits} bits, sparse": Way(sparse=True, tau=_HALF_REFINED)}
+    return bench_peers(model, clusters, _shape_peers(python, files), ways=ways)
+
+
+def _shape_peers(python: str, files: Mapping[str, Path]) -> list[Peer]:
+    return [Peer(f"llama.cpp {kind}", python, files[kind]) for kind in GGUF_TYPES]
+
+
+def _demo_peer(python: str) -> Peer:
+    file = demo_file()
+    return Peer(f"llama.cpp {file.suffixes[-2].lstrip('.')}", python, file)
+
+
+def _demo_clusters() -> ClusterSet:
+    return ClusterSet.from_pretrained("runs/demo/clusters", centroids=False)
+
+
+#: Parts of a run, by what they are called in the figures.
+PARTS: dict[str, Callable[[str, Mapping[str, Path]], dict[str, Any]]] = {
+    _SHAPE: _time_shape,
+    f"{_SHAPE}, 5 bits": partial(_time_shape_planes, 5),
+    f"{_SHAPE}, 4 bits": partial(_time_shape_planes, 4),
+    "demo": _time_demo,
+    "demo, 6 bits": _time_demo_planes,
+}
+
+
+def main(python: str, folder: str, figures: str, *parts: str) -> None:
+    """Time all parts, or those that are named, and write the figures beside those of others.
+
+    Raises:
+        SparseRuntimeError: a part is unknown, or llama.cpp does not run.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise SparseRuntimeError(f"part {unknown[0]!r} is unknown; expected some of {list(PARTS)}")
+    files = {kind: random_gguf(python, Path(folder), _SHAPE, kind) for kind in GGUF_TYPES}
+    path = Path(figures)
+    record = json.loads(path.read_text(encoding="utf-8")) if parts and path.exists() else {}
+    for name in parts or PARTS:
+        own = {**PARTS[name](python, files), "host": host_record()}
+        record |= own if name == _SHAPE else {name: own}
+        write_json(path, record)
 
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:4])
+        main(*sys.argv[1:])
     except SparseRuntimeError as failure:
         sys.exit(f"error: {failure}")

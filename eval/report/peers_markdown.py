@@ -19,30 +19,41 @@ Written by `make bench-peers`: our variants and llama.cpp's took turns in one ru
 with random weights of one shape and with the demo model. Medians, and the range over rounds. *GB per
 token* are the weights that one token reads. llama.cpp's prebuilt Linux wheels use AVX2 and nothing
 beyond it; its output projection is Q8_0 in the random files. What is compiled is decode steps only, and
-the time that takes is not in the figures. Quality is another matter, and not on this
-page: Q8_0 is all but lossless, Q4_0 is not, and what half of the neurons cost stands in
+the time that takes is not in the figures. Each table says when it was measured: `make bench-peers
+PARTS='"demo, 6 bits"'` measures that part again. In planes of 4 and 5 bits four fifths of the random
+neurons are looked at, two fifths counted and one fifth refined. Quality is another matter, and not on
+this page: Q8_0 is all but lossless, Q4_0 is not, and what skipping costs stands in
 [quality.md](quality.md).
 """
 
 
+_TITLES = {
+    "mistral-7b": "Mistral-7B's shape",
+    "mistral-7b, 5 bits": "Mistral-7B's shape in planes of 5 bits (3 + 2), attention and head too",
+    "mistral-7b, 4 bits": "Mistral-7B's shape in planes of 4 bits, attention and head too",
+    "demo": "The demo model",
+    "demo, 6 bits": "The demo model in planes of 6 bits (4 + 2), attention and head too",
+}
+
+
 def report(record: dict[str, Any]) -> str:
-    """Markdown of a record of ``bench_peers``."""
-    host = record["host"]
+    """Markdown of the records of ``bench_peers``, by part."""
+    parts = [_INTRODUCTION, command_block({"command": "make bench-peers"})]
+    for name, title in _TITLES.items():
+        own = record if name == "mistral-7b" else record.get(name)
+        if own is not None:
+            parts += [f"## {title}\n", _about(own), _table(own)]
+    return "\n".join(parts)
+
+
+def _about(record: dict[str, Any]) -> str:
+    host, peer = record["host"], record["llama_cpp"]
     versions = ", ".join(f"{name} {value}" for name, value in host["versions"].items() if value)
-    peer = record["llama_cpp"]
-    about = (
+    return (
         f"{host['date']}, {escaped(host['cpu'])}, {host['isa']}, {host['threads']} threads; "
         f"{versions}, commit {host['commit']}; xllamacpp {peer['version']} "
         f"({escaped(peer['system'])}).\n"
     )
-    parts = [
-        _INTRODUCTION,
-        about,
-        command_block({"command": "make bench-peers"}),
-        "## Mistral-7B's shape\n",
-    ]
-    parts += [_table(record), "## The demo model\n", _table(record["demo"])]
-    return "\n".join(parts)
 
 
 def _table(record: dict[str, Any]) -> str:

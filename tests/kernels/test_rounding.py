@@ -205,12 +205,12 @@ def test_what_is_not_finite_is_refused(dtype, bad, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_extreme_weights_stay_finite(form, dtype):
     largest, tiny = torch.finfo(dtype).max, torch.finfo(dtype).smallest_normal
-    weight = torch.zeros(8, 96, dtype=dtype)
+    weight = torch.zeros(9, 96, dtype=dtype)
     signs = randn(96).sign()
     weight[1], weight[2] = (signs * largest).to(dtype), largest
     weight[3], weight[4] = -largest, tiny / 64  # denormal
     weight[5] = (randn(96).clamp(-1, 1) * largest).to(dtype)
-    weight[6], weight[7, 90], weight[7, 10] = tiny * 100, largest, tiny * 2
+    weight[6], weight[7, 90], weight[8, 10] = tiny * 100, largest, tiny * 2
     importance = torch.rand(96)
     for rounded in (round_rows(weight, form), round_rows(weight, form, importance)):
         assert rounded.scales.isfinite().all()

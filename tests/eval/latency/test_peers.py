@@ -92,11 +92,15 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
     assert all(torch.equal(before[k], v) for k, v in tiny_model.state_dict().items())
 
     figures, page = tmp_path / "peers.json", tmp_path / "peers.md"
-    write_json(figures, {**record, "demo": record, "host": host_record()})
+    own = {**record, "host": host_record()}
+    write_json(
+        figures,
+        {**own, "demo": own, "demo, 6 bits": own},
+    )
     monkeypatch.setattr(sys, "argv", ["peers_markdown", str(page), str(figures)])
     peers_markdown.main()
     text = page.read_text()
-    assert text.count("| llama.cpp Q4_0 | 50.00 | 50–50 | 100.0 |") == 2
+    assert text.count("| llama.cpp Q4_0 | 50.00 | 50–50 | 100.0 |") == 3
     assert "llama.cpp Q4_0 decodes" in text
 
 
