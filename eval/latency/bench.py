@@ -324,7 +324,7 @@ def decode_bytes(model: Any, clusters: ClusterSet) -> tuple[int, int]:
     )
     total = sum(p.numel() * p.element_size() for p in model.parameters())
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if head is None or head.weight is not embedding:
+    if getattr(head, "weight", None) is not embedding:
         total -= embedding.numel() * embedding.element_size()
     return total, ffn
 
