@@ -89,8 +89,8 @@ class SparseConfig:
             )
         if self.linear_weights is not None and self.weights is None:
             raise ConfigError(
-                f"linear_weights is {self.linear_weights} without weights; attention and head are packed "
-                "together with the FFNs: give weights as well"
+                f"linear_weights is {self.linear_weights} without weights; attention and head are "
+                "packed together with the FFNs: give weights as well"
             )
         _check("tau", self.tau, lambda v: _is_number(v) and v >= 1, "a number of 1 or more")
         _check(
