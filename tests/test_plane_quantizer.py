@@ -1,5 +1,6 @@
 """Packing while transformers loads a model, and folders of packed models."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -126,6 +127,30 @@ class TestPackingWhileLoading:
         other = AutoModel.from_pretrained(tmp_path, quantization_config=PlaneConfig(6, None))
         same(other, loaded.base_model)
 
+    @pytest.mark.parametrize("tied", [False, True])
+    @pytest.mark.parametrize("offloaded", [["model.layers"], ["model.embed_tokens", "lm_head"]])
+    @pytest.mark.filterwarnings("ignore:Attempting to save", "ignore:lm_head stays in float")
+    def test_offloaded_to_the_disk(self, tmp_path, tied, offloaded):
+        tiny(tie_word_embeddings=tied).save_pretrained(tmp_path / "float")
+        names = ("embed_tokens", "layers", "norm", "rotary_emb")
+        device_map = dict.fromkeys([f"model.{name}" for name in names] + ["lm_head"], "cpu")
+        options = {
+            "device_map": device_map | dict.fromkeys(offloaded, "disk"),
+            "offload_folder": tmp_path / "offloaded",
+        }
+        try:
+            logits(load(tmp_path / "float", **options))
+        except KeyError:
+            pytest.skip("this transformers (5.4 is one) cannot offload a tied head")
+        loaded = load(tmp_path / "float", quantization_config=PlaneConfig(), **options)
+        # An embedding that is not there cannot be packed from.
+        leave = ["lm_head"] if tied and "lm_head" in offloaded else []
+        model = tiny(tie_word_embeddings=tied)
+        pack_model(model, 6, linears=8, modules_to_not_convert=leave)
+        assert torch.equal(logits(loaded), logits(model))
+        loaded.save_pretrained(tmp_path / "packed")
+        same(load(tmp_path / "packed"), model)
+
     def test_linear_layers_alone(self, float_folder, tmp_path):
         loaded = load(float_folder, quantization_config=PlaneConfig(None))
         same(loaded, pack_model(tiny(), None, linears=8))
@@ -177,6 +202,16 @@ class TestPackedFolder:
             "modules_to_not_convert": [],
             "format_version": 1,
         }
+
+    def test_a_state_dict(self):
+        model = pack_model(tiny(), 6, linears=8)
+        config = copy.deepcopy(model.config)
+        config.quantization_config = config.quantization_config.to_dict()
+        state = dict(model.state_dict())
+        same(type(model).from_pretrained(None, config=config, state_dict=dict(state)), model)
+        del state["model.layers.1.mlp.count"]
+        with pytest.raises(ModelError, match=r"layers\.1\.mlp\.count is missing"):
+            type(model).from_pretrained(None, config=config, state_dict=state)
 
     def test_other_dtype(self, packed_folder):
         loaded = load(packed_folder, dtype=torch.bfloat16)
@@ -399,6 +434,6 @@ def test_the_float_model_is_never_in_memory(tmp_path, dtype):
     )
     peak, end, size = map(float, result.stdout.split())
     assert 100 < size < 180, result.stdout
-    # One FFN in float, and up to 128 MB of pages of the checkpoint that are let go at a time.
-    assert peak < size + 40 + 160, result.stdout
-    assert end < size + 80, result.stdout
+    # Pages of the checkpoint are let go 32 MB at a time; one FFN in float, and what malloc keeps.
+    assert peak < size + 160, result.stdout
+    assert end < size + 120, result.stdout

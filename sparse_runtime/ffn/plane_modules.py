@@ -185,12 +185,10 @@ class PlaneFFN(PlaneModule):
         hidden_size: H.
         intermediate_size: I.
         activation: by the kernels' name.
-        holds_planes: what ``models/ffn_layers.py`` knows it by.
         look, count, refine: streams of ``kernels/planes.py`` [I, …] uint8. ``refine`` is None, and in
             no state dict, where the format has no residual: tensors without elements all look tied.
     """
 
-    holds_planes = True
     look: nn.Parameter
     count: nn.Parameter
     refine: nn.Parameter | None

@@ -8,7 +8,7 @@ layer's weights at a time and keeps their planes. Importing this module register
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -253,11 +253,14 @@ class PlaneQuantizer(HfQuantizer):
         if self._problem is None and self._waiting:
             name, parts = next(iter(self._waiting.items()))
             self._problem = _missing(f"{name}.{parts[0]}")
+        if self.pre_quantized and not self._files:  # a state dict, which no header could be read of
+            self._problem = next(map(_missing, _not_loaded(model)), None)
         if self._problem is not None:
             raise self._problem
-        for place in self._late:
-            self._pack_tied(model, place)
-        untie(model, self._late)
+        untie(model, [place for place in self._late if self._pack_tied(place)])
+        for module in model.modules():
+            if isinstance(module, PlaneModule):
+                _retype_offloaded(module)
         # They are no way back for save_pretrained.
         conversions = getattr(model, "_weight_conversions", None)
         if conversions is not None:
@@ -269,8 +272,8 @@ class PlaneQuantizer(HfQuantizer):
         model.is_quantized = False
         return model
 
-    def _pack_tied(self, model: nn.Module, place: LinearPlace) -> None:
-        """Pack a head out of the embedding that it is tied to, which stays."""
+    def _pack_tied(self, place: LinearPlace) -> bool:
+        """Pack a head out of the embedding that it is tied to, which stays; whether that was done."""
         config, linear = self.quantization_config, place.linear
         assert config.linear_format is not None
         hook: Any = getattr(linear, "_hf_hook", None)
@@ -280,7 +283,7 @@ class PlaneQuantizer(HfQuantizer):
                 f"{place.name} stays in float, tied to the embedding, which is offloaded",
                 stacklevel=2,
             )
-            return
+            return False
         refuse_infinite(f"{place.name}.weight", linear.weight)
         packed = PlaneLinear.from_linear(linear, config.linear_format)
         if hook is not None:
@@ -288,6 +291,7 @@ class PlaneQuantizer(HfQuantizer):
 
             add_hook_to_module(packed, hook)
         setattr(place.parent, place.attribute, packed)
+        return True
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter is packed out of a float checkpoint."""
@@ -340,6 +344,23 @@ def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:
             return self  # transformers copies a step for each tensor, and all that hangs on it
 
     return Planes()
+
+
+def _retype_offloaded(module: PlaneModule) -> None:
+    """Have accelerate read planes off the disk as bytes, not as the floats that stood for them."""
+    for plane, data in module.own_planes().items():
+        if data.dtype != torch.uint8:
+            blank = torch.empty_like(data, dtype=torch.uint8)
+            module.register_parameter(plane, nn.Parameter(blank, requires_grad=False))
+
+
+def _not_loaded(model: nn.Module) -> Iterator[str]:
+    """Names of planes that transformers found nothing for."""
+    for name, module in model.named_modules():
+        if isinstance(module, PlaneModule):
+            for plane in module.own_planes():
+                if not getattr(module._parameters[plane], "_is_hf_initialized", False):
+                    yield f"{name}.{plane}"
 
 
 def _shape(module: PlaneModule, part: str) -> tuple[int, ...]:
