@@ -1,6 +1,7 @@
 // What all loops of loops.h share: blocks of elements, prefetching, rows, sets of tokens.
 #pragma once
 
+#include <math.h>
 #include <string.h>
 
 namespace {
@@ -43,6 +44,34 @@ inline void load2_tail(const T* p, int64_t count, V& a, V& b) {
   T buffer[kBlock] = {};
   memcpy(buffer, p, size_t(count) * sizeof(T));
   load2(buffer, a, b);
+}
+
+// Below this magnitude a group counts as zero; its reciprocal would overflow.
+constexpr float kLeastMagnitude = 1e-30f;
+
+// A group of a token's elements, zeros past its end, that is to be rounded.
+struct TokenGroup {
+  float values[kLookGroup];
+  float largest;
+  bool finite;
+  bool zero;  // or not finite: no code but zero
+};
+
+inline TokenGroup load_group(const float* x, int64_t length, int64_t g) {
+  TokenGroup group = {};
+  const int64_t left = length - g * kLookGroup;
+  memcpy(group.values, x + g * kLookGroup,
+         size_t(left < kLookGroup ? left : kLookGroup) * sizeof(float));
+  float largest = 0.0f, total = 0.0f;
+  for (int64_t k = 0; k < kLookGroup; ++k) {
+    const float magnitude = fabsf(group.values[k]);
+    largest = magnitude > largest ? magnitude : largest;
+    total += magnitude;
+  }
+  group.largest = largest;
+  group.finite = total == total && largest <= 3.4028234e38f;
+  group.zero = !group.finite || largest <= kLeastMagnitude;
+  return group;
 }
 
 inline int64_t round_up(int64_t value, int64_t unit) { return (value + unit - 1) / unit * unit; }

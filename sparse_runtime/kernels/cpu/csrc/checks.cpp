@@ -32,6 +32,23 @@ void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_
   compensation.cluster_bias = cluster_bias.matrix();
 }
 
+const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char* letter) {
+  if (!bias.given()) return nullptr;
+  bias.inspect(1);
+  bias.expect_dtype(x.dtype(), "of x");
+  bias.expect_size(0, size, letter);
+  bias.expect_contiguous();
+  return bias.data();
+}
+
+const float* factors_of(Argument& factors, int64_t neurons) {
+  factors.inspect(1);
+  factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
+  factors.expect_size(0, neurons, "I");
+  factors.expect_contiguous();
+  return static_cast<const float*>(factors.data());
+}
+
 int64_t* counts_of(Argument& counts, int64_t size, const char* letter) {
   if (!counts.given()) return nullptr;
   counts.inspect(1);
@@ -117,13 +134,10 @@ void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
   const int64_t stride = low_bit.size(0) > 1 && groups > 0 ? low_bit.stride(0) : 0;
   if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(stride)) % 2 != 0)
     fail("low_bit has records at odd addresses, where their scales cannot be read; clone() it");
-  factors.inspect(1);
-  factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
-  factors.expect_size(0, ffn.num_neurons, "I");
-  factors.expect_contiguous();
+  const float* const checked = factors_of(factors, ffn.num_neurons);
   clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
                            static_cast<const uint8_t*>(low_bit.data()), low_bit.stride(0),
-                           static_cast<const float*>(factors.data())};
+                           checked};
 }
 
 Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias) {
@@ -146,13 +160,7 @@ Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias
   check_sizes("router_up", up.size(0), length);
   if (up.size(0) == 0 && x.size(0) > 0) fail("router_up has no rows: there is no cluster");
   router.up = up.matrix();
-  if (bias.given()) {
-    bias.inspect(1);
-    bias.expect_dtype(x.dtype(), "of x");
-    bias.expect_size(0, up.size(0), "K");
-    bias.expect_contiguous();
-    router.bias = bias.data();
-  }
+  router.bias = bias_of(x, bias, up.size(0), "K");
   return router;
 }
 

@@ -37,6 +37,12 @@ Compensation correction_of(const Argument& x, Argument& down, Argument& up);
 void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_bias,
                int64_t clusters);
 
+// A bias of x's dtype and so many elements, or null where it is not given.
+const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char* letter);
+
+// Factors of looks [I] in float32.
+const float* factors_of(Argument& factors, int64_t neurons);
+
 // Counters of `size`, or null where they are not given.
 int64_t* counts_of(Argument& counts, int64_t size, const char* letter);
 

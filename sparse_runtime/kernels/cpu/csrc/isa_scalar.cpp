@@ -131,10 +131,6 @@ inline Lanes vmax(Lanes a, Lanes b) {
   for (int k = 0; k < 4; ++k) a[k] = a[k] > b[k] ? a[k] : b[k];
   return a;
 }
-inline Lanes vmin(Lanes a, Lanes b) {
-  for (int k = 0; k < 4; ++k) a[k] = a[k] < b[k] ? a[k] : b[k];
-  return a;
-}
 inline void store(float* p, Lanes v) { memcpy(p, &v, sizeof(v)); }
 inline void sum4(Lanes a, Lanes b, Lanes c, Lanes d, float* out) {
   out[0] = (a[0] + a[1]) + (a[2] + a[3]);

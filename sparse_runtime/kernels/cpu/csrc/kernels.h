@@ -62,9 +62,9 @@ struct Records {
 };
 
 // Weights in planes: see planes.py for the layout.
-constexpr int64_t kPlaneGroup = 64;
+constexpr int64_t kPlaneGroup = kLookGroup;
 constexpr int kPlaneRows = 4;          // rows of a pass of dot products
-constexpr int64_t kPlaneBlock = 64;    // most rows of a pass of down
+constexpr int64_t kDownBlock = 32;     // most rows of a pass of down
 SPARSE_FFN_INLINE int64_t plane_groups(int64_t length) {
   return (length + kPlaneGroup - 1) / kPlaneGroup;
 }
@@ -109,15 +109,15 @@ struct PlaneRows {
   const uint64_t* tokens;  // as Rows::tokens
 };
 
-// Memory that plane_down works in, for `groups` in multiples of 16 and kPlaneBlock rows.
+// Memory that plane_down works in, for `groups` in multiples of 16 and kDownBlock rows.
 struct DownScratch {
-  float* values;       // [kPlaneBlock, 16]
+  float* values;       // [kDownBlock, 16]
   float* steps;        // [groups]
-  int32_t* high;       // [kPlaneBlock / 4, groups]
+  int32_t* high;       // [kDownBlock / 4, groups]
   int32_t* low;
   int32_t* starts;     // [groups]
-  uint8_t* tails;      // [kPlaneBlock, 128]
-  int32_t* tail_high;  // [kPlaneBlock / 4, 64]
+  uint8_t* tails;      // [kDownBlock, 128]
+  int32_t* tail_high;  // [kDownBlock / 4, 64]
   int32_t* tail_low;
 };
 
@@ -173,7 +173,7 @@ struct CommonKernels {
   // out[t * ld + r] = row r . x_t, where any of kPlaneRows rows is wanted by token t.
   void (*plane_dots)(int bits, const PlaneRows& rows, const PlaneTokens& x, float* out, int64_t ld,
                      Prefetch& prefetch);
-  // y += factor * sum over rows of h[i] * row i; `count` is a multiple of four, kPlaneBlock at most.
+  // y += factor * sum over rows of h[i] * row i; `count` is a multiple of four, kDownBlock at most.
   // y has 256 sums for each unit, those of a last unit of fewer groups in an order of its own.
   void (*plane_down)(int bits, const uint8_t* const* planes, const uint8_t* const* scales,
                      const float* h, int64_t count, int64_t groups, float factor,

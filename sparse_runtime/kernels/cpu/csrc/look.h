@@ -17,37 +17,25 @@ constexpr int64_t kLookSpan = 64;
 // core a fifth longer: 37 ns of arithmetic each do not cover what the memory takes to answer.
 constexpr int64_t kLookAhead = 12;
 
-// Below this magnitude a group counts as zero; its reciprocal would overflow.
-constexpr float kLeastMagnitude = 1e-30f;
-
 void round_token(const float* x, int64_t length, int8_t* codes, float* scales, float* offsets) {
   const int64_t groups = (length + kLookGroup - 1) / kLookGroup;
   for (int64_t g = 0; g < groups; ++g) {
-    float values[kLookGroup] = {};
-    const int64_t left = length - g * kLookGroup;
-    memcpy(values, x + g * kLookGroup, size_t(left < kLookGroup ? left : kLookGroup) * sizeof(float));
-    float largest = 0.0f, total = 0.0f;
-    for (int64_t k = 0; k < kLookGroup; ++k) {
-      const float magnitude = fabsf(values[k]);
-      largest = magnitude > largest ? magnitude : largest;
-      total += magnitude;
-    }
+    const TokenGroup group = load_group(x, length, g);
     int8_t* const target = codes + g * kLookGroup;
-    const bool finite = total == total && largest <= 3.4028234e38f;
-    if (!finite || largest <= kLeastMagnitude) {
+    if (group.zero) {
       // What cannot be judged makes every dot product NaN, which confirms the neuron.
       memset(target, 0, kLookGroup);
-      scales[g] = offsets[g] = finite ? 0.0f : __builtin_nanf("");
+      scales[g] = offsets[g] = group.finite ? 0.0f : __builtin_nanf("");
       continue;
     }
-    const float inverse = 127.0f / largest;
+    const float inverse = 127.0f / group.largest;
     int32_t sum = 0;
     for (int64_t k = 0; k < kLookGroup; ++k) {
-      const int32_t code = int32_t(__builtin_rintf(values[k] * inverse));
+      const int32_t code = int32_t(__builtin_rintf(group.values[k] * inverse));
       target[k] = int8_t(code);
       sum += code;
     }
-    scales[g] = largest / 127.0f;
+    scales[g] = group.largest / 127.0f;
     offsets[g] = 8.0f * scales[g] * float(sum);
   }
 }

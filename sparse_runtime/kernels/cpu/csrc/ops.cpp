@@ -121,16 +121,11 @@ void linear_op(StableIValue* stack, uint64_t, uint64_t) {
   weight.expect_size(1, x.size(1), "K");
   weight.expect_rows();
   check_sizes("weight", weight.size(0), weight.size(1));
-  if (bias.given()) {
-    bias.inspect(1);
-    bias.expect_dtype(x.dtype(), "of x");
-    bias.expect_size(0, weight.size(0), "N");
-    bias.expect_contiguous();
-  }
+  const void* const added = bias_of(x, bias, weight.size(0), "N");
   const int64_t shape[2] = {tokens.count, weight.size(0)};
   Result y(new_tensor(2, shape, x.dtype()));
   run_linear(info.dtype, info.size, tokens, weight.matrix(), weight.size(0), x.size(1),
-             bias.given() ? bias.data() : nullptr, y.data());
+             added, y.data());
   stack[0] = y.release();
 }
 

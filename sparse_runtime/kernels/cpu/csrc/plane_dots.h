@@ -14,27 +14,17 @@ void round_plane_token(const float* x, int64_t length, int8_t* high, int8_t* low
                        int32_t* starts, int64_t start_stride) {
   const int64_t groups = plane_groups(length);
   for (int64_t g = 0; g < groups; ++g) {
-    float values[kPlaneGroup] = {};
-    const int64_t left = length - g * kPlaneGroup;
-    memcpy(values, x + g * kPlaneGroup,
-           size_t(left < kPlaneGroup ? left : kPlaneGroup) * sizeof(float));
-    float largest = 0.0f, total = 0.0f;
-    for (int64_t k = 0; k < kPlaneGroup; ++k) {
-      const float magnitude = fabsf(values[k]);
-      largest = magnitude > largest ? magnitude : largest;
-      total += magnitude;
-    }
-    const bool finite = total == total && largest <= 3.4028234e38f;
-    const bool zero = !finite || largest <= kLeastMagnitude;
-    const float inverse = zero ? 0.0f : kFinest / largest;
+    const TokenGroup group = load_group(x, length, g);
+    const float inverse = group.zero ? 0.0f : kFinest / group.largest;
     // What is not finite makes every dot product NaN.
-    scales[g] = finite ? (zero ? 0.0f : largest / kFinest) : __builtin_nanf("");
+    scales[g] = group.finite ? (group.zero ? 0.0f : group.largest / kFinest) : __builtin_nanf("");
     const int64_t unit = g / 4, u = groups - 4 * unit < 4 ? groups - 4 * unit : 4, in_unit = g % 4;
     int32_t sum = 0;
     int8_t* const high_unit = high + unit * kUnitCodes;
     int8_t* const low_unit = low + unit * kUnitCodes;
     for (int64_t k = 0; k < kPlaneGroup; ++k) {
-      const int32_t code = zero ? 0 : int32_t(__builtin_rintf(values[k] * inverse));
+      const int32_t code =
+          group.zero ? 0 : int32_t(__builtin_rintf(group.values[k] * inverse));
       const int32_t upper = (code + 64) >> 7;
       const int64_t at = 64 * (k / 16) + ((k / 4 % 4) * u + in_unit) * 4 + k % 4;
       high_unit[at] = int8_t(upper);

@@ -162,7 +162,7 @@ void down_with(const uint8_t* const* planes, int64_t count, int64_t groups, Down
   const uint8_t* const* const tails = planes;
   const int64_t offset = units * 32 * kBits;
 #else
-  const uint8_t* tails[kPlaneBlock];
+  const uint8_t* tails[kDownBlock];
   for (int64_t i = 0; i < count; ++i) {
     spread_tail<kBits>(planes[i] + units * 32 * kBits, rest, scratch.tails + i * 128);
     tails[i] = scratch.tails + i * 128;

@@ -17,9 +17,9 @@ int64_t part_size(int64_t tokens, int64_t length) {
   return Scratch::size<Prefetch>(1) + 8 * Scratch::size<float>(values) +
          2 * Scratch::size<float>(2 * values) +
          Scratch::size<float>(tokens * unit_floats(length)) +
-         Scratch::size<float>(kStepRows * 16) + Scratch::size<float>(groups) +
-         2 * Scratch::size<int32_t>(kStepRows / 4 * groups) + Scratch::size<int32_t>(groups) +
-         Scratch::size<uint8_t>(kStepRows * 128) + 2 * Scratch::size<int32_t>(kStepRows / 4 * 64);
+         Scratch::size<float>(kDownBlock * 16) + Scratch::size<float>(groups) +
+         2 * Scratch::size<int32_t>(kDownBlock / 4 * groups) + Scratch::size<int32_t>(groups) +
+         Scratch::size<uint8_t>(kDownBlock * 128) + 2 * Scratch::size<int32_t>(kDownBlock / 4 * 64);
 }
 
 void take_part(Scratch& memory, int64_t tokens, int64_t length, PlanePart& own) {
@@ -31,14 +31,14 @@ void take_part(Scratch& memory, int64_t tokens, int64_t length, PlanePart& own) 
   own.dots = memory.take<float>(2 * values);
   own.full = memory.take<float>(2 * values);
   own.sums = memory.take<float>(tokens * unit_floats(length));
-  own.down.values = memory.take<float>(kStepRows * 16);
+  own.down.values = memory.take<float>(kDownBlock * 16);
   own.down.steps = memory.take<float>(groups);
-  own.down.high = memory.take<int32_t>(kStepRows / 4 * groups);
-  own.down.low = memory.take<int32_t>(kStepRows / 4 * groups);
+  own.down.high = memory.take<int32_t>(kDownBlock / 4 * groups);
+  own.down.low = memory.take<int32_t>(kDownBlock / 4 * groups);
   own.down.starts = memory.take<int32_t>(groups);
-  own.down.tails = memory.take<uint8_t>(kStepRows * 128);
-  own.down.tail_high = memory.take<int32_t>(kStepRows / 4 * 64);
-  own.down.tail_low = memory.take<int32_t>(kStepRows / 4 * 64);
+  own.down.tails = memory.take<uint8_t>(kDownBlock * 128);
+  own.down.tail_high = memory.take<int32_t>(kDownBlock / 4 * 64);
+  own.down.tail_low = memory.take<int32_t>(kDownBlock / 4 * 64);
   own.counts[0] = own.counts[1] = own.counts[2] = 0;
 }
 
@@ -70,7 +70,7 @@ void run_pass(const PlaneFfn& ffn, Tokens x, const Clusters& clusters, const int
   Scratch& memory = scratch();
   memory.reserve(TokenMemory::size(tokens, hidden) + Scratch::size<uint8_t>(set_bytes) +
                  Scratch::size<int32_t>(ffn.num_neurons + 16) + Scratch::size<PlanePart>(most_parts) +
-                 most_parts * part_size(tokens, hidden) + 2 * Scratch::size<float>(hidden));
+                 most_parts * part_size(tokens, hidden) + Scratch::size<float>(hidden));
   TokenMemory token_memory;
   token_memory.take(memory, tokens, hidden);
   uint8_t* const joined = memory.take<uint8_t>(set_bytes);
@@ -110,9 +110,9 @@ void run_pass(const PlaneFfn& ffn, Tokens x, const Clusters& clusters, const int
     }
     order_sums(total, hidden);
     const char* const token = static_cast<const char*>(x.data) + t * x.stride * size;
+    if (compensation.rank > 0) kernels.widen(token, hidden, token_memory.wide);
     for (int64_t c = 0; c < compensation.rank; ++c) {
       float weight = 0.0f;
-      kernels.widen(token, hidden, token_memory.wide);
       kernels.widen(static_cast<const char*>(compensation.down.data) +
                         c * compensation.down.stride * size, hidden, wide);
       for (int64_t k = 0; k < hidden; ++k) weight += wide[k] * token_memory.wide[k];

@@ -7,6 +7,13 @@
 
 namespace sparse_ffn {
 
+namespace {
+
+// Rows whose records are fetched, and then multiplied, together.
+constexpr int64_t kLinearBlock = 64;
+
+}  // namespace
+
 void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFormat& format,
                       Stream records, int64_t rows, int64_t length, const void* bias, void* y) {
   const Isa& isa = current_isa();
@@ -15,7 +22,7 @@ void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFo
   const int64_t residual = plane_bytes(length, format.residual);
   const int64_t parts = num_threads_for(rows * records.stride);
   in_passes(x, element_size, [&](Tokens some, int64_t first_token) {
-    const int64_t tokens = some.count, values = tokens * kPlaneBlock;
+    const int64_t tokens = some.count, values = tokens * kLinearBlock;
     Scratch& memory = scratch();
     memory.reserve(TokenMemory::size(tokens, length) +
                    parts * (Scratch::size<Prefetch>(1) + 2 * Scratch::size<float>(values)));
@@ -33,32 +40,32 @@ void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFo
     parallel(parts, [&](int64_t part) {
       const Range range = part_of(rows, parts, part, kPlaneRows);
       const auto fetch = [&](int64_t r) {
-        const int64_t count = at_most(range.end - r, kPlaneBlock);
+        const int64_t count = at_most(range.end - r, kLinearBlock);
         queues[part]->add(records.data + r * records.stride, count * records.stride);
       };
       fetch(range.begin);
-      for (int64_t r = range.begin; r < range.end; r += kPlaneBlock) {
-        const int64_t count = at_most(range.end - r, kPlaneBlock);
-        const uint8_t* planes[kPlaneBlock];
-        const uint8_t* residuals[kPlaneBlock];
-        const uint8_t* scales[kPlaneBlock];
+      for (int64_t r = range.begin; r < range.end; r += kLinearBlock) {
+        const int64_t count = at_most(range.end - r, kLinearBlock);
+        const uint8_t* planes[kLinearBlock];
+        const uint8_t* residuals[kLinearBlock];
+        const uint8_t* scales[kLinearBlock];
         for (int64_t i = 0; i < round_up(count, kPlaneRows); ++i) {
           planes[i] = records.data + (r + at_most(i, count - 1)) * records.stride;
           residuals[i] = planes[i] + base;
           scales[i] = residuals[i] + residual;
         }
-        fetch(r + kPlaneBlock);
+        fetch(r + kLinearBlock);
         const int64_t padded = round_up(count, kPlaneRows);
         isa.common.plane_dots(format.base, {planes, scales, padded, nullptr}, rounded, dots[part],
-                              kPlaneBlock, *queues[part]);
+                              kLinearBlock, *queues[part]);
         if (format.residual) {
           isa.common.plane_dots(format.residual, {residuals, scales, padded, nullptr}, rounded,
-                                finer[part], kPlaneBlock, *queues[part]);
+                                finer[part], kLinearBlock, *queues[part]);
           const float factor = 1.0f / float(1 << format.residual);
           for (int64_t k = 0; k < values; ++k) dots[part][k] += factor * finer[part][k];
         }
         for (int64_t t = 0; t < tokens; ++t)
-          kernels.store(dots[part] + t * kPlaneBlock, count,
+          kernels.store(dots[part] + t * kLinearBlock, count,
                         bias ? static_cast<const char*>(bias) + r * element_size : nullptr,
                         static_cast<char*>(y) + ((first_token + t) * rows + r) * element_size);
       }

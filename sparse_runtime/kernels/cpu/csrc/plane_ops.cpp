@@ -80,13 +80,7 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Stages stages = {nullptr, float(number(stack[13])), float(number(stack[14]))};
   if (!(stages.tau >= 1.0f)) fail("tau is below 1, or not a number");
   if (!(stages.width >= 0.0f)) fail("width is negative, or not a number");
-  if (factors.given()) {
-    factors.inspect(1);
-    factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
-    factors.expect_size(0, ffn.num_neurons, "I");
-    factors.expect_contiguous();
-    stages.factors = static_cast<const float*>(factors.data());
-  }
+  if (factors.given()) stages.factors = factors_of(factors, ffn.num_neurons);
   Compensation compensation = correction_of(x, correction_down, correction_up);
   Clusters clusters = {};
   const int64_t* ids = nullptr;
@@ -131,16 +125,11 @@ void plane_linear_op(StableIValue* stack, uint64_t, uint64_t) {
   const Stream stream = stream_of(records, "records", -1, bytes);
   const int64_t rows = records.size(0);
   check_sizes("records", rows, length);
-  if (bias.given()) {
-    bias.inspect(1);
-    bias.expect_dtype(x.dtype(), "of x");
-    bias.expect_size(0, rows, "N");
-    bias.expect_contiguous();
-  }
+  const void* const added = bias_of(x, bias, rows, "N");
   const int64_t shape[2] = {tokens.count, rows};
   Result y(new_tensor(2, shape, x.dtype()));
   run_plane_linear(info.dtype, info.size, tokens, format, stream, rows, length,
-                   bias.given() ? bias.data() : nullptr, y.data());
+                   added, y.data());
   stack[0] = y.release();
 }
 

@@ -10,7 +10,7 @@ inline int64_t plane_bytes(int64_t length, int bits) { return 8 * bits * plane_g
 
 // Neurons of a step: what is decided about is read during the next one. 32 neurons of Mistral's shape
 // take 140 KB to look at, and as much again at most: a step and the next one fit into an L2 cache.
-constexpr int64_t kStepRows = 32;
+constexpr int64_t kStepRows = kDownBlock;
 
 // Neurons that are read and decided about together.
 struct PlaneStep {
