@@ -2,7 +2,14 @@
 
 import pytest
 import torch
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.artifact.bands import LayerCentroids
@@ -38,6 +45,30 @@ def make_tiny_model(**changes):
         "pad_token_id": 258,
     }
     return MistralForCausalLM(MistralConfig(**(fields | changes))).eval()
+
+
+def make_tiny_model_of(kind="mistral", **changes):
+    """A tiny ``mistral``, ``llama`` or ``qwen2`` of the same sizes."""
+    if kind == "mistral":
+        return make_tiny_model(**changes)
+    torch.manual_seed(0)
+    config, model = {
+        "llama": (LlamaConfig, LlamaForCausalLM),
+        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    }[kind]
+    fields = make_tiny_model().config.to_dict()
+    for name in ("sliding_window", "model_type", "architectures", "head_dim", "rope_parameters"):
+        fields.pop(name)
+    return model(config(**(fields | changes))).eval()
+
+
+def assert_same_state(a, b):
+    """Both modules hold equal tensors under the same names."""
+    a, b = a.state_dict(), b.state_dict()
+    assert a.keys() == b.keys()
+    for key in a:
+        assert a[key].dtype == b[key].dtype, key
+        assert torch.equal(a[key], b[key]), key
 
 
 def random_cluster_set(model, density, num_clusters=6, rank=4) -> ClusterSet:

@@ -7,15 +7,14 @@ import sys
 
 import pytest
 import torch
-from helpers import IDS, logits, make_tiny_model
+from helpers import IDS, assert_same_state, logits
+from helpers import make_tiny_model_of as tiny
 from safetensors.torch import load_file, save_file
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 
 from sparse_runtime import PlaneConfig
@@ -24,39 +23,11 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_packing import pack_model, unpack_model
 from sparse_runtime.models import load_model
 
-CLASSES = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-
-
-def tiny(kind="mistral", **changes):
-    if kind == "mistral":
-        return make_tiny_model(**changes)
-    torch.manual_seed(0)
-    config, model = CLASSES[kind]
-    names = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "pad_token_id",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "initializer_range",
-    )
-    fields = {name: getattr(make_tiny_model().config, name) for name in names}
-    return model(config(**(fields | changes))).eval()
 
 
 def load(folder, **options):
     return AutoModelForCausalLM.from_pretrained(folder, **options)
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    for key in a:
-        assert a[key].dtype == b[key].dtype, key
-        assert torch.equal(a[key], b[key]), key
 
 
 @pytest.fixture
@@ -84,7 +55,7 @@ class TestPackingWhileLoading:
         model.save_pretrained(tmp_path, max_shard_size="20KB")
         loaded = load(tmp_path, quantization_config=PlaneConfig(6, linears))
         pack_model(model, 6, linears=linears)
-        same(loaded, model)
+        assert_same_state(loaded, model)
         assert torch.equal(logits(loaded), logits(model))
         assert (loaded.lm_head.__class__ is PlaneLinear) == (linears is not None)
         assert loaded.config.tie_word_embeddings == (tied and linears is None)
@@ -94,7 +65,7 @@ class TestPackingWhileLoading:
     def test_dtypes_and_device_maps(self, float_folder, dtype, device_map):
         options = {"dtype": dtype, "device_map": device_map}
         loaded = load(float_folder, quantization_config=PlaneConfig(4), **options)
-        same(loaded, pack_model(load(float_folder, **options), 4, linears=6))
+        assert_same_state(loaded, pack_model(load(float_folder, **options), 4, linears=6))
         assert loaded.dtype == loaded.model.layers[0].mlp.dtype == dtype
         assert logits(loaded).dtype == dtype
 
@@ -113,7 +84,7 @@ class TestPackingWhileLoading:
     def test_modules_to_not_convert(self, float_folder):
         leave = ["layers.0", "lm_head"]
         loaded = load(float_folder, quantization_config=PlaneConfig(6, 8, leave))
-        same(loaded, pack_model(tiny(), 6, linears=8, modules_to_not_convert=leave))
+        assert_same_state(loaded, pack_model(tiny(), 6, linears=8, modules_to_not_convert=leave))
         with pytest.raises(NothingMatchedError, match="'layer'"):
             load(float_folder, quantization_config=PlaneConfig(modules_to_not_convert=["layer"]))
 
@@ -123,9 +94,9 @@ class TestPackingWhileLoading:
         (model.model if base else model).save_pretrained(tmp_path)
         load_with = load if not base else AutoModel.from_pretrained
         loaded = load_with(tmp_path, quantization_config=PlaneConfig(6, None))
-        same(loaded.base_model, pack_model(tiny(), 6).model)
+        assert_same_state(loaded.base_model, pack_model(tiny(), 6).model)
         other = AutoModel.from_pretrained(tmp_path, quantization_config=PlaneConfig(6, None))
-        same(other, loaded.base_model)
+        assert_same_state(other, loaded.base_model)
 
     @pytest.mark.parametrize("tied", [False, True])
     @pytest.mark.parametrize("offloaded", [["model.layers"], ["model.embed_tokens", "lm_head"]])
@@ -149,14 +120,14 @@ class TestPackingWhileLoading:
         pack_model(model, 6, linears=8, modules_to_not_convert=leave)
         assert torch.equal(logits(loaded), logits(model))
         loaded.save_pretrained(tmp_path / "packed")
-        same(load(tmp_path / "packed"), model)
+        assert_same_state(load(tmp_path / "packed"), model)
 
     def test_linear_layers_alone(self, float_folder, tmp_path):
         loaded = load(float_folder, quantization_config=PlaneConfig(None))
-        same(loaded, pack_model(tiny(), None, linears=8))
+        assert_same_state(loaded, pack_model(tiny(), None, linears=8))
         assert not any(isinstance(module, PlaneFFN) for module in loaded.modules())
         loaded.save_pretrained(tmp_path / "packed")
-        same(load(tmp_path / "packed"), loaded)
+        assert_same_state(load(tmp_path / "packed"), loaded)
 
     @pytest.mark.parametrize("tied", [False, True])
     def test_dequantize(self, tmp_path, tied):
@@ -164,10 +135,10 @@ class TestPackingWhileLoading:
         loaded = load(tmp_path, quantization_config=PlaneConfig(6, 8))
         expected = unpack_model(pack_model(tiny(tie_word_embeddings=tied), 6, linears=8))
         restored = loaded.dequantize()
-        same(restored, expected)
+        assert_same_state(restored, expected)
         assert not hasattr(restored.config, "quantization_config")
         restored.save_pretrained(tmp_path / "restored")
-        same(load(tmp_path / "restored"), expected)
+        assert_same_state(load(tmp_path / "restored"), expected)
 
 
 class TestPackedFolder:
@@ -179,10 +150,10 @@ class TestPackedFolder:
         model = pack_model(tiny(kind, tie_word_embeddings=tied), bits, linears=linears)
         model.save_pretrained(tmp_path / "once", max_shard_size=shard)
         loaded = load(tmp_path / "once")
-        same(loaded, model)
+        assert_same_state(loaded, model)
         assert torch.equal(logits(loaded), logits(model))
         loaded.save_pretrained(tmp_path / "twice", max_shard_size=shard)
-        same(load(tmp_path / "twice"), model)
+        assert_same_state(load(tmp_path / "twice"), model)
         if shard == "1GB":
             once, twice = (tmp_path / name / "model.safetensors" for name in ("once", "twice"))
             assert once.read_bytes() == twice.read_bytes()
@@ -192,7 +163,7 @@ class TestPackedFolder:
     def test_packed_while_loading(self, float_folder, tmp_path):
         model = load(float_folder, quantization_config=PlaneConfig(5))
         model.save_pretrained(tmp_path / "packed", max_shard_size="20KB")
-        same(load(tmp_path / "packed"), model)
+        assert_same_state(load(tmp_path / "packed"), model)
         assert json.loads((tmp_path / "packed" / "config.json").read_text())[
             "quantization_config"
         ] == {
@@ -208,21 +179,23 @@ class TestPackedFolder:
         config = copy.deepcopy(model.config)
         config.quantization_config = config.quantization_config.to_dict()
         state = dict(model.state_dict())
-        same(type(model).from_pretrained(None, config=config, state_dict=dict(state)), model)
+        assert_same_state(
+            type(model).from_pretrained(None, config=config, state_dict=dict(state)), model
+        )
         del state["model.layers.1.mlp.count"]
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.count is missing"):
             type(model).from_pretrained(None, config=config, state_dict=state)
 
     def test_other_dtype(self, packed_folder):
         loaded = load(packed_folder, dtype=torch.bfloat16)
-        same(loaded, pack_model(tiny(), 6, linears=8).to(torch.bfloat16))
+        assert_same_state(loaded, pack_model(tiny(), 6, linears=8).to(torch.bfloat16))
 
     def test_load_model_and_the_base_model(self, packed_folder, tiny_tokenizer):
         tiny_tokenizer.save_pretrained(packed_folder)
         model, _ = load_model(str(packed_folder), dtype=torch.float32)
         expected = pack_model(tiny(), 6, linears=8)
-        same(model, expected)
-        same(AutoModel.from_pretrained(packed_folder), expected.model)
+        assert_same_state(model, expected)
+        assert_same_state(AutoModel.from_pretrained(packed_folder), expected.model)
 
     @pytest.mark.parametrize(
         "first", ["sparse_runtime", "transformers", "transformers.quantizers.auto"]

@@ -8,9 +8,9 @@ import sys
 
 import pytest
 import torch
-from helpers import IDS, logits, make_tiny_model
+from helpers import IDS, assert_same_state, logits
+from helpers import make_tiny_model_of as tiny
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sparse_runtime import fast_linear
 from sparse_runtime.errors import (
@@ -29,20 +29,6 @@ BITS = (3, 4, 5, 6, 8)
 # Up to eight tokens kernels round the inputs, too.
 FEW, MANY = {"rtol": 1e-3, "atol": 1e-3}, {"rtol": 1e-4, "atol": 1e-5}
 TOKENS = [(2, FEW), (9, MANY)]
-
-
-def tiny(kind="mistral", **changes):
-    if kind == "mistral":
-        return make_tiny_model(**changes)
-    torch.manual_seed(0)
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
-    fields = make_tiny_model().config.to_dict()
-    for name in ("sliding_window", "model_type", "architectures", "head_dim", "rope_parameters"):
-        fields.pop(name)
-    return model(config(**(fields | changes))).eval()
 
 
 def rounded(weight, bits):
@@ -64,12 +50,6 @@ def with_rounded_weights(model, bits, linears=None):
                 if isinstance(module, nn.Linear) and id(module) not in inside:
                     module.weight = nn.Parameter(rounded(module.weight, linears))
     return result
-
-
-def same(a, b):
-    a, b = a.state_dict(), b.state_dict()
-    assert a.keys() == b.keys()
-    assert all(a[key].dtype == b[key].dtype and torch.equal(a[key], b[key]) for key in a)
 
 
 class TestLinear:
@@ -226,7 +206,7 @@ class TestPackModel:
         expected = with_rounded_weights(model, 6, 8)
         pack_model(model, 6, linears=8)
         assert unpack_model(model) is model
-        same(model, expected)
+        assert_same_state(model, expected)
         assert {name: type(module) for name, module in model.named_modules()} == classes
         assert torch.equal(logits(model), logits(expected))
         assert not hasattr(model.config, "quantization_config")
@@ -239,7 +219,7 @@ class TestPackModel:
         model = pack_model(tiny(), 6, linears=5)
         expected = logits(model)
         for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
-            same(twin, model)
+            assert_same_state(twin, model)
             assert torch.equal(logits(twin), expected)
             assert type(unpack_model(twin).model.layers[0].mlp).__name__ == "MistralMLP"
         buffer = io.BytesIO()
@@ -295,7 +275,7 @@ class TestPackModel:
             pack_model(tiny(), 4, importance={"model.layers.1.mlp": counts[:3]})
 
     def test_formats(self):
-        same(pack_model(tiny(), PlaneFormat(4, 2)), pack_model(tiny(), 6))
+        assert_same_state(pack_model(tiny(), PlaneFormat(4, 2)), pack_model(tiny(), 6))
         for bits, linears in (
             (2, None),
             (6, 9),
@@ -308,7 +288,7 @@ class TestPackModel:
 
     def test_after_fast_linear(self):
         model = pack_model(fast_linear(tiny()), 6, linears=8)
-        same(model, pack_model(tiny(), 6, linears=8))
+        assert_same_state(model, pack_model(tiny(), 6, linears=8))
         assert type(unpack_model(model).lm_head) is nn.Linear
 
     def test_compiles_as_one_graph(self):

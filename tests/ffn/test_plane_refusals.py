@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from helpers import logits, make_tiny_model, random_cluster_set
+from helpers import logits, random_cluster_set
+from helpers import make_tiny_model_of as tiny
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from sparse_runtime import sparsify
 from sparse_runtime.errors import (
@@ -14,20 +14,6 @@ from sparse_runtime.errors import (
     UnsupportedArchitectureError,
 )
 from sparse_runtime.ffn.plane_packing import pack_model
-
-
-def tiny(kind="mistral", **changes):
-    if kind == "mistral":
-        return make_tiny_model(**changes)
-    torch.manual_seed(0)
-    config, model = {
-        "llama": (LlamaConfig, LlamaForCausalLM),
-        "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    }[kind]
-    fields = make_tiny_model().config.to_dict()
-    for name in ("sliding_window", "model_type", "architectures", "head_dim", "rope_parameters"):
-        fields.pop(name)
-    return model(config(**(fields | changes))).eval()
 
 
 def spoiled(model, name, value):
