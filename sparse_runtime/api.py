@@ -87,7 +87,8 @@ def sparsify(
             pack_model(model, config.weights, linears=config.linear_weights)
             state.packed = True
             layers = find_ffn_layers(model, packed=True)
-            matched = [layer for layer in layers if layer.index in artifact.layers]
+            kept = {layer.index for layer in matched}
+            matched = [layer for layer in layers if layer.index in kept]
         ffns = [
             (SparsePlaneFFN if layer.packed else SparseFFN)(
                 layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
@@ -176,11 +177,10 @@ def unsparsify(model: ModelT) -> ModelT:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    modules = _require_sparse(model)
-    for state in _states(modules):
+    states = _states(_require_sparse(model))
+    for state in states:
         restore(state.fast_linears)
     with torch.inference_mode(False), torch.no_grad():
-        states = _states(modules)
         for owner in list(owners(model)):
             unpatch(owner)
         if any(state.packed for state in states):

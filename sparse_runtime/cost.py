@@ -41,9 +41,24 @@ def scales_size(size: int) -> int:
     return 2 * num_groups(size)
 
 
+def count_size(hidden_size: int, base: int) -> int:
+    """Bytes of a neuron's count record: down's base plane of so many bits, and its scales."""
+    return plane_size(hidden_size, base) + scales_size(hidden_size)
+
+
+def look_size(hidden_size: int, base: int) -> int:
+    """Bytes of a neuron's look record: gate's and up's base planes, and their scales."""
+    return 2 * count_size(hidden_size, base)
+
+
+def refine_size(hidden_size: int, residual: int) -> int:
+    """Bytes of a neuron's refine record: the residual planes of all three."""
+    return 3 * plane_size(hidden_size, residual)
+
+
 def record_size(hidden_size: int) -> int:
     """Bytes of one neuron's low-bit copy: 68·⌈H/64⌉ (``kernels/low_bit.py``)."""
-    return 2 * (plane_size(hidden_size, 4) + scales_size(hidden_size))
+    return look_size(hidden_size, 4)
 
 
 @dataclass(frozen=True)
@@ -72,9 +87,19 @@ class FFNCost:
         return 3 * self.hidden_size * self.element_size
 
     @property
+    def count_bytes(self) -> int:
+        """Bytes that computing a neuron reads."""
+        return self.neuron_bytes
+
+    @property
     def look_bytes(self) -> int:
         """Bytes of one neuron's low-bit copy."""
         return record_size(self.hidden_size)
+
+    @property
+    def refine_bytes(self) -> int:
+        """Bytes that are read of a neuron that matters more; float weights have none left."""
+        return 0
 
     @property
     def dense_bytes(self) -> int:
@@ -95,8 +120,13 @@ class FFNCost:
         looked: Amount | Literal[0] = 0,
         refined: Amount | Literal[0] = 0,
     ) -> Amount:
-        """Bytes for a token that computes and looks at so many neurons; float ones have no refining."""
-        return computed * self.neuron_bytes + looked * self.look_bytes + self.overhead_bytes
+        """Bytes for a token that computes, looks at and refines so many neurons."""
+        return (
+            computed * self.count_bytes
+            + looked * self.look_bytes
+            + refined * self.refine_bytes
+            + self.overhead_bytes
+        )
 
     def share(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
         """Cost share of a token that computes and looks at so many neurons."""
@@ -122,36 +152,22 @@ class PlaneCost(FFNCost):
     @property
     def count_bytes(self) -> int:
         """Bytes of down's base plane and scales."""
-        return plane_size(self.hidden_size, self.base) + scales_size(self.hidden_size)
+        return count_size(self.hidden_size, self.base)
 
     @property
     def look_bytes(self) -> int:
         """Bytes of gate's and up's base planes and scales."""
-        return 2 * self.count_bytes
+        return look_size(self.hidden_size, self.base)
 
     @property
     def refine_bytes(self) -> int:
         """Bytes of the residual planes of all three."""
-        return 3 * plane_size(self.hidden_size, self.residual)
+        return refine_size(self.hidden_size, self.residual)
 
     @property
     def packed_bytes(self) -> int:
         """Bytes of all planes."""
         return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
-
-    def sparse_bytes(
-        self,
-        computed: Amount,
-        looked: Amount | Literal[0] = 0,
-        refined: Amount | Literal[0] = 0,
-    ) -> Amount:
-        """Bytes for a token that counts, looks at and refines so many neurons."""
-        return (
-            computed * self.count_bytes
-            + looked * self.look_bytes
-            + refined * self.refine_bytes
-            + self.overhead_bytes
-        )
 
 
 def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:

@@ -200,7 +200,8 @@ def bench_peers(
                         steps = time_compiled_decode(model, prompt, new_tokens if number else 2)
                     else:
                         steps = time_decode(model, prompt, cache, new_tokens if number else 2)
-                    share = sparse_share(model) if way.sparse else share
+                    if way.sparse:
+                        share = sparse_share(model)
                 runner.bytes_per_token = total
                 if way.sparse:
                     runner.bytes_per_token += share * floats - ffn_bytes

@@ -143,8 +143,7 @@ def evaluate(
     if not curves:
         if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        judge = _packed_quality if planes else _quality
-        record |= judge(loaded, artifact, texts, protocol, planes)
+        record |= _on_texts(loaded, artifact, texts, protocol, planes)
     else:
         windows = None
         if names:
@@ -201,14 +200,25 @@ def _checked(
     return [(spec, judged_source(spec)) for spec in data]
 
 
-def _quality(
+def _on_texts(
     model: Any,
     artifact: ClusterSet,
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
 ) -> dict[str, Any]:
-    """Figures of an artifact as it is; those of further texts under ``others``."""
+    """Figures over float weights or packed ones; those of further texts under ``others``."""
+    if planes:
+        results = _packed_quality(model, artifact, texts, protocol, planes)
+    else:
+        results = _quality(model, artifact, texts, protocol)
+    return results[0] | ({"others": results[1:]} if len(results) > 1 else {})
+
+
+def _quality(
+    model: Any, artifact: ClusterSet, texts: Sequence[tuple[str, Tensor]], protocol: Protocol
+) -> list[dict[str, Any]]:
+    """Figures of an artifact as it is, on each text."""
     from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
 
     results = []
@@ -224,8 +234,7 @@ def _quality(
         )
         print_quality(source, result)
         results.append({"data": source, **result})
-    further = {"others": results[1:]} if len(results) > 1 else {}
-    return {**results[0], **further}
+    return results
 
 
 def _packed_quality(
@@ -234,8 +243,8 @@ def _packed_quality(
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
-) -> dict[str, Any]:
-    """Figures of an artifact over packed weights; those of further texts under ``others``."""
+) -> list[dict[str, Any]]:
+    """Figures of an artifact over packed weights, on each text."""
     from sparse_runtime.eval.quality.packed import evaluate_packed
 
     results = evaluate_packed(
@@ -248,11 +257,14 @@ def _packed_quality(
         prompt_tokens=protocol.prompt_tokens,
         progress=protocol.progress,
     )
-    named = [{"data": source, **result} for (source, _), result in zip(texts, results, strict=True)]
+    weights = planes["weights"]
+    named = [
+        {"weights": weights, "data": source, **result}
+        for (source, _), result in zip(texts, results, strict=True)
+    ]
     for result in named:
-        print_packed(result, planes["weights"])
-    further = {"others": named[1:]} if len(named) > 1 else {}
-    return {"weights": planes["weights"], **named[0], **further}
+        print_packed(result, weights)
+    return named
 
 
 def _curves(

@@ -106,9 +106,9 @@ def generate(
     if compare and not compiled:
         for variant in variants:
             warm_up(loaded, tokenizer, inputs, variant)
+    options["compiled_length"] = length if compiled else None
     runs = {}
     for variant in variants:
-        options["compiled_length"] = length if compiled else None
         runs[variant] = _streamed(loaded, tokenizer, inputs, variant, **options)
         runs[variant]["compile_seconds"] = compiled.get(variant)
         _print_figures(runs[variant])

@@ -220,14 +220,13 @@ class SparseFFN(FFNBuffers):
                 "torch.no_grad() or torch.inference_mode()",
             )
             return "dense", "gradients"
-        if not self._fits(hidden_states):
+        router_up = self._buffers["router_up"]
+        assert router_up is not None
+        if not fits(hidden_states, router_up):  # it has the weights' dtype and device
             return "dense", "autocast"
         return path, None if path == "sparse" else "long call"
 
     # What it works on
-
-    def _fits(self, hidden_states: Tensor) -> bool:
-        return fits(hidden_states, self._projection_weights()[0])
 
     def _own_weights(self) -> tuple[Tensor, ...]:
         return self._projection_weights()

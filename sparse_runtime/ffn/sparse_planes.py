@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from sparse_runtime.cost import FFNCost, PlaneCost
@@ -34,12 +33,8 @@ class SeenPlanes:
     @classmethod
     def of(cls, owner: PlaneFFN) -> SeenPlanes:
         """As they are now."""
-        return cls(owner, cls._streams(owner))
-
-    @staticmethod
-    def _streams(owner: PlaneFFN) -> tuple[Tensor | None, ...]:
         own = owner._parameters
-        return own["look"], own["count"], own["refine"]
+        return cls(owner, (own["look"], own["count"], own["refine"]))
 
     def is_current(self) -> bool:
         """Whether the operands are still the FFN's."""
@@ -109,15 +104,6 @@ class SparsePlaneFFN(SparseFFN):
     def _own_weights(self) -> tuple[Tensor, ...]:
         return ()
 
-    def _fits(self, hidden_states: Tensor) -> bool:
-        placed = self._placed
-        if placed is None or hidden_states.device != placed[0]:
-            return False
-        autocast = torch.is_autocast_enabled(placed[0].type)
-        return (
-            torch.get_autocast_dtype(placed[0].type) if autocast else hidden_states.dtype
-        ) == placed[1]
-
     def _flattened(self) -> Any:
         return (
             self.planes,
@@ -151,6 +137,7 @@ class SparsePlaneFFN(SparseFFN):
             self.problem = None
             if not self._try_to_place(owner.look.device, owner.dtype):
                 return None
+            self._derive()
             self._operands = self._flattened()
             self._seen = SeenPlanes.of(owner)  # type: ignore[assignment]
             return self._seen
@@ -160,7 +147,3 @@ class SparsePlaneFFN(SparseFFN):
         b["active_sets"], b["maybe_sets"] = self.tables.active_sets, None
         self.looked_at = mean_share(b["active_sets"], self.cost.intermediate_size)
         self.density = 0.0
-
-    def _place(self, device: torch.device, dtype: torch.dtype) -> None:
-        super()._place(device, dtype)
-        self._derive()

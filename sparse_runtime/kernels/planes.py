@@ -39,6 +39,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_runtime import cost
 from sparse_runtime.cost import GROUP, num_groups, plane_size, scales_size
 from sparse_runtime.errors import ConfigError
 
@@ -87,15 +88,15 @@ class PlaneFormat:
 
     def look_size(self, hidden_size: int) -> int:
         """Bytes of a neuron's look record."""
-        return 2 * self.count_size(hidden_size)
+        return cost.look_size(hidden_size, self.base)
 
     def count_size(self, hidden_size: int) -> int:
         """Bytes of a neuron's count record."""
-        return plane_size(hidden_size, self.base) + scales_size(hidden_size)
+        return cost.count_size(hidden_size, self.base)
 
     def refine_size(self, hidden_size: int) -> int:
         """Bytes of a neuron's refine record."""
-        return 3 * plane_size(hidden_size, self.residual)
+        return cost.refine_size(hidden_size, self.residual)
 
     def linear_size(self, in_features: int) -> int:
         """Bytes of a linear layer's row."""
