@@ -111,7 +111,8 @@ inline Ints shift_right(Ints v) {
 inline Lanes to_lanes(Ints v) { return Lanes{float(v[0]), float(v[1]), float(v[2]), float(v[3])}; }
 inline Ints to_ints(Lanes v) {
   Ints out;
-  for (int k = 0; k < 4; ++k) out[k] = int32_t(__builtin_rintf(v[k]));
+  // NaN, for which C++ has no integer, ends as NaN in the sums by its scale, whatever stands here.
+  for (int k = 0; k < 4; ++k) out[k] = v[k] == v[k] ? int32_t(__builtin_rintf(v[k])) : 0;
   return out;
 }
 inline Lanes load_four_times(const float* p) { return Lanes{p[0], p[1], p[2], p[3]}; }
