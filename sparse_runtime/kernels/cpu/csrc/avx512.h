@@ -152,10 +152,14 @@ inline Lanes spread_tail_scales(const bf16* p, int64_t u, const uint8_t* groups)
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(groups)));
   return _mm512_permutexvar_ps(from, wide);
 }
-inline Bytes low_bits(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+inline Bytes bits_of(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
 template <int n>
 inline Bytes shift(Bytes v) {
   return _mm512_srli_epi16(v, n);
+}
+template <int n>
+inline Bytes shift_up(Bytes v) {
+  return _mm512_slli_epi16(v, n);
 }
 inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {

@@ -105,10 +105,14 @@ inline Bytes load_nibbles(const uint8_t* p, int part) {
   const Bytes pairs = vld1q_u8(p + part % 2 * 16);
   return part < 2 ? pairs : vshrq_n_u8(pairs, 4);
 }
-inline Bytes low_bits(Bytes v, int mask) { return vandq_u8(v, vdupq_n_u8(uint8_t(mask))); }
+inline Bytes bits_of(Bytes v, int mask) { return vandq_u8(v, vdupq_n_u8(uint8_t(mask))); }
 template <int n>
 inline Bytes shift(Bytes v) {
   return vshrq_n_u8(v, n);
+}
+template <int n>
+inline Bytes shift_up(Bytes v) {
+  return vshlq_n_u8(v, n);
 }
 inline Bytes either(Bytes a, Bytes b) { return vorrq_u8(a, b); }
 inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
@@ -121,7 +125,7 @@ inline Ints add_products(Ints sums, Bytes codes, Ints x) {
 #ifdef __ARM_FEATURE_DOTPROD
   return vdotq_s32(sums, a, b);
 #else
-  // At most 2 * 15 * 127 in 16 bits.
+  // At most 2 * 127 * 127 in 16 bits.
   return vpadalq_s16(sums, vpaddq_s16(vmull_s8(vget_low_s8(a), vget_low_s8(b)),
                                       vmull_high_s8(a, b)));
 #endif
