@@ -108,6 +108,15 @@ struct PlaneRows {
   const uint64_t* tokens;  // as Rows::tokens
 };
 
+// Rows of down and their weights h, a multiple of four, kDownBlock at most.
+struct DownRows {
+  const uint8_t* const* base;
+  const uint8_t* const* residual;
+  const uint8_t* const* scales;
+  const float* h;
+  int64_t count;
+};
+
 // Memory that plane_down works in, for `groups` in multiples of 16 and kDownBlock rows.
 struct DownScratch {
   float* values;       // [kDownBlock, 16]
@@ -115,7 +124,7 @@ struct DownScratch {
   int32_t* high;       // [kDownBlock / 4, groups]
   int32_t* low;
   int32_t* starts;     // [groups]
-  uint8_t* tails;      // [kDownBlock, 128]
+  uint8_t* tails;      // [kDownBlock, 2, 128]
   int32_t* tail_high;  // [kDownBlock / 4, 64]
   int32_t* tail_low;
 };
@@ -173,10 +182,9 @@ struct CommonKernels {
   // residual planes (a format without base), or by both.
   void (*plane_dots)(const PlaneFormat& planes, const PlaneRows& rows, const PlaneTokens& x,
                      float* out, int64_t ld, Prefetch& prefetch);
-  // y += factor * sum over rows of h[i] * row i; `count` is a multiple of four, kDownBlock at most.
-  // y has 256 sums for each unit, those of a last unit of fewer groups in an order of its own.
-  void (*plane_down)(int bits, const uint8_t* const* planes, const uint8_t* const* scales,
-                     const float* h, int64_t count, int64_t groups, float factor,
+  // y += sum over rows of h * row, by the planes that plane_dots has, too. y has 256 sums for each unit,
+  // those of a last unit of fewer groups in an order of its own.
+  void (*plane_down)(const PlaneFormat& planes, const DownRows& rows, int64_t groups,
                      DownScratch& scratch, float* y, Prefetch& prefetch);
   // Sum of 64-bit words, wrapping.
   uint64_t (*read)(const void* data, int64_t num_words);

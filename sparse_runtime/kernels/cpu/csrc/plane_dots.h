@@ -55,19 +55,10 @@ void round_plane_token(const float* x, int64_t length, int8_t* high, int8_t* low
 //
 // With codes of base planes (kResidual 0), of residual planes (kBase 0) or of both.
 
-// Whether base and residual fit into one unsigned code below 128.
-template <int kBase, int kResidual>
-constexpr bool kJoined = kBase > 0 && kResidual > 0 && kBase + kResidual <= 7;
-
-// What the offset of a unit's codes, 2^(bits-1), takes off: for its first four lanes.
+// What the offset of a unit's codes takes off: for its first four lanes.
 template <int kBase, int kResidual>
 inline Ints start_of(const PlaneToken& x, int64_t unit) {
-  Ints offset = no_ints();
-  if constexpr (kBase > 0)
-    offset = shift_left<kBase - 1 + kResidual>(load_four_ints(x.sums + 4 * unit));
-  if constexpr (kResidual > 0)
-    offset = plus(offset, shift_left<kResidual - 1>(load_four_ints(x.sums + 4 * unit)));
-  return minus(no_ints(), offset);
+  return minus(no_ints(), offset_of<kBase, kResidual>(load_four_ints(x.sums + 4 * unit)));
 }
 
 // The products of a row's codes with a token's, for their lanes.
@@ -82,55 +73,46 @@ inline __attribute__((always_inline)) Ints products(const Bytes* codes, const Pl
   return plus(shift_left<7>(high), low);
 }
 
-// A row's codes of a unit; both planes' in `codes` where they are joined.
-template <int kBase, int kResidual, bool kTail>
-inline __attribute__((always_inline)) void load_unit(const uint8_t* base, const uint8_t* residual,
-                                                     int64_t u, int part, Bytes* codes,
-                                                     Bytes* finer) {
-  constexpr int kUp = kJoined<kBase, kResidual> ? kResidual : 0;
-  if constexpr (kBase > 0) {
-    if constexpr (kTail)
-      load_tail_codes<kBase, kUp>(base, u, part, codes);
-    else
-      load_codes<kBase, kUp>(base, part, codes);
+// A row's unit times N tokens, by lane.
+template <int kBase, int kResidual, int N, bool kTail>
+inline __attribute__((always_inline)) void multiply(const uint8_t* base, const uint8_t* residual,
+                                                    int64_t unit, const PlaneToken* x, int64_t u,
+                                                    int part, Ints* sums) {
+  if constexpr (kBase > 0 && kResidual > 0 && !kJoined<kBase, kResidual>) {
+    Ints finer[N];
+    multiply<kBase, 0, N, kTail>(base, nullptr, unit, x, u, part, sums);
+    multiply<0, kResidual, N, kTail>(nullptr, residual, unit, x, u, part, finer);
+    for (int t = 0; t < N; ++t) sums[t] = plus(shift_left<kResidual>(sums[t]), finer[t]);
+  } else {
+    Bytes codes[4];
+    Planes<kBase, kResidual>::template load<kTail>(base, residual, u, part).codes(codes);
+    const int64_t at = unit * kUnitCodes + part * int64_t(sizeof(Bytes));
+#pragma GCC unroll 4
+    for (int t = 0; t < N; ++t)
+      sums[t] = products(codes, x[t], at,
+                         part == 0 ? start_of<kBase, kResidual>(x[t], unit) : no_ints());
   }
-  if constexpr (kResidual > 0) {
-    if constexpr (kTail)
-      load_tail_codes<kResidual>(residual, u, part, finer);
-    else
-      load_codes<kResidual>(residual, part, finer);
-  }
-  if constexpr (kUp > 0)
-    for (int c = 0; c < 4; ++c) codes[c] = either(codes[c], finer[c]);
 }
 
 // Adds a unit to the sums of its lanes.
 template <int kBase, int kResidual, int R, int N, bool kTail>
 inline __attribute__((always_inline)) void dot_unit(const uint8_t* const* base,
-                                                    const uint8_t* const* residual,
-                                                    int64_t unit_number, const PlaneToken* x,
-                                                    const float* scales, int64_t u,
-                                                    Lanes (*sums)[N]) {
-  constexpr bool kApart = kBase && kResidual && !kJoined<kBase, kResidual>;
-  for (int s = 0; s < R; ++s) {
+                                                    const uint8_t* const* residual, int64_t unit,
+                                                    const PlaneToken* x, const float* scales,
+                                                    int64_t u, Lanes (*sums)[N]) {
+#pragma GCC unroll 4
+  for (int s = 0; s < R; ++s)
     for (int part = 0; part < kParts; ++part) {
-      Bytes codes[4], finer[4];
-      load_unit<kBase, kResidual, kTail>(base[s], residual[s], u, part, codes, finer);
+      Ints own[N];
+      multiply<kBase, kResidual, N, kTail>(base[s], residual[s], unit, x, u, part, own);
 #pragma GCC unroll 4
       for (int t = 0; t < N; ++t) {
-        const int64_t at = unit_number * kUnitCodes + part * int64_t(sizeof(Bytes));
-        const Ints start =
-            part == 0 ? start_of<kBase, kResidual>(x[t], unit_number) : no_ints();
-        Ints sum = products(kApart || !kBase ? finer : codes, x[t], at, start);
-        if constexpr (kApart)
-          sum = plus(sum, shift_left<kResidual>(products(codes, x[t], at, no_ints())));
-        const float* const own = scales + 16 * (s * N + t);
-        sums[s][t] = madd(to_lanes(sum),
-                          kTail ? load_lanes(own + part * kLanes) : load_four_times(own),
+        const float* const scale = scales + 16 * (s * N + t);
+        sums[s][t] = madd(to_lanes(own[t]),
+                          kTail ? load_lanes(scale + part * kLanes) : load_four_times(scale),
                           sums[s][t]);
       }
     }
-  }
 }
 
 template <int kBase, int kResidual, int R, int N>
@@ -182,6 +164,11 @@ inline void dot_rows(const uint8_t* const* base, const uint8_t* const* residual,
       }
     }
     codes_of(units, codes, finer);
+    uint8_t tails[2 * R][128];
+    for (int s = 0; s < R; ++s) {
+      codes[s] = tail_of<kBase>(codes[s], rest, tails[s]);
+      finer[s] = tail_of<kResidual>(finer[s], rest, tails[R + s]);
+    }
     prefetch.step(lines);
     dot_unit<kBase, kResidual, R, N, true>(codes, finer, units, x, products[0][0], rest, sums);
   }

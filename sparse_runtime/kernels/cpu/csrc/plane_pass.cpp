@@ -17,7 +17,7 @@ float ramp(float evidence, float width) {
 }
 
 void choose(const PlanePass& pass, int64_t first, PlaneStep& step) {
-  step.count = at_most(pass.num_rows - first, kStepRows);
+  step.count = at_most(pass.num_rows - first, pass.step_rows);
   if (step.count < 0) step.count = 0;
   const uint64_t all = pass.x.count >= 64 ? ~uint64_t(0) : (uint64_t(1) << pass.x.count) - 1;
   for (int64_t r = 0; r < step.count; ++r) {
@@ -149,54 +149,57 @@ void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
   }
 }
 
-// Rows of down, with their weights.
-struct DownRows {
-  const uint8_t* planes[kStepRows];
+// Neurons' rows of down, with their weights.
+struct Weights {
+  const uint8_t* base[kStepRows];
+  const uint8_t* residual[kStepRows];
   const uint8_t* scales[kStepRows];
   float h[kStepRows];
   int64_t count = 0;
 
-  void add(const uint8_t* plane, const uint8_t* own_scales, float weight) {
-    planes[count] = plane;
-    scales[count] = own_scales;
+  void add(const PlaneFfn& ffn, int64_t neuron, float weight) {
+    const uint8_t* const record = ffn.count.data + neuron * ffn.count.stride;
+    base[count] = record;
+    residual[count] = ffn.refine.data + neuron * ffn.refine.stride +
+                      2 * plane_bytes(ffn.hidden_size, ffn.format.residual);
+    scales[count] = record + plane_bytes(ffn.hidden_size, ffn.format.base);
     h[count++] = weight;
   }
-  void run(const PlanePass& pass, PlanePart& own, int bits, float factor, float* sums) {
+  void run(const PlanePass& pass, PlanePart& own, const PlaneFormat& planes, float* sums) {
     if (count == 0) return;
-    while (count % 4) add(planes[count - 1], scales[count - 1], 0.0f);
-    pass.isa->common.plane_down(bits, planes, scales, h, count,
-                                plane_groups(pass.ffn->hidden_size), factor, own.down, sums,
-                                *own.prefetch);
+    for (; count % 4; ++count) {
+      base[count] = base[count - 1], residual[count] = residual[count - 1];
+      scales[count] = scales[count - 1];
+      h[count] = 0.0f;
+    }
+    pass.isa->common.plane_down(planes, {base, residual, scales, h, count},
+                                plane_groups(pass.ffn->hidden_size), own.down, sums, *own.prefetch);
   }
 };
 
 void add_down(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
   const Stages& stages = pass.stages;
-  const int64_t base = plane_bytes(ffn.hidden_size, ffn.format.base);
-  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
   for (int64_t t = 0; t < pass.x.count; ++t) {
-    DownRows counted, refined;
+    Weights coarse, fine, whole;  // by base planes, by residual planes, by both
     for (int64_t r = 0; r < step.count; ++r) {
       if (!(step.counted[r] >> t & 1)) continue;
       const int64_t at = t * kStepRows + r;
       const bool is_refined = ffn.format.residual && (step.refined[r] >> t & 1);
-      const float evidence = stages.factors ? step.evidence[at] : 0.0f;
-      const float finer =
-          !is_refined ? 0.0f : stages.factors ? ramp(evidence / stages.tau, stages.width) : 1.0f;
-      float h = step.looks[at];
-      if (is_refined && stages.factors) h = finer == 1.0f ? own.full[at] : h + finer * (own.full[at] - h);
-      if (stages.factors) h *= ramp(evidence, stages.width);
-      const uint8_t* const record = ffn.count.data + step.index[r] * ffn.count.stride;
-      counted.add(record, record + base, h);
-      if (is_refined)
-        refined.add(ffn.refine.data + step.index[r] * ffn.refine.stride + 2 * plane, record + base,
-                    h * finer);
+      float h = step.looks[at], finer = is_refined ? 1.0f : 0.0f;
+      if (stages.factors) {
+        const float evidence = step.evidence[at];
+        if (is_refined) finer = ramp(evidence / stages.tau, stages.width);
+        if (is_refined) h = finer == 1.0f ? own.full[at] : h + finer * (own.full[at] - h);
+        h *= ramp(evidence, stages.width);
+      }
+      (finer == 1.0f ? whole : coarse).add(ffn, step.index[r], h);
+      if (finer > 0.0f && finer < 1.0f) fine.add(ffn, step.index[r], h * finer);
     }
     float* const sums = own.sums + t * pass.sum_stride;
-    counted.run(pass, own, ffn.format.base, 1.0f, sums);
-    if (ffn.format.residual)
-      refined.run(pass, own, ffn.format.residual, 1.0f / float(1 << ffn.format.residual), sums);
+    coarse.run(pass, own, {ffn.format.base, 0}, sums);
+    fine.run(pass, own, {0, ffn.format.residual}, sums);
+    whole.run(pass, own, ffn.format, sums);
   }
 }
 
@@ -214,14 +217,14 @@ void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part) {
     }
   };
   // Parts take steps in turns, so that all have alike shares of what is counted.
-  const int64_t stride = pass.num_parts * kStepRows;
+  const int64_t stride = pass.num_parts * pass.step_rows;
   PlaneStep* now = &own.steps[0];
   PlaneStep* before = &own.steps[1];
   before->count = 0;
-  choose(pass, part * kStepRows, *now);
+  choose(pass, part * pass.step_rows, *now);
   fetch(*now);
   PlaneStep next;
-  for (int64_t first = part * kStepRows; now->count > 0 || before->count > 0; first += stride) {
+  for (int64_t first = part * pass.step_rows; now->count > 0 || before->count > 0; first += stride) {
     choose(pass, first + stride, next);
     fetch(next);
     if (now->count > 0) look(pass, own, *now);

@@ -36,8 +36,9 @@ template <int kBase, int kResidual>
 inline void ordered_codes(const uint8_t* base, const uint8_t* residual, uint8_t* out) {
   for (int part = 0; part < kParts; ++part) {
     Bytes codes[4], finer[4];
-    load_codes<kBase, kResidual>(base, part, codes);
-    if constexpr (kResidual > 0) load_codes<kResidual>(residual, part, finer);
+    split<kBase, kResidual>(load_chunks<kBase>(base, part), codes);
+    if constexpr (kResidual > 0)
+      split<kResidual, 0>(load_chunks<kResidual>(residual, part), finer);
     for (int c = 0; c < 4; ++c)
       store_words(kResidual > 0 ? either(codes[c], finer[c]) : codes[c], part, out + 16 * c);
   }
