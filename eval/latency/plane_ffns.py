@@ -179,8 +179,8 @@ def report(record: dict[str, Any], hidden_size: int, neurons: int) -> str:
 
 def main(document: str) -> None:
     """Measure Mistral's shape, and write the document."""
-    shape = SHAPES["mistral-7b"]
-    sizes = int(shape["hidden_size"]), int(shape["intermediate_size"])  # type: ignore[call-overload]
+    shape: dict[str, Any] = SHAPES["mistral-7b"]
+    sizes = shape["hidden_size"], shape["intermediate_size"]
     write_text(Path(document), report(bench_plane_ffns(*sizes), *sizes))
 
 
