@@ -49,7 +49,7 @@ def random_planes(form: PlaneFormat, hidden_size: int, neurons: int) -> NeuronPl
     scale = torch.full((1, groups), 0.01, dtype=torch.bfloat16).view(torch.uint8)
     for records, copies in ((look, 2), (count, 1)):
         records[:, records.shape[1] - copies * 2 * groups :] = scale.repeat(1, copies)
-    return NeuronPlanes(look, count, refine, form, "silu")
+    return NeuronPlanes(look, count, refine, form, hidden_size)
 
 
 def bench_plane_ffns(
