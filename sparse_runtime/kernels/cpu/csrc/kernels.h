@@ -203,6 +203,7 @@ extern const Isa kAvx512Isa;
 extern const Isa kAvx512Bf16Isa;
 #elif defined(__aarch64__)
 extern const Isa kNeonIsa;
+extern const Isa kNeonDotIsa;
 #endif
 
 }  // namespace sparse_ffn
