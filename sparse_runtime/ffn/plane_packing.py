@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
+    LinearPlace,
     Places,
     check_finite,
     restore_floats,
@@ -18,8 +19,25 @@ from sparse_runtime.ffn.plane_places import (
 )
 from sparse_runtime.ffn.plane_quantizer import PlaneConfig, PlaneQuantizer
 from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.kernels.rounding import InputStatistics
+from sparse_runtime.models.ffn_layers import FFNLayer
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Statistics(Protocol):
+    """Gives the statistics that modules are rounded by, each just before it is packed."""
+
+    def expect(self, inputs: Mapping[str, tuple[nn.Module, ...]]) -> None:
+        """Hear what will be packed, in this order.
+
+        Args:
+            inputs: a module's name -> modules whose inputs its rounding depends on: of an FFN itself
+                and its down projection, of a linear layer itself.
+        """
+
+    def take(self, name: str) -> Sequence[InputStatistics | None]:
+        """Statistics of the inputs of what was named for a module; all before it are packed by now."""
 
 
 def pack_model(
@@ -28,13 +46,14 @@ def pack_model(
     *,
     linears: int | PlaneFormat | None = None,
     modules_to_not_convert: Sequence[str] = (),
-    importance: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
 ) -> ModelT:
     """Pack the weights of a model's FFNs into planes, in place; of attention and head too, if asked.
 
     All is checked first, so that an error leaves the model as it was. Then one module after another is
     packed and its float weights are let go. The model is for inference from then on;
-    ``save_pretrained`` writes the planes and ``from_pretrained`` reads them.
+    ``save_pretrained`` writes the planes and ``from_pretrained`` reads them. With calibration text,
+    :func:`sparse_runtime.clusters.pack_calibrated` rounds better.
 
     Args:
         model: a float causal language model, in memory as a whole.
@@ -42,15 +61,13 @@ def pack_model(
         linears: bits of attention and head, or their format; None leaves them in float. A head that is
             tied to the embedding is packed from the same values, and the embedding stays.
         modules_to_not_convert: see :class:`PlaneConfig`.
-        importance: E[x²] of the inputs [H] float32 by an FFN's or a linear layer's name, for some or
-            all of them.
+        statistics: of the modules' inputs; plain rounding if None.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: the bits are unknown or both None, or ``importance`` names a module that is not
-            packed.
+        ConfigError: the bits are unknown or both None.
         AlreadySparseError: the model is sparse.
         UnsupportedArchitectureError: the model is packed, quantized, offloaded or of an unknown type,
             or a module is more than its weights (adapters, hooks, parametrizations).
@@ -64,26 +81,28 @@ def pack_model(
     )
     places = config.places(model)
     _check_present(places)
-    counts = _importance(places, importance or {})
     check_finite(places)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    waiting: list[FFNLayer | LinearPlace] = [*places.ffns, *places.linears]
+    waiting.sort(key=lambda place: order[place.name], reverse=True)
+    if statistics is not None:
+        statistics.expect({place.name: _inputs(place) for place in reversed(waiting)})
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         untie(model, places.linears)
         # Popped, so that nothing here holds a module's floats once it is packed.
-        places.ffns.reverse()
-        while places.ffns:
-            layer = places.ffns.pop()
-            assert config.format is not None
-            packed = PlaneFFN.from_mlp(layer, config.format, counts.get(layer.name))
-            setattr(layer.parent, layer.attribute, packed)
-            del layer
-        places.linears.reverse()
-        while places.linears:
-            place = places.linears.pop()
-            assert config.linear_format is not None
-            linear = PlaneLinear.from_linear(
-                place.linear, config.linear_format, counts.get(place.name)
-            )
-            setattr(place.parent, place.attribute, linear)
+        places.ffns.clear()
+        places.linears.clear()
+        while waiting:
+            place = waiting.pop()
+            given = () if statistics is None else statistics.take(place.name)
+            packed: PlaneFFN | PlaneLinear
+            if isinstance(place, FFNLayer):
+                assert config.format is not None
+                packed = PlaneFFN.from_mlp(place, config.format, *given)
+            else:
+                assert config.linear_format is not None
+                packed = PlaneLinear.from_linear(place.linear, config.linear_format, *given)
+            setattr(place.parent, place.attribute, packed)
             del place
     _attach(model, config)
     return model
@@ -138,17 +157,8 @@ def _check_present(places: Places) -> None:
             )
 
 
-def _importance(places: Places, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    sizes = {layer.name: layer.hidden_size for layer in places.ffns}
-    sizes |= {place.name: place.linear.in_features for place in places.linears}
-    for name, counts in given.items():
-        if name not in sizes:
-            raise ConfigError(f"importance names {name!r}, which is not packed; remove it")
-        if counts.shape != (sizes[name],):
-            raise ConfigError(
-                f"importance of {name} is {list(counts.shape)}; expected [{sizes[name]}]"
-            )
-    return given
+def _inputs(place: FFNLayer | LinearPlace) -> tuple[nn.Module, ...]:
+    return (place.mlp, place.down) if isinstance(place, FFNLayer) else (place.linear,)
 
 
 def _attach(model: nn.Module, config: PlaneConfig) -> None:
