@@ -44,6 +44,7 @@ from sparse_runtime.cli.texts import (
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
+from sparse_runtime.models.ffn_layers import is_packed
 
 if TYPE_CHECKING:
     from sparse_runtime.clusters.text import DataSource
@@ -76,6 +77,13 @@ CalibrationOption = Annotated[
         metavar="SOURCE",
     ),
 ]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a packed folder: the float model to measure from [default: all neurons of the folder]",
+        metavar="MODEL",
+    ),
+]
 CalibrationTokensOrNoneOption = Annotated[
     int | None,
     typer.Option(
@@ -104,6 +112,7 @@ def evaluate(
     weights: WeightsOption = None,
     tau: TauOption = None,
     ramp: RampOption = None,
+    against: AgainstOption = None,
     verify: VerifyOption = None,
     baselines: BaselinesOption = None,
     calibration: CalibrationOption = None,
@@ -134,6 +143,7 @@ def evaluate(
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     artifact.check_model(loaded)
+    floats = _float_model(against, loaded, planes, curves)
     texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]
     for source, tokens in texts:
         warn_of_overlap(source, tokens, within(artifact.build, "data"))
@@ -143,7 +153,7 @@ def evaluate(
     if not curves:
         if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        record |= _on_texts(loaded, artifact, texts, protocol, planes)
+        record |= _on_texts(loaded, artifact, texts, protocol, planes, floats)
     else:
         windows = None
         if names:
@@ -185,6 +195,30 @@ def _check_planes(planes: dict[str, Any], curves: bool) -> None:
         )
 
 
+def _float_model(against: str | None, model: Any, planes: dict[str, Any], curves: bool) -> Any:
+    """The model of ``--against``; None without it. Raises ConfigError if it has no effect or place."""
+    if against is None:
+        return None
+    if curves or not _packed_bits(model) or planes.get("weights"):
+        raise ConfigError(
+            "--against is for packed folders without --budgets and --baselines; a float model is "
+            "compared with itself"
+        )
+    loaded, _ = load_model(against, dtype=model.dtype, device=str(model.device))
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (model, loaded)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"--against {against} knows {sizes[1]} tokens, and the packed model {sizes[0]}; expected "
+            "the model that it was made of"
+        )
+    return loaded
+
+
+def _packed_bits(model: Any) -> int | None:
+    """Bits of the FFNs of a model that came packed; None if they are floats."""
+    return next((m.format.bits for m in model.modules() if is_packed(m)), None)
+
+
 def _checked(
     baselines: Sequence[str], data: Sequence[str], calibration: list[str] | None
 ) -> list[tuple[str, DataSource]]:
@@ -206,10 +240,11 @@ def _on_texts(
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
+    floats: Any,
 ) -> dict[str, Any]:
     """Figures over float weights or packed ones; those of further texts under ``others``."""
-    if planes:
-        results = _packed_quality(model, artifact, texts, protocol, planes)
+    if planes or _packed_bits(model):
+        results = _packed_quality(model, artifact, texts, protocol, planes, floats)
     else:
         results = _quality(model, artifact, texts, protocol)
     return results[0] | ({"others": results[1:]} if len(results) > 1 else {})
@@ -243,21 +278,23 @@ def _packed_quality(
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
+    floats: Any,
 ) -> list[dict[str, Any]]:
     """Figures of an artifact over packed weights, on each text."""
     from sparse_runtime.eval.quality.packed import evaluate_packed
 
+    weights: int = planes.get("weights") or _packed_bits(model) or 0
     results = evaluate_packed(
         model,
         artifact,
         [tokens for _, tokens in texts],
         SparseConfig(prefill="sparse", **planes),
+        reference=floats,
         window=protocol.window,
         stride=protocol.stride,
         prompt_tokens=protocol.prompt_tokens,
         progress=protocol.progress,
     )
-    weights = planes["weights"]
     named = [
         {"weights": weights, "data": source, **result}
         for (source, _), result in zip(texts, results, strict=True)
