@@ -102,8 +102,10 @@ def batching_noise(model: Any, tokens: Tensor, chunk: int) -> float:
     """
     ids = tokens[None].to(model.device)
     whole = model(input_ids=ids, use_cache=False).logits[0].float().log_softmax(-1)
-    cache, parts = DynamicCache(config=model.config), []
-    for part in ids.split(chunk, dim=1):
-        parts.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits[0])
+    cache = DynamicCache(config=model.config)
+    parts = [
+        model(input_ids=part, past_key_values=cache, use_cache=True).logits[0]
+        for part in ids.split(chunk, dim=1)
+    ]
     chunked = torch.cat(parts).float().log_softmax(-1)
     return F.kl_div(chunked, whole, reduction="sum", log_target=True).item() / len(tokens)

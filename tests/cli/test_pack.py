@@ -95,6 +95,16 @@ def test_other_commands_read_it(run, tiny_folder, tiny_model, text, tmp_path):
     )
 
 
+def test_clusters_are_built_from_the_float_model(run, tiny_folder, text, tmp_path):
+    assert run("pack", tiny_folder, "-o", tmp_path / "packed")[0] == 0
+    code, _, err = run(
+        *("build", tmp_path / "packed", "-o", tmp_path / "clusters", "--data", text),
+        *("--max-tokens", 640, "--window", 64, "--clusters", 2),
+    )
+    assert code == 1
+    assert "packed in planes, and this needs float weights" in err
+
+
 @needs_library
 def test_against_has_its_place(run, tiny_folder, tiny_model, text, tmp_path):
     clusters = tmp_path / "clusters"

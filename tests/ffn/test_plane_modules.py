@@ -270,7 +270,8 @@ class TestPackModel:
         layer = model.model.layers[1].mlp
 
         class Given:
-            taken = []
+            def __init__(self):
+                self.taken = []
 
             def expect(self, inputs):
                 assert list(inputs) == [*names, "lm_head"]
@@ -284,8 +285,9 @@ class TestPackModel:
                 self.taken.append(name)
                 return [InputStatistics.of(counts.clone())] if name == names[9] else []
 
-        assert pack_model(model, 4, linears=6, statistics=Given()) is model
-        assert Given.taken == [*names, "lm_head"]
+        given = Given()
+        assert pack_model(model, 4, linears=6, statistics=given) is model
+        assert given.taken == [*names, "lm_head"]
         a, b = plain.state_dict(), model.state_dict()
         assert [key for key in a if not torch.equal(a[key], b[key])] == [f"{names[9]}.look"]
 
