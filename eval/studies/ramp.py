@@ -31,7 +31,6 @@ def compare_ramps(
     bits: int,
     widths: Sequence[float],
     backends: Sequence[str] = ("auto",),
-    tau: float = 2.0,
     window: int = 512,
     noise_tokens: int = 256,
     chunk: int = 5,
@@ -46,7 +45,6 @@ def compare_ramps(
         bits: of the FFNs' weights.
         widths: of the ramp; 0 is a step.
         backends: that compute; quality is measured with the first one.
-        tau: see :class:`SparseConfig`.
         window: tokens per window.
         noise_tokens: first tokens of the text that are computed in one call and in chunks.
         chunk: tokens of such a chunk.
@@ -66,7 +64,7 @@ def compare_ramps(
     options["reference"] = reference
     clusters.check_model(model)
     pack_model(model, bits)
-    config = SparseConfig(prefill="sparse", tau=tau, check_fingerprint=False)
+    config = SparseConfig(prefill="sparse", check_fingerprint=False)
     rows: list[dict[str, Any]] = []
     for backend in backends:
         for width in widths:

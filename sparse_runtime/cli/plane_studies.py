@@ -21,7 +21,6 @@ from sparse_runtime.cli.options import (
     ModelArgument,
     RevisionOption,
     SeedOption,
-    TauOption,
     TestOption,
     TestTokensOption,
     WindowOption,
@@ -98,7 +97,6 @@ def ramp(
     backends: Annotated[
         str, typer.Option(help="With commas; the first one also measures quality.")
     ] = "auto",
-    tau: TauOption = None,
     max_tokens: TestTokensOption = 2048,
     window: WindowOption = 512,
     noise_tokens: Annotated[
@@ -138,7 +136,6 @@ def ramp(
         noise_tokens=noise_tokens,
         chunk=chunk,
         progress=RichProgress(err),
-        **({} if tau is None else {"tau": tau}),
     )
     print_rows("every token sparse; noise is the KL of chunks", _with_fine_divergence(rows))
     write_figures(json_file, {**record, "rows": rows, "host": host_record(loaded.device)})

@@ -9,7 +9,18 @@ import typer
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.cli import app as app_module
-from sparse_runtime.cli import bench, build, console, evaluate, figures, generate, studies, texts
+from sparse_runtime.cli import (
+    bench,
+    build,
+    console,
+    evaluate,
+    figures,
+    generate,
+    pack,
+    plane_studies,
+    studies,
+    texts,
+)
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.errors import ConfigError, DataError
 
@@ -21,6 +32,9 @@ NEEDED = {
     "paper": ["model"],
     "ablate": ["model"],
     "ingredients": ["model"],
+    "pack": ["model", "-o", "OUT"],
+    "rounding": ["model"],
+    "ramp": ["model", "--clusters", "no"],
     "tasks": ["model", "--clusters", "no", "--task", "x"],
     "bench": ["model", "--clusters", "no"],
     "tune": ["--shape", "mistral-7b"],
@@ -49,7 +63,7 @@ def nothing_loads(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("something was loaded")
 
-    for module in (build, evaluate, generate, studies, texts, bench):
+    for module in (build, pack, evaluate, generate, studies, plane_studies, texts, bench):
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
         monkeypatch.setattr(f"sparse_runtime.eval.latency.shapes.{name}", loads)
@@ -98,6 +112,8 @@ def test_numbers_out_of_range_are_refused_before_the_work(run, nothing_loads, na
         ("ablate", "--seeds", "-1"),
         ("ablate", "--clusters", "0"),
         ("ingredients", "--seeds", "1,x"),
+        ("rounding", "--weights", "4,2"),
+        ("ramp", "--widths", "0,-1"),
     ],
 )
 def test_lists_out_of_range_are_refused_before_the_work(run, nothing_loads, command, option, value):
@@ -165,6 +181,9 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
         ("ingredients", ["--test", "none.txt"], 1, "there is no such file"),
         ("ingredients", ["--test-tokens", 100], 2, "--test-tokens is 100"),
         ("ingredients", ["--test", "pydoc,weight=2"], 2, "weight is 2.0"),
+        ("rounding", ["--test", "none.txt"], 1, "there is no such file"),
+        ("ramp", ["--backends", "cpu,gpu"], 2, "--backends has 'gpu'"),
+        ("ramp", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
         ("tasks", ["--task", "lambada=missing"], 1, "task file 'missing': there is no such file"),
         ("tasks", ["--task", "squad=x"], 2, "task 'squad' cannot be read from a file"),
     ],
