@@ -172,6 +172,7 @@ class TestPackedFolder:
             "linear_bits": 6,
             "modules_to_not_convert": [],
             "format_version": 1,
+            "fingerprint": None,
         }
 
     def test_a_state_dict(self):

@@ -66,12 +66,12 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
             other (``lm_head``, ``layers.0``, ``self_attn.q_proj``). A projection leaves its FFN whole.
 
     Raises:
-        AlreadySparseError: the model is sparse.
-        UnsupportedArchitectureError: the model is packed or quantized already, its type is not
+        AlreadySparseError: the FFNs are sparse.
+        UnsupportedArchitectureError: what is asked for is packed or quantized already, the type is not
             supported, or a module is more than its weights (adapters, hooks, parametrizations).
         NothingMatchedError: a name in ``leave`` is that of no module, or nothing is left to pack.
     """
-    _refuse_changed(model)
+    _refuse_changed(model, ffns=ffns, linears=linears)
     names = [name for name, _ in model.named_modules()]
     for part in leave:
         if not any(_holds(name, part) for name in names):
@@ -79,8 +79,8 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
                 f"modules_to_not_convert names {part!r}, but no module of this {type(model).__name__} "
                 "has a name with that part; remove it, or correct it (model.named_modules() lists them)"
             )
-    layers = find_ffn_layers(model)
-    inside = {id(module) for layer in layers for module in layer.mlp.modules()}
+    layers = find_ffn_layers(model, packed=True)
+    inside = _inside(layers)
     kept = [layer for layer in layers if ffns and not _left(_ffn_names(layer), leave)]
     for layer in kept:
         _check_ffn(layer)
@@ -94,6 +94,13 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
             f"modules_to_not_convert leaves nothing of this {type(model).__name__} to pack"
         )
     return Places(kept, found)
+
+
+def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
+    """Names of FFNs, and of linear layers outside them, that are not packed."""
+    layers = find_ffn_layers(model, packed=True)
+    names = [layer.name for layer in layers if ffns and not layer.packed]
+    return names + [p.name for p in _linears(model, _inside(layers)) if linears]
 
 
 def check_finite(places: Places) -> None:
@@ -126,28 +133,38 @@ def refuse_infinite(name: str, weight: Tensor) -> None:
         )
 
 
-def restore_floats(model: nn.Module) -> None:
-    """Make every packed module of a model a float module of the packed values.
+def restore_floats(model: nn.Module, modules: Sequence[PlaneModule] | None = None) -> None:
+    """Make packed modules of a model float modules of the packed values.
+
+    Args:
+        model: packed.
+        modules: some of its packed modules, as far as they are still there; none of them a sparse FFN.
+            None: all of them.
 
     Raises:
         AlreadySparseError: the model is sparse.
         NothingMatchedError: it holds no packed module.
     """
-    if any(owners(model)):
+    if modules is None and any(owners(model)):
         raise AlreadySparseError("the model is sparse; call unsparsify(model) first")
-    names = [name for name, module in model.named_modules() if isinstance(module, PlaneModule)]
-    if not names:
+    wanted = {id(module) for module in (model.modules() if modules is None else modules)}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PlaneModule) and id(module) in wanted
+    ]
+    if not names and modules is None:
         raise NothingMatchedError(
             f"this {type(model).__name__} holds no packed weights; call pack_model(model) first"
         )
     for name in names:
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        packed = getattr(parent, attribute)
-        if isinstance(packed, PlaneFFN):
-            setattr(parent, attribute, packed.to_float())
-        elif isinstance(packed, PlaneLinear):
-            setattr(parent, attribute, packed.to_linear())
+        module = getattr(parent, attribute)
+        if isinstance(module, PlaneFFN):
+            setattr(parent, attribute, module.to_float())
+        elif isinstance(module, PlaneLinear):
+            setattr(parent, attribute, module.to_linear())
 
 
 def untie(model: Any, linears: Sequence[LinearPlace]) -> None:
@@ -183,17 +200,17 @@ def tied_weights(model: Any) -> dict[str, str]:
     return {} if keys is None else keys(all_submodels=True)
 
 
-def _refuse_changed(model: nn.Module) -> None:
-    if any(owners(model)):
+def _refuse_changed(model: nn.Module, *, ffns: bool, linears: bool) -> None:
+    if ffns and any(owners(model)):
         raise AlreadySparseError(
             "the model is sparse; call unsparsify(model), pack it, and sparsify it again"
         )
-    packed = next((n for n, m in model.named_modules() if isinstance(m, PlaneModule)), None)
-    if packed is not None:
-        raise UnsupportedArchitectureError(
-            f"{packed} is packed already; call unpack_model(model) first, or load the float "
-            "checkpoint for other bits"
-        )
+    for name, module in model.named_modules():
+        if (ffns and isinstance(module, PlaneFFN)) or (linears and isinstance(module, PlaneLinear)):
+            raise UnsupportedArchitectureError(
+                f"{name} is packed already, in {module.format.bits} bits; call unpack_model(model) "
+                "first, or load the float checkpoint for other bits"
+            )
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     fields = config if isinstance(config, dict) else vars(config) if config is not None else {}
     method = fields.get("quant_method")
@@ -239,6 +256,10 @@ def _check_ffn(layer: FFNLayer) -> None:
 
 def _problem(name: str, problem: str | None) -> str | None:
     return None if problem is None else f"{name} {problem}".strip()
+
+
+def _inside(layers: Sequence[FFNLayer]) -> set[int]:
+    return {id(module) for layer in layers for module in layer.mlp.modules()}
 
 
 def _linears(model: nn.Module, inside: set[int]) -> Iterator[LinearPlace]:

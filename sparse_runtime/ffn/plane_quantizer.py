@@ -55,6 +55,8 @@ class PlaneConfig(QuantizationConfigMixin):
         modules_to_not_convert: names of modules to leave in float: whole names, or some of their parts
             that follow each other (``lm_head``, ``layers.0``, ``self_attn.q_proj``).
         format_version: of the planes on disk.
+        fingerprint: samples of the float weights that the FFNs were packed from, by which clusters are
+            told whether they were built for this model (``models/fingerprint.py``); packing adds it.
 
     Raises:
         ConfigError: a field is unknown or has a value that cannot work.
@@ -66,6 +68,7 @@ class PlaneConfig(QuantizationConfigMixin):
         linear_bits: int | Literal["default"] | None = "default",
         modules_to_not_convert: list[str] | None = None,
         format_version: int = FORMAT_VERSION,
+        fingerprint: str | None = None,
         **unknown: Any,
     ) -> None:
         method = unknown.pop("quant_method", METHOD)
@@ -99,6 +102,7 @@ class PlaneConfig(QuantizationConfigMixin):
         self.linear_bits = linear_bits
         self.modules_to_not_convert = list(leave)
         self.format_version = format_version
+        self.fingerprint = fingerprint
 
     @property
     def format(self) -> PlaneFormat | None:
