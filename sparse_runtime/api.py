@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 
+from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
@@ -96,6 +97,7 @@ def sparsify(
             layers = find_ffn_layers(model, packed=True)
             kept = {layer.index for layer in matched}
             matched = [layer for layer in layers if layer.index in kept]
+        _note_other_bits(artifact, matched)
         ffns = [
             (SparsePlaneFFN if layer.packed else SparseFFN)(
                 layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
@@ -176,6 +178,19 @@ def _matched(layers: list[FFNLayer], clusters: ClusterSet) -> list[FFNLayer]:
             raise NothingMatchedError(f"no layer was patched: {text}")
         warnings.warn(text, stacklevel=3)
     return kept
+
+
+def _note_other_bits(clusters: ClusterSet, layers: Iterable[FFNLayer]) -> None:
+    """Say so where clusters were tuned for other bits than the weights have."""
+    tuned = within(clusters.build, "config", "weights")
+    formats: list[Any] = [layer.mlp.format for layer in layers if layer.packed]
+    other = next((form.bits for form in formats if form.bits != tuned), None)
+    if isinstance(tuned, int) and other is not None:
+        warnings.warn(
+            f"the clusters were tuned for weights of {tuned} bits, and the FFNs have {other}; "
+            "judge them with `sparse-runtime eval`, or build them for these weights",
+            stacklevel=3,
+        )
 
 
 def _obstacle(layer: FFNLayer) -> str | None:

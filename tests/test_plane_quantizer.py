@@ -172,7 +172,7 @@ class TestPackedFolder:
             "linear_bits": 6,
             "modules_to_not_convert": [],
             "format_version": 1,
-            "fingerprint": None,
+            "fingerprint": model.config.quantization_config.fingerprint,
         }
 
     def test_a_state_dict(self):

@@ -19,6 +19,8 @@ from sparse_runtime.ffn.plane_places import (
 from sparse_runtime.ffn.plane_quantizer import PlaneConfig
 from sparse_runtime.ffn.plane_restoring import Packing, attach, described, planes_config
 from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.fingerprint import kept_fingerprint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -72,6 +74,8 @@ def pack_model(
     check_finite(places)
     packing = Packing() if packing is None else packing
     before = planes_config(model)
+    if places.ffns:
+        config.fingerprint = kept_fingerprint(find_ffn_layers(model, packed=True))
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         untie(model, places.linears)
         # Popped, so that nothing here holds a module's floats once it is packed.
@@ -93,7 +97,9 @@ def pack_model(
             setattr(place.parent, place.attribute, linear)
             packing.add(model, linear, place.linear)
             del place
-    attach(model, config if before is None else described(model, before.fingerprint))
+    if before is not None:
+        config = described(model, before.fingerprint or config.fingerprint) or config
+    attach(model, config)
     return model
 
 

@@ -34,6 +34,8 @@ from sparse_runtime.ffn.plane_places import (
     untie,
 )
 from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.fingerprint import kept_fingerprint, kept_samples
 from sparse_runtime.printable import printable
 
 METHOD = "planes"
@@ -101,6 +103,10 @@ class PlaneConfig(QuantizationConfigMixin):
         self.bits = bits
         self.linear_bits = linear_bits
         self.modules_to_not_convert = list(leave)
+        if not isinstance(fingerprint, str | None):
+            raise ConfigError(
+                f"fingerprint is {printable(repr(fingerprint))}; expected a string, or None"
+            )
         self.format_version = format_version
         self.fingerprint = fingerprint
 
@@ -148,6 +154,8 @@ class PlaneQuantizer(HfQuantizer):
         self._problem: ModelError | None = None
         self._files: list[str] = []
         self._unreleased = 0
+        self._positions: dict[str, int] = {}
+        self._samples: dict[str, Tensor] = {}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -155,6 +163,8 @@ class PlaneQuantizer(HfQuantizer):
         config = self.quantization_config
         with torch.device("cpu"):  # around us new tensors have no values
             places = config.places(model)
+            layers = find_ffn_layers(model)
+        self._positions = {layer.name: position for position, layer in enumerate(layers)}
         if self.pre_quantized:
             untie(model, places.linears)
         tied = tied_weights(model)
@@ -229,6 +239,8 @@ class PlaneQuantizer(HfQuantizer):
             for plane, data in module.own_planes().items()
         }
         if self._problem is None:
+            if name in self._positions:
+                self._samples[name] = kept_samples(self._positions[name], *weights)
             module.round_into(planes, *weights)
             self._unreleased += sum(weight.nbytes for weight in weights)
             if self._unreleased >= _RELEASED_AT:
@@ -271,7 +283,10 @@ class PlaneQuantizer(HfQuantizer):
             model._weight_conversions = [c for c in conversions if c not in self._conversions]
         if not self.pre_quantized:
             release_pages(self._files)
-        self._late, self._conversions, self._files = [], [], []
+            if self._samples:
+                layers = find_ffn_layers(model, packed=True)
+                self.quantization_config.fingerprint = kept_fingerprint(layers, self._samples)
+        self._late, self._conversions, self._files, self._samples = [], [], [], {}
         # What is asked for this flag refuses half() and float(), which do no harm here.
         model.is_quantized = False
         return model
