@@ -22,7 +22,7 @@ from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
 
 if TYPE_CHECKING:
-    from sparse_runtime.ffn.plane_quantizer import PlaneConfig
+    from sparse_runtime.ffn.plane_config import PlaneConfig
 
 __all__ = [
     "ClusterSet",
@@ -48,7 +48,7 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """What extends classes of transformers, which is imported only for those who ask for it."""
     if name == "PlaneConfig":
-        from sparse_runtime.ffn.plane_quantizer import PlaneConfig
+        from sparse_runtime.ffn.plane_config import PlaneConfig
 
         return PlaneConfig
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

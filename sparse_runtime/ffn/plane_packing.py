@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_config import PlaneConfig
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
     Places,
@@ -16,7 +17,6 @@ from sparse_runtime.ffn.plane_places import (
     restore_floats,
     untie,
 )
-from sparse_runtime.ffn.plane_quantizer import PlaneConfig
 from sparse_runtime.ffn.plane_restoring import Packing, attach, described, planes_config
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.models.ffn_layers import find_ffn_layers

@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from sparse_runtime.errors import UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_config import PlaneConfig
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import float_names, restore_floats, tied_weights
-from sparse_runtime.ffn.plane_quantizer import PlaneConfig, PlaneQuantizer
+from sparse_runtime.ffn.plane_quantizer import PlaneQuantizer
 
 
 @dataclass(eq=False)
