@@ -81,7 +81,7 @@ def sparsify(
         raise AlreadySparseError(
             "the model is sparse already; call unsparsify(model) before another sparsify"
         )
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=config.weights is not None)
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         artifact = _artifact(model, clusters, config, revision)
         matched = _matched(layers, artifact)

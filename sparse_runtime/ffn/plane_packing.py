@@ -14,6 +14,8 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
     Places,
     check_finite,
+    opened,
+    opened_ffn,
     restore_floats,
     untie,
 )
@@ -69,13 +71,15 @@ def pack_model(
         list(modules_to_not_convert),
     )
     places = config.places(model)
+    # That int8 layers compute in.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     _check_present(places)
     counts = _importance(places, importance or {})
     check_finite(places)
     packing = Packing() if packing is None else packing
     before = planes_config(model)
     if places.ffns:
-        config.fingerprint = kept_fingerprint(find_ffn_layers(model, packed=True))
+        config.fingerprint = kept_fingerprint(find_ffn_layers(model, packed=True, int8=True))
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         untie(model, places.linears)
         # Popped, so that nothing here holds a module's floats once it is packed.
@@ -83,7 +87,7 @@ def pack_model(
         while places.ffns:
             layer = places.ffns.pop()
             assert config.format is not None
-            packed = PlaneFFN.from_mlp(layer, config.format, counts.get(layer.name))
+            packed = PlaneFFN.from_mlp(opened_ffn(layer), config.format, counts.get(layer.name))
             setattr(layer.parent, layer.attribute, packed)
             packing.add(model, packed, layer.mlp)
             del layer
@@ -91,12 +95,11 @@ def pack_model(
         while places.linears:
             place = places.linears.pop()
             assert config.linear_format is not None
-            linear = PlaneLinear.from_linear(
-                place.linear, config.linear_format, counts.get(place.name)
-            )
+            floats = opened(place.linear, dtype)
+            linear = PlaneLinear.from_linear(floats, config.linear_format, counts.get(place.name))
             setattr(place.parent, place.attribute, linear)
             packing.add(model, linear, place.linear)
-            del place
+            del place, floats
     if before is not None:
         config = described(model, before.fingerprint or config.fingerprint) or config
     attach(model, config)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.kernels.backends import KERNEL_DTYPES
 from sparse_runtime.kernels.linear import FastLinear, call_problem, has_no_hooks
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.int8_linears import float_linear, int8_problem, is_int8
 
 _REMEDY = "Merge or remove adapters, hooks and parametrizations first, or load the float checkpoint"
 
@@ -79,7 +80,7 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
                 f"modules_to_not_convert names {part!r}, but no module of this {type(model).__name__} "
                 "has a name with that part; remove it, or correct it (model.named_modules() lists them)"
             )
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=True)
     inside = _inside(layers)
     kept = [layer for layer in layers if ffns and not _left(_ffn_names(layer), leave)]
     for layer in kept:
@@ -89,6 +90,7 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
         found = [place for place in _linears(model, inside) if not _left([place.name], leave)]
         for place in found:
             _check_linear(model, place)
+    _refuse_int8_beside(model, kept, found)
     if not kept and not found:
         raise NothingMatchedError(
             f"modules_to_not_convert leaves nothing of this {type(model).__name__} to pack"
@@ -98,7 +100,7 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
 
 def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
     """Names of FFNs, and of linear layers outside them, that are not packed."""
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=True)
     names = [layer.name for layer in layers if ffns and not layer.packed]
     return names + [p.name for p in _linears(model, _inside(layers)) if linears]
 
@@ -111,9 +113,20 @@ def check_finite(places: Places) -> None:
     """
     for layer in places.ffns:
         for name, linear in zip(layer.projections, (layer.gate, layer.up, layer.down), strict=True):
-            refuse_infinite(f"{layer.name}.{name}.weight", linear.weight)
+            refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
     for place in places.linears:
-        refuse_infinite(f"{place.name}.weight", place.linear.weight)
+        refuse_infinite(f"{place.name}.weight", opened(place.linear, torch.float32).weight)
+
+
+def opened(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with float weights: itself, or one of the values of its int8 rows in a dtype."""
+    return float_linear(linear, dtype) if is_int8(linear) else linear
+
+
+def opened_ffn(layer: FFNLayer) -> FFNLayer:
+    """An FFN's projections with float weights."""
+    gate, up, down = (opened(linear, layer.dtype) for linear in (layer.gate, layer.up, layer.down))
+    return replace(layer, gate=gate, up=up, down=down)
 
 
 def refuse_infinite(name: str, weight: Tensor) -> None:
@@ -217,11 +230,26 @@ def _refuse_changed(model: nn.Module, *, ffns: bool, linears: bool) -> None:
     # A GGUF file that was read into floats still says where it came from, and ours is being made.
     if method is None or fields.get("dequantize") or method == "planes":
         return
+    if any(is_int8(module) for module in model.modules()):  # each module is looked at
+        return
     raise UnsupportedArchitectureError(
         f"the model is quantized already, by {getattr(method, 'value', method)}; expected float "
         "weights: rounding rounded weights again adds up the errors of both. Load the float "
         "checkpoint that it was made of (model.dequantize(), where the method has it, gives floats too)"
     )
+
+
+def _refuse_int8_beside(
+    model: nn.Module, ffns: Sequence[FFNLayer], linears: Sequence[LinearPlace]
+) -> None:
+    """Refuse to leave int8 layers where others are packed: no config.json could say both."""
+    packed = _inside(ffns) | {id(place.linear) for place in linears}
+    for name, module in model.named_modules():
+        if is_int8(module) and id(module) not in packed:
+            raise UnsupportedArchitectureError(
+                f"{name} is int8 and would stay so beside planes, which could not be saved; pack FFNs "
+                "and linear layers both (weights=8, linear_weights=8; pack_model(model, 8, linears=8))"
+            )
 
 
 def _holds(name: str, part: str) -> bool:
@@ -246,8 +274,9 @@ def _check_ffn(layer: FFNLayer) -> None:
             problem = problem or _problem(name, call_problem(module))
         elif not has_no_hooks(module):
             problem = problem or _problem(name, "has hooks, or its forward has been replaced")
-    # What a state dict would lose.
-    others = mlp.state_dict().keys() - {f"{name}.weight" for name in layer.projections}
+    # What a state dict would lose; of int8 rows their scales are no more than the weights.
+    tensors = ("weight", "SCB", "weight_format") if layer.int8 else ("weight",)
+    others = mlp.state_dict().keys() - {f"{p}.{t}" for p in layer.projections for t in tensors}
     if others:
         problem = problem or f"holds {min(others)}, which planes have no place for"
     if problem is not None:
@@ -273,7 +302,9 @@ def _check_linear(model: nn.Module, place: LinearPlace) -> None:
     linear = place.linear
     weight = linear._parameters.get("weight")
     problem = call_problem(linear)
-    if type(linear) not in (nn.Linear, FastLinear):
+    if is_int8(linear):
+        problem = problem or int8_problem(linear)
+    elif type(linear) not in (nn.Linear, FastLinear):
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         problem = f"is a {kind}; expected a plain torch.nn.Linear"
     elif weight is None:

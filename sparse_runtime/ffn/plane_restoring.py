@@ -13,6 +13,7 @@ from sparse_runtime.ffn.plane_config import PlaneConfig
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import float_names, restore_floats, tied_weights
 from sparse_runtime.ffn.plane_quantizer import PlaneQuantizer
+from sparse_runtime.models.int8_linears import is_int8
 
 
 @dataclass(eq=False)
@@ -35,10 +36,16 @@ class Packing:
         """A record of packing that is about to happen.
 
         Raises:
-            UnsupportedArchitectureError: float weights are to be kept, and are not all in memory.
+            UnsupportedArchitectureError: float weights are to be kept, and are offloaded or int8.
         """
         if not keep_float:
             return cls()
+        for name, module in model.named_modules():
+            if is_int8(module):
+                raise UnsupportedArchitectureError(
+                    f"keep_float keeps float weights, and {name} is int8; leave keep_float out, or "
+                    "load the float checkpoint"
+                )
         for name, parameter in model.named_parameters():
             if parameter.device.type == "meta":
                 raise UnsupportedArchitectureError(
@@ -134,6 +141,7 @@ def attach(model: nn.Module, config: PlaneConfig | None) -> None:
             (part, "hf_quantizer"),
             (part, "quantization_method"),
             (part, "is_quantized"),
+            (part, "is_loaded_in_8bit"),
             (part.config, "quantization_config"),
             (part.config, "_is_quantized"),
         ):

@@ -68,8 +68,8 @@ def fingerprint_mismatch(
         model: a dense causal language model, in float or packed.
         expected: as :func:`model_fingerprint` gives it, or with ``weights_sha256`` in place of
             ``weights``, as an artifact of format 1 has it.
-        weights: also compare the weights, where neither side lacks them: offloaded ones are not there
-            to compare. For packed ones stand samples of the floats (:func:`kept_fingerprint`).
+        weights: also compare the weights, where neither side lacks them: offloaded and int8 ones are
+            not compared. For packed ones stand samples of the floats (:func:`kept_fingerprint`).
 
     Returns:
         What is found and what was expected; None if nothing differs.
@@ -77,7 +77,7 @@ def fingerprint_mismatch(
     Raises:
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
     """
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=True)
     found = _structure(model, layers)
     for name in ("model_type", "hidden_size", "activation"):
         if found[name] != expected[name]:
@@ -163,7 +163,7 @@ def _listed(indices: Sequence[int]) -> str:
 
 
 def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
-    if any(layer.packed for layer in layers):
+    if any(layer.packed or layer.int8 for layer in layers):
         return None
     matrices = [
         linear.weight.detach() for layer in layers for linear in (layer.gate, layer.up, layer.down)
