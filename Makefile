@@ -26,7 +26,7 @@ REPORT := runs/report
 BASELINES := oracle,teal,wina,cats
 OTHER_BASELINES := static,random,deja-vu,awc-paper
 
-.PHONY: demo test test-all test-lowest sanitize lint format bench bench-peers bench-gpu report report-paper report-quick wheel clean
+.PHONY: demo test test-all test-lowest sanitize lint format bench bench-peers bench-planes bench-gpu report report-paper report-quick wheel clean
 
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
@@ -91,6 +91,10 @@ bench-peers: $(STAMP)
 	mkdir -p runs/bench
 	$(BIN)/python -m sparse_runtime.eval.latency.peers $(PEERS)/bin/python runs/peers runs/bench/peers.json $(PARTS)
 	$(BIN)/python -m sparse_runtime.eval.report.peers_markdown docs/benchmarks/peers.md runs/bench/peers.json
+
+# Writes docs/benchmarks/planes.md: FFNs of Mistral's shape over planes, beside the memory's speed.
+bench-planes: $(STAMP)
+	$(BIN)/python -m sparse_runtime.eval.latency.plane_ffns docs/benchmarks/planes.md
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
 bench-gpu: $(STAMP)

@@ -55,7 +55,10 @@ X86_FILES = {
     "isa_avx512.cpp": AVX512,
     "isa_avx512bf16.cpp": [*AVX512, "-mavx512bf16", "-mavx512vnni"],
 }
-ARM_FILES: dict[str, list[str]] = {"isa_neon.cpp": []}
+ARM_FILES: dict[str, list[str]] = {
+    "isa_neon.cpp": [],
+    "isa_neondot.cpp": ["-march=armv8.2-a+dotprod"],
+}
 HEADERS = sorted(path.name for path in (Path(__file__).parent / SOURCES).glob("*.h"))
 
 

@@ -1,5 +1,6 @@
 """Faster Hugging Face language models: read only the feed-forward neurons a token needs."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from sparse_runtime.api import (
@@ -22,6 +23,7 @@ from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.version import __version__
 
 if TYPE_CHECKING:
+    from sparse_runtime.attention import fast_attention, slow_attention
     from sparse_runtime.ffn.plane_config import PlaneConfig
 
 __all__ = [
@@ -35,9 +37,11 @@ __all__ = [
     "compiled_decode",
     "cost_report",
     "dense",
+    "fast_attention",
     "fast_linear",
     "recut",
     "reset_cost",
+    "slow_attention",
     "slow_linear",
     "sparse_modules",
     "sparsify",
@@ -45,10 +49,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """What extends classes of transformers, which is imported only for those who ask for it."""
-    if name == "PlaneConfig":
-        from sparse_runtime.ffn.plane_config import PlaneConfig
+# What extends classes of transformers, which is imported only for those who ask for it.
+_LATE = {
+    "PlaneConfig": "sparse_runtime.ffn.plane_config",
+    "fast_attention": "sparse_runtime.attention",
+    "slow_attention": "sparse_runtime.attention",
+}
 
-        return PlaneConfig
+
+def __getattr__(name: str) -> Any:
+    if name in _LATE:
+        return getattr(importlib.import_module(_LATE[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -27,9 +27,7 @@ def compiled_decode(model: Any, length: int) -> dict[str, Any]:
     do not, and a new process finds most of it in torch's cache on disk. What runs sparse follows the
     same rule as without.
 
-    On a CPU the model's attention changes with this, in place: for one token it becomes plain matrix
-    products, which differ from torch's ``scaled_dot_product_attention`` by rounding only.
-    ``model.set_attn_implementation`` undoes that.
+    The model's attention changes with this, in place, as by :func:`fast_attention`.
 
     Args:
         model: a causal language model, sparse or not.
@@ -45,15 +43,14 @@ def compiled_decode(model: Any, length: int) -> dict[str, Any]:
     # They take a second to import.
     from transformers import CompileConfig, StaticCache
 
-    from sparse_runtime import decode_attention
+    from sparse_runtime.attention import fast_attention
 
     if not getattr(model, "_can_compile_fullgraph", False):
         raise CompilationError(
             f"{type(model).__name__} cannot be compiled whole: transformers marks it as one that does "
             "not work with a static cache and torch.compile(fullgraph=True); generate without compiling"
         )
-    if model.device.type == "cpu" and model.config._attn_implementation == "sdpa":
-        model.set_attn_implementation(decode_attention.NAME)
+    fast_attention(model)
     config = CompileConfig(fullgraph=True, dynamic=False)
     if model.device.type == "cpu":
         config.mode = "default"  # the other one is for CUDA graphs

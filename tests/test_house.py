@@ -22,7 +22,7 @@ FLOORS = (
     "models config",
     "artifact",
     "ffn",
-    "api decode_attention",
+    "api attention",
     "compiled",
     "predictors",
     "clusters",

@@ -97,7 +97,7 @@ def test_make_wheel(tmp_path):
     )
     library, isa = result.stdout.split()
     assert library.startswith(str(target))
-    assert isa in ("avx512bf16", "avx512", "avx2", "neon", "scalar")
+    assert isa in ("avx512bf16", "avx512", "avx2", "neondot", "neon", "scalar")
 
 
 def test_import_changes_nothing():

@@ -24,6 +24,7 @@ import torch
 
 from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.attention import fast_attention, slow_attention
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.bench import (
@@ -60,12 +61,14 @@ class Way:
     Attributes:
         sparse: with clusters.
         fast_linear: other linear layers by our kernels too; those in planes always are.
+        fast_attention: single tokens' attention by matrix products; compiled it always is.
         compiled: decode steps as one compiled graph.
         tau: over planes, see ``SparseConfig``.
     """
 
     sparse: bool = False
     fast_linear: bool = False
+    fast_attention: bool = False
     compiled: bool = False
     tau: float = 2.0
 
@@ -234,12 +237,15 @@ def _made(model: Any, clusters: ClusterSet, way: Way) -> Iterator[None]:
         reset_cost(model)
     elif way.fast_linear:
         fast_linear(model)
+    if way.fast_attention:
+        fast_attention(model)
     try:
         yield
     finally:
         if way.sparse:
             unsparsify(model)
         slow_linear(model)
+        slow_attention(model)
 
 
 def _lines(command: Sequence[str], requests: str) -> list[str]:
@@ -283,8 +289,8 @@ def _time_demo_planes(python: str, _: Mapping[str, Path]) -> dict[str, Any]:
     model, _tokenizer = load_model("demo", dtype=torch.bfloat16)
     pack_model(model, 6, linears=6)
     ways = {
-        "6 bits": Way(),
-        "6 bits, sparse": Way(sparse=True),
+        "6 bits": Way(fast_attention=True),
+        "6 bits, sparse": Way(sparse=True, fast_attention=True),
         "6 bits, compiled": Way(compiled=True),
         "6 bits, sparse, compiled": Way(sparse=True, compiled=True),
     }
@@ -300,7 +306,12 @@ def _time_shape_planes(bits: int, python: str, files: Mapping[str, Path]) -> dic
     density = looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
     clusters = random_clusters(model, density=density, looked=looked, confirmed=confirmed)
     pack_model(model, bits, linears=bits)
-    ways = {f"{bits} bits": Way(), f"{bits} bits, sparse": Way(sparse=True, tau=_HALF_REFINED)}
+    ways = {
+        f"{bits} bits": Way(fast_attention=True),
+        f"{bits} bits, sparse": Way(sparse=True, fast_attention=True, tau=_HALF_REFINED),
+        f"{bits} bits, compiled": Way(compiled=True),
+        f"{bits} bits, sparse, compiled": Way(sparse=True, compiled=True, tau=_HALF_REFINED),
+    }
     return bench_peers(model, clusters, _shape_peers(python, files), ways=ways)
 
 

@@ -51,7 +51,7 @@ def run_check(setup, tmp_path, compiler, emulator, machine):
 def test_neon_under_an_emulator(monkeypatch, tmp_path):
     setup = load_setup(monkeypatch)
     isas = run_check(setup, tmp_path, "aarch64-linux-gnu-g++", ["qemu-aarch64"], "aarch64")
-    assert isas == {"neon", "scalar"}
+    assert isas == {"neondot", "neon", "scalar"}
 
 
 @pytest.mark.slow

@@ -152,10 +152,14 @@ inline Lanes spread_tail_scales(const bf16* p, int64_t u, const uint8_t* groups)
       _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(groups)));
   return _mm512_permutexvar_ps(from, wide);
 }
-inline Bytes low_bits(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
+inline Bytes bits_of(Bytes v, int mask) { return _mm512_and_si512(v, _mm512_set1_epi8(char(mask))); }
 template <int n>
 inline Bytes shift(Bytes v) {
   return _mm512_srli_epi16(v, n);
+}
+template <int n>
+inline Bytes shift_up(Bytes v) {
+  return _mm512_slli_epi16(v, n);
 }
 inline Bytes either(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
@@ -195,6 +199,44 @@ inline Lanes load_four_times(const float* p) { return _mm512_broadcast_f32x4(_mm
 inline Lanes load_lanes(const float* p) { return load(p); }
 inline Lanes all_lanes(float v) { return set1(v); }
 inline Lanes load_scales(const bf16* p, int64_t count) { return load_natural(p, count); }
+
+// Values: see plane_values.h.
+#define SPARSE_FFN_WORDS
+inline void store_words(Bytes codes, int, uint8_t* out) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const __m512i words = _mm512_permutexvar_epi32(order, codes);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm512_castsi512_si128(words));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 64), _mm512_extracti32x4_epi32(words, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 128), _mm512_extracti32x4_epi32(words, 2));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(out + 192), _mm512_extracti32x4_epi32(words, 3));
+}
+#define SPARSE_FFN_TABLES
+inline __m256i narrow(V v, const fp16*) { return _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT); }
+inline __m256i narrow(V v, const bf16*) {
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(round_bf16(v), 16));
+}
+// Up to 32 elements of a table that are grid * scale.
+template <int kCount, class T>
+inline __m512i table_of(const float* grid, float scale, const T* type) {
+  if constexpr (kCount <= 0) return _mm512_setzero_si512();
+  const auto some = [&](int first) {
+    const int left = kCount - first;
+    const __mmask16 mask = left < 16 ? __mmask16((1 << (left < 0 ? 0 : left)) - 1) : __mmask16(0xffff);
+    return narrow(mul(_mm512_maskz_loadu_ps(mask, grid + first), set1(scale)), type);
+  };
+  return _mm512_inserti64x4(_mm512_castsi256_si512(some(0)), some(16), 1);
+}
+// out[k] = grid[codes[k]] * scale for 64 codes of up to 6 bits, in a type of two bytes.
+template <int kBits, class T>
+inline void look_up(const float* grid, float scale, const uint8_t* codes, T* out) {
+  const __m512i low = table_of<(1 << kBits)>(grid, scale, out);
+  const __m512i high = table_of<(1 << kBits) - 32>(grid + 32, scale, out);
+  for (int half = 0; half < 2; ++half) {
+    const __m256i some = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes) + half);
+    const __m512i values = _mm512_permutex2var_epi16(low, _mm512_cvtepu8_epi16(some), high);
+    _mm512_storeu_si512(out + 32 * half, values);
+  }
+}
 
 inline __m512i read_line(const char* p, __m512i sum) {
   return _mm512_add_epi64(sum, _mm512_loadu_si512(p));

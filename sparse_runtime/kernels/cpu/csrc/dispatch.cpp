@@ -4,11 +4,26 @@
 
 #include <atomic>
 
+#if defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#endif
+
 namespace sparse_ffn {
 
 namespace {
 
 std::atomic<const Isa*> g_isa{nullptr};
+
+#ifdef __aarch64__
+bool has_dot_products() {
+#ifdef __linux__
+  constexpr unsigned long kAsimdDotProducts = 1ul << 20;  // HWCAP_ASIMDDP
+  return getauxval(AT_HWCAP) & kAsimdDotProducts;
+#else
+  return true;  // every 64-bit Mac
+#endif
+}
+#endif
 
 }  // namespace
 
@@ -25,6 +40,7 @@ int available_isas(const Isa* out[8]) {
   if (avx512) out[count++] = &kAvx512Isa;
   if (avx2) out[count++] = &kAvx2Isa;
 #elif defined(__aarch64__)
+  if (has_dot_products()) out[count++] = &kNeonDotIsa;
   out[count++] = &kNeonIsa;
 #endif
   out[count++] = &kScalarIsa;

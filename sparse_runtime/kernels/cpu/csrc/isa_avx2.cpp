@@ -111,10 +111,14 @@ inline Bytes load_bytes(const void* p) {
 inline Bytes load_nibbles(const uint8_t* p, int part) {
   return part == 0 ? load_bytes(p) : _mm256_srli_epi16(load_bytes(p), 4);
 }
-inline Bytes low_bits(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
+inline Bytes bits_of(Bytes v, int mask) { return _mm256_and_si256(v, _mm256_set1_epi8(char(mask))); }
 template <int n>
 inline Bytes shift(Bytes v) {
   return _mm256_srli_epi16(v, n);
+}
+template <int n>
+inline Bytes shift_up(Bytes v) {
+  return _mm256_slli_epi16(v, n);
 }
 inline Bytes either(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
@@ -123,7 +127,7 @@ inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {
   return w % 2 == 0 ? _mm256_unpacklo_epi16(ab, cd) : _mm256_unpackhi_epi16(ab, cd);
 }
 inline Ints add_products(Ints sums, Bytes codes, Ints x) {
-  // At most 2 * 15 * 127 in 16 bits.
+  // At most 2 * 127 * 127 in 16 bits.
   const __m256i pairs = _mm256_maddubs_epi16(codes, x);
   return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }

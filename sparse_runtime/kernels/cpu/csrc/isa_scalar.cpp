@@ -66,10 +66,14 @@ inline Bytes load_nibbles(const uint8_t* p, int part) {
   const Bytes pairs = load_bytes(p + part % 2 * 16);
   return part < 2 ? pairs : pairs >> 4;
 }
-inline Bytes low_bits(Bytes v, int mask) { return v & uint8_t(mask); }
+inline Bytes bits_of(Bytes v, int mask) { return v & uint8_t(mask); }
 template <int n>
 inline Bytes shift(Bytes v) {
   return v >> n;
+}
+template <int n>
+inline Bytes shift_up(Bytes v) {
+  return v << n;
 }
 inline Bytes either(Bytes a, Bytes b) { return a | b; }
 inline Bytes interleave(int w, Bytes a, Bytes b, Bytes c, Bytes d) {

@@ -64,7 +64,7 @@ struct Records {
 // Weights in planes: see planes.py for the layout.
 constexpr int64_t kPlaneGroup = kLookGroup;
 constexpr int kPlaneRows = 4;          // rows of a pass of dot products
-constexpr int64_t kDownBlock = 32;     // most rows of a pass of down
+constexpr int64_t kDownBlock = 64;     // most rows of a pass of down
 SPARSE_FFN_INLINE int64_t plane_groups(int64_t length) {
   return (length + kPlaneGroup - 1) / kPlaneGroup;
 }
@@ -75,38 +75,46 @@ struct PlaneFormat {
 };
 
 // A token for dot products with planes: in groups of 64 rounded to 15 bits, high * 128 + low, in the order
-// of the codes. `starts` are, for planes of 2, 3 and 4 bits, what the offset of their codes takes off.
-// Scales and starts are zero from the last group on to `group_stride`, a multiple of 16.
+// of the codes. Scales and sums are zero from the last group on to `group_stride`, a multiple of 16.
 struct PlaneToken {
   const int8_t* high;  // [units, 256]
   const int8_t* low;
   const float* scales;       // [groups]
   const float* tail_scales;  // [16]: of a last unit of fewer than four groups, by lane
-  const int32_t* starts[3];  // [groups]
+  const int32_t* sums;       // [groups]
 };
 struct PlaneTokens {
   const int8_t* high;
   const int8_t* low;
   const float* scales;
-  const int32_t* starts;
+  const int32_t* sums;
   int64_t code_stride;   // bytes between tokens
-  int64_t group_stride;  // elements between starts; 16 less than between tokens' scales
+  int64_t group_stride;  // elements between tokens' sums; 16 less than between their scales
   int64_t groups;
   int64_t count;
   SPARSE_FFN_INLINE PlaneToken token(int64_t t) const {
-    const int32_t* const own = starts + 3 * t * group_stride;
     const float* const first = scales + t * (group_stride + 16);
     return {high + t * code_stride, low + t * code_stride, first, first + group_stride,
-            {own, own + group_stride, own + 2 * group_stride}};
+            sums + t * group_stride};
   }
 };
 
 // Rows in planes, a multiple of kPlaneRows, by the addresses of their codes and scales.
 struct PlaneRows {
-  const uint8_t* const* planes;
+  const uint8_t* const* base;
+  const uint8_t* const* residual;
   const uint8_t* const* scales;
   int64_t count;
   const uint64_t* tokens;  // as Rows::tokens
+};
+
+// Rows of down and their weights h, a multiple of four, kDownBlock at most.
+struct DownRows {
+  const uint8_t* const* base;
+  const uint8_t* const* residual;
+  const uint8_t* const* scales;
+  const float* h;
+  int64_t count;
 };
 
 // Memory that plane_down works in, for `groups` in multiples of 16 and kDownBlock rows.
@@ -116,7 +124,7 @@ struct DownScratch {
   int32_t* high;       // [kDownBlock / 4, groups]
   int32_t* low;
   int32_t* starts;     // [groups]
-  uint8_t* tails;      // [kDownBlock, 128]
+  uint8_t* tails;      // [kDownBlock, 2, 128]
   int32_t* tail_high;  // [kDownBlock / 4, 64]
   int32_t* tail_low;
 };
@@ -167,16 +175,16 @@ struct CommonKernels {
   // Kernels::gate_up by the low-bit copies of the neurons rows.index. Values of tokens that do not
   // want a neuron are left as they are.
   void (*look)(Records records, Rows rows, LookTokens x, float* gate, float* up, int64_t ld);
-  // Rounds one token for planes; `starts` are three rows of `start_stride`.
+  // Rounds one token for planes; its codes are zero before, its groups a multiple of 16.
   void (*round_plane_token)(const float* x, int64_t length, int8_t* high, int8_t* low,
-                            float* scales, int32_t* starts, int64_t start_stride);
-  // out[t * ld + r] = row r . x_t, where any of kPlaneRows rows is wanted by token t.
-  void (*plane_dots)(int bits, const PlaneRows& rows, const PlaneTokens& x, float* out, int64_t ld,
-                     Prefetch& prefetch);
-  // y += factor * sum over rows of h[i] * row i; `count` is a multiple of four, kDownBlock at most.
-  // y has 256 sums for each unit, those of a last unit of fewer groups in an order of its own.
-  void (*plane_down)(int bits, const uint8_t* const* planes, const uint8_t* const* scales,
-                     const float* h, int64_t count, int64_t groups, float factor,
+                            float* scales, int32_t* sums, int64_t padded_groups);
+  // out[t * ld + r] = row r . x_t, where any of kPlaneRows rows is wanted by token t: by base planes, by
+  // residual planes (a format without base), or by both.
+  void (*plane_dots)(const PlaneFormat& planes, const PlaneRows& rows, const PlaneTokens& x,
+                     float* out, int64_t ld, Prefetch& prefetch);
+  // y += sum over rows of h * row, by the planes that plane_dots has, too. y has 256 sums for each unit,
+  // those of a last unit of fewer groups in an order of its own.
+  void (*plane_down)(const PlaneFormat& planes, const DownRows& rows, int64_t groups,
                      DownScratch& scratch, float* y, Prefetch& prefetch);
   // Sum of 64-bit words, wrapping.
   uint64_t (*read)(const void* data, int64_t num_words);
@@ -195,6 +203,7 @@ extern const Isa kAvx512Isa;
 extern const Isa kAvx512Bf16Isa;
 #elif defined(__aarch64__)
 extern const Isa kNeonIsa;
+extern const Isa kNeonDotIsa;
 #endif
 
 }  // namespace sparse_ffn

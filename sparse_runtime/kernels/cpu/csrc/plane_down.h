@@ -29,76 +29,75 @@ inline Lanes lanes_of(const float* p, int64_t g, int w, int part) {
   return all_lanes(p[g + w]);
 }
 
+inline Chunks interleaved(int w, const Chunks* rows) {
+  return {interleave(w, rows[0].first, rows[1].first, rows[2].first, rows[3].first),
+          interleave(w, rows[0].second, rows[1].second, rows[2].second, rows[3].second)};
+}
+
 // Adds to y, 256 sums of a unit, in the order [w][c][lane]: for a full unit that of the columns.
 // `rows` are the unit's bytes in each row.
-template <int kBits, bool kTail>
-inline void down_unit(const uint8_t* const* rows, int64_t quads, int64_t offset,
-                      [[maybe_unused]] int64_t u, int64_t unit,
-                      int64_t stride, const Weighed& weighed, float* y,
+template <int kBase, int kResidual, bool kTail>
+inline void down_unit(const uint8_t* const* base, const uint8_t* const* residual, int64_t quads,
+                      int64_t unit, int64_t u, int64_t stride, const Weighed& weighed, float* y,
                       Prefetch& prefetch) {
-  constexpr int kCodes = kBits == 4 ? 2 : 4;           // of one byte of a chunk
-  constexpr int kGroups = kSums / (2 * kCodes) > 4 ? 4 : kSums / (2 * kCodes);
+  constexpr int kGroups = kSums / 8;
   // As many as are read in all passes over the unit, and some for the scales.
-  constexpr int64_t kLines = (2 * kBits * kGroups / 4 + kParts - 1) / kParts / (kBits == 4 ? 2 : 1) + 1;
-  const int64_t g = kTail ? 0 : 4 * unit;
+  constexpr int64_t kLines = (2 * (kBase + kResidual) * kGroups / 4 + kParts - 1) / kParts + 1;
+  const int64_t at_base = unit * 32 * kBase, at_residual = unit * 32 * kResidual;
+  const int64_t g = 4 * unit;
   for (int part = 0; part < kParts; ++part)
-    for (int chunk = 0; chunk < (kBits == 4 ? 2 : 1); ++chunk)
-      for (int first = 0; first < 4; first += kGroups) {
-        Ints high[kCodes][kGroups], low[kCodes][kGroups];
+    for (int first = 0; first < 4; first += kGroups) {
+      Ints high[4][kGroups], low[4][kGroups];
 #pragma GCC unroll 4
-        for (int w = 0; w < kGroups; ++w)
+      for (int w = 0; w < kGroups; ++w)
 #pragma GCC unroll 4
-          for (int c = 0; c < kCodes; ++c) {
-            high[c][w] = no_ints();
-            low[c][w] = ints_of<kTail>(weighed.starts, g, first + w, part);
-          }
-        for (int64_t q = 0; q < quads; ++q) {
-          Bytes a[4], n[4];
-#pragma GCC unroll 4
-          for (int i = 0; i < 4; ++i) {
-            const uint8_t* const own = rows[4 * q + i] + offset;
-#ifdef SPARSE_FFN_MASKED_TAILS
-            if (kTail) {
-              a[i] = load_tail_bytes(own + 16 * u * chunk, u);
-              n[i] = kBits == 3 ? load_tail_nibbles(own + 16 * u, u) : a[i];
-              continue;
-            }
-#endif
-            a[i] = load_bytes(own + 64 * chunk + part * sizeof(Bytes));
-            n[i] = kBits == 3 ? load_nibbles(own + 64, part) : a[i];
-          }
-          prefetch.step(kLines);
-#pragma GCC unroll 4
-          for (int w = 0; w < kGroups; ++w) {
-            Bytes codes[4];
-            const Bytes mixed = interleave(first + w, a[0], a[1], a[2], a[3]);
-            split_codes<kBits>(
-                mixed, kBits == 3 ? interleave(first + w, n[0], n[1], n[2], n[3]) : mixed, codes);
-            const Ints weight = ints_of<kTail>(weighed.high + q * stride, g, first + w, part);
-            const Ints rest = ints_of<kTail>(weighed.low + q * stride, g, first + w, part);
-#pragma GCC unroll 4
-            for (int c = 0; c < kCodes; ++c) {
-              high[c][w] = add_products(high[c][w], codes[c], weight);
-              low[c][w] = add_products(low[c][w], codes[c], rest);
-            }
-          }
+        for (int c = 0; c < 4; ++c) {
+          high[c][w] = no_ints();
+          low[c][w] = ints_of<kTail>(weighed.starts, g, first + w, part);
         }
+      for (int64_t q = 0; q < quads; ++q) {
+        Chunks whole[4], finer[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) {
+          const auto own = Planes<kBase, kResidual>::template load<kTail>(
+              base[4 * q + i] + at_base, residual[4 * q + i] + at_residual, u, part);
+          whole[i] = own.base, finer[i] = own.residual;
+        }
+        prefetch.step(kLines);
 #pragma GCC unroll 4
         for (int w = 0; w < kGroups; ++w) {
-          const Lanes step = lanes_of<kTail>(weighed.steps, g, first + w, part);
+          Planes<kBase, kResidual> mixed;
+          if constexpr (kBase > 0) mixed.base = interleaved(first + w, whole);
+          if constexpr (kResidual > 0) mixed.residual = interleaved(first + w, finer);
+          Bytes codes[4];
+          mixed.codes(codes);
+          const Ints weight = ints_of<kTail>(weighed.high + q * stride, g, first + w, part);
+          const Ints rest = ints_of<kTail>(weighed.low + q * stride, g, first + w, part);
 #pragma GCC unroll 4
-          for (int c = 0; c < kCodes; ++c) {
-            float* const sums = y + 64 * (first + w) + 16 * (kCodes * chunk + c) + part * kLanes;
-            const Ints sum = plus(shift_left<7>(high[c][w]), low[c][w]);
-            store(sums, madd(to_lanes(sum), step, load_lanes(sums)));
+          for (int c = 0; c < 4; ++c) {
+            high[c][w] = add_products(high[c][w], codes[c], weight);
+            low[c][w] = add_products(low[c][w], codes[c], rest);
           }
         }
       }
+#pragma GCC unroll 4
+      for (int w = 0; w < kGroups; ++w) {
+        const Lanes step = lanes_of<kTail>(weighed.steps, g, first + w, part);
+#pragma GCC unroll 4
+        for (int c = 0; c < 4; ++c) {
+          float* const sums = y + 64 * (first + w) + 16 * c + part * kLanes;
+          const Ints sum = plus(shift_left<7>(high[c][w]), low[c][w]);
+          store(sums, madd(to_lanes(sum), step, load_lanes(sums)));
+        }
+      }
+    }
 }
 
 // h * S of `count` rows, a multiple of four, as Weighed has it.
-void weigh(int bits, const uint8_t* const* scales, const float* h, int64_t count, int64_t groups,
-           float factor, DownScratch& scratch) {
+template <int kBase, int kResidual>
+void weigh(const uint8_t* const* scales, const float* h, int64_t count, int64_t groups,
+           DownScratch& scratch) {
+  constexpr float factor = 1.0f / float(1 << kResidual);  // of the last bit, in scales
   const int64_t padded = (groups + 15) / 16 * 16;
   float poison = 0.0f;
   for (int64_t i = 0; i < count; ++i) poison += h[i] - h[i];
@@ -135,8 +134,7 @@ void weigh(int bits, const uint8_t* const* scales, const float* h, int64_t count
       store_ints(scratch.high + q * padded + g, high);
       store_ints(scratch.low + q * padded + g, low);
     }
-    sum = bits == 2 ? shift_left<1>(sum) : bits == 3 ? shift_left<2>(sum) : shift_left<3>(sum);
-    store_ints(scratch.starts + g, minus(no_ints(), sum));
+    store_ints(scratch.starts + g, minus(no_ints(), offset_of<kBase, kResidual>(sum)));
   }
 }
 
@@ -148,48 +146,57 @@ inline void spread_lanes(const T* values, int64_t u, T* out) {
       out[16 * w + l] = l / 4 < u ? values[kTailGroups[u][l / 4 * 4 + w]] : T(0);
 }
 
-template <int kBits>
-void down_with(const uint8_t* const* planes, int64_t count, int64_t groups, DownScratch& scratch,
-               float* y, Prefetch& prefetch) {
-  const int64_t units = groups / 4, rest = groups % 4, quads = count / 4;
-  const int64_t padded = (groups + 15) / 16 * 16;
-  const Weighed weighed = {scratch.high, scratch.low, scratch.starts, scratch.steps};
-  for (int64_t unit = 0; unit < units; ++unit)
-    down_unit<kBits, false>(planes, quads, unit * 32 * kBits, 4, unit, padded, weighed,
-                            y + unit * kUnitCodes, prefetch);
-  if (!rest) return;
-#ifdef SPARSE_FFN_MASKED_TAILS
-  const uint8_t* const* const tails = planes;
-  const int64_t offset = units * 32 * kBits;
-#else
-  const uint8_t* tails[kDownBlock];
-  for (int64_t i = 0; i < count; ++i) {
-    spread_tail<kBits>(planes[i] + units * 32 * kBits, rest, scratch.tails + i * 128);
-    tails[i] = scratch.tails + i * 128;
+template <int kBase, int kResidual>
+void down_with(const DownRows& rows, int64_t groups, DownScratch& scratch, float* y,
+               Prefetch& prefetch) {
+  if constexpr (kBase > 0 && kResidual > 0 && !kJoined<kBase, kResidual>) {
+    down_with<kBase, 0>(rows, groups, scratch, y, prefetch);
+    down_with<0, kResidual>(rows, groups, scratch, y, prefetch);
+    return;
+  } else {
+    weigh<kBase, kResidual>(rows.scales, rows.h, rows.count, groups, scratch);
+    const int64_t units = groups / 4, rest = groups % 4, quads = rows.count / 4;
+    const int64_t padded = (groups + 15) / 16 * 16;
+    const Weighed weighed = {scratch.high, scratch.low, scratch.starts, scratch.steps};
+    for (int64_t unit = 0; unit < units; ++unit)
+      down_unit<kBase, kResidual, false>(rows.base, rows.residual, quads, unit, 4, padded, weighed,
+                                         y + unit * kUnitCodes, prefetch);
+    if (!rest) return;
+    const uint8_t *base[kDownBlock], *residual[kDownBlock];
+    for (int64_t i = 0; i < rows.count; ++i) {
+      uint8_t* const tails = scratch.tails + 256 * i;
+      base[i] = tail_of<kBase>(rows.base[i] + units * 32 * kBase, rest, tails);
+      residual[i] = tail_of<kResidual>(rows.residual[i] + units * 32 * kResidual, rest, tails + 128);
+    }
+    const int64_t g = 4 * units;
+    for (int64_t q = 0; q < quads; ++q) {
+      spread_lanes(scratch.high + q * padded + g, rest, scratch.tail_high + q * 64);
+      spread_lanes(scratch.low + q * padded + g, rest, scratch.tail_low + q * 64);
+    }
+    int32_t starts[64];
+    float steps[64];
+    spread_lanes(scratch.starts + g, rest, starts);
+    spread_lanes(scratch.steps + g, rest, steps);
+    down_unit<kBase, kResidual, true>(base, residual, quads, 0, rest, 64,
+                                      {scratch.tail_high, scratch.tail_low, starts, steps},
+                                      y + units * kUnitCodes, prefetch);
   }
-  const int64_t offset = 0;
-#endif
-  const int64_t g = 4 * units;
-  for (int64_t q = 0; q < quads; ++q) {
-    spread_lanes(scratch.high + q * padded + g, rest, scratch.tail_high + q * 64);
-    spread_lanes(scratch.low + q * padded + g, rest, scratch.tail_low + q * 64);
-  }
-  int32_t starts[64];
-  float steps[64];
-  spread_lanes(scratch.starts + g, rest, starts);
-  spread_lanes(scratch.steps + g, rest, steps);
-  down_unit<kBits, true>(tails, quads, offset, rest, 0, 64,
-                         {scratch.tail_high, scratch.tail_low, starts, steps},
-                         y + units * kUnitCodes, prefetch);
 }
 
-void plane_down(int bits, const uint8_t* const* planes, const uint8_t* const* scales,
-                const float* h, int64_t count, int64_t groups, float factor, DownScratch& scratch,
-                float* y, Prefetch& prefetch) {
-  weigh(bits, scales, h, count, groups, factor, scratch);
-  if (bits == 2) down_with<2>(planes, count, groups, scratch, y, prefetch);
-  if (bits == 3) down_with<3>(planes, count, groups, scratch, y, prefetch);
-  if (bits == 4) down_with<4>(planes, count, groups, scratch, y, prefetch);
+template <int kBase>
+void down_with_base(int residual, const DownRows& rows, int64_t groups, DownScratch& scratch,
+                    float* y, Prefetch& prefetch) {
+  if (residual == 2) return down_with<kBase, 2>(rows, groups, scratch, y, prefetch);
+  if (residual == 3) return down_with<kBase, 3>(rows, groups, scratch, y, prefetch);
+  if (residual == 4) return down_with<kBase, 4>(rows, groups, scratch, y, prefetch);
+  if constexpr (kBase > 0) down_with<kBase, 0>(rows, groups, scratch, y, prefetch);
+}
+
+void plane_down(const PlaneFormat& planes, const DownRows& rows, int64_t groups,
+                DownScratch& scratch, float* y, Prefetch& prefetch) {
+  if (planes.base == 0) down_with_base<0>(planes.residual, rows, groups, scratch, y, prefetch);
+  if (planes.base == 3) down_with_base<3>(planes.residual, rows, groups, scratch, y, prefetch);
+  if (planes.base == 4) down_with_base<4>(planes.residual, rows, groups, scratch, y, prefetch);
 }
 
 }  // namespace

@@ -19,7 +19,7 @@ int64_t part_size(int64_t tokens, int64_t length) {
          Scratch::size<float>(tokens * unit_floats(length)) +
          Scratch::size<float>(kDownBlock * 16) + Scratch::size<float>(groups) +
          2 * Scratch::size<int32_t>(kDownBlock / 4 * groups) + Scratch::size<int32_t>(groups) +
-         Scratch::size<uint8_t>(kDownBlock * 128) + 2 * Scratch::size<int32_t>(kDownBlock / 4 * 64);
+         Scratch::size<uint8_t>(kDownBlock * 256) + 2 * Scratch::size<int32_t>(kDownBlock / 4 * 64);
 }
 
 void take_part(Scratch& memory, int64_t tokens, int64_t length, PlanePart& own) {
@@ -36,7 +36,7 @@ void take_part(Scratch& memory, int64_t tokens, int64_t length, PlanePart& own) 
   own.down.high = memory.take<int32_t>(kDownBlock / 4 * groups);
   own.down.low = memory.take<int32_t>(kDownBlock / 4 * groups);
   own.down.starts = memory.take<int32_t>(groups);
-  own.down.tails = memory.take<uint8_t>(kDownBlock * 128);
+  own.down.tails = memory.take<uint8_t>(kDownBlock * 256);
   own.down.tail_high = memory.take<int32_t>(kDownBlock / 4 * 64);
   own.down.tail_low = memory.take<int32_t>(kDownBlock / 4 * 64);
   own.counts[0] = own.counts[1] = own.counts[2] = 0;
@@ -99,6 +99,7 @@ void run_pass(const PlaneFfn& ffn, Tokens x, const Clusters& clusters, const int
     pass.num_rows = isa.common.decode(set, ffn.num_neurons, rows);
     pass.rows = rows;
   }
+  pass.step_rows = at_most(at_least(kStepBytes / neuron / 4 * 4, 16), kStepRows);
   pass.num_parts = at_most(num_threads_for(pass.num_rows * neuron), most_parts);
   parallel(pass.num_parts, [&](int64_t part) { compute_plane_part(pass, parts[part], part); });
 

@@ -10,7 +10,7 @@ namespace sparse_ffn {
 namespace {
 
 // Rows whose records are fetched, and then multiplied, together.
-constexpr int64_t kLinearBlock = 64;
+constexpr int64_t kLinearBlock = 16;
 
 }  // namespace
 
@@ -25,16 +25,14 @@ void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFo
     const int64_t tokens = some.count, values = tokens * kLinearBlock;
     Scratch& memory = scratch();
     memory.reserve(TokenMemory::size(tokens, length) +
-                   parts * (Scratch::size<Prefetch>(1) + 2 * Scratch::size<float>(values)));
+                   parts * (Scratch::size<Prefetch>(1) + Scratch::size<float>(values)));
     TokenMemory token_memory;
     token_memory.take(memory, tokens, length);
     Prefetch* queues[kMaxThreads];
     float* dots[kMaxThreads];
-    float* finer[kMaxThreads];
     for (int64_t p = 0; p < parts; ++p) {
       queues[p] = new (memory.take<Prefetch>(1)) Prefetch;
       dots[p] = memory.take<float>(values);
-      finer[p] = memory.take<float>(values);
     }
     const PlaneTokens rounded = round_tokens(isa, dtype, element_size, some, length, token_memory);
     parallel(parts, [&](int64_t part) {
@@ -55,15 +53,9 @@ void run_plane_linear(DType dtype, int64_t element_size, Tokens x, const PlaneFo
           scales[i] = residuals[i] + residual;
         }
         fetch(r + kLinearBlock);
-        const int64_t padded = round_up(count, kPlaneRows);
-        isa.common.plane_dots(format.base, {planes, scales, padded, nullptr}, rounded, dots[part],
-                              kLinearBlock, *queues[part]);
-        if (format.residual) {
-          isa.common.plane_dots(format.residual, {residuals, scales, padded, nullptr}, rounded,
-                                finer[part], kLinearBlock, *queues[part]);
-          const float factor = 1.0f / float(1 << format.residual);
-          for (int64_t k = 0; k < values; ++k) dots[part][k] += factor * finer[part][k];
-        }
+        isa.common.plane_dots(format,
+                              {planes, residuals, scales, round_up(count, kPlaneRows), nullptr},
+                              rounded, dots[part], kLinearBlock, *queues[part]);
         for (int64_t t = 0; t < tokens; ++t)
           kernels.store(dots[part] + t * kLinearBlock, count,
                         bias ? static_cast<const char*>(bias) + r * element_size : nullptr,

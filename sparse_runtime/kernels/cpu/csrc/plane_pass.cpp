@@ -17,7 +17,7 @@ float ramp(float evidence, float width) {
 }
 
 void choose(const PlanePass& pass, int64_t first, PlaneStep& step) {
-  step.count = at_most(pass.num_rows - first, kStepRows);
+  step.count = at_most(pass.num_rows - first, pass.step_rows);
   if (step.count < 0) step.count = 0;
   const uint64_t all = pass.x.count >= 64 ? ~uint64_t(0) : (uint64_t(1) << pass.x.count) - 1;
   for (int64_t r = 0; r < step.count; ++r) {
@@ -28,42 +28,45 @@ void choose(const PlanePass& pass, int64_t first, PlaneStep& step) {
   }
 }
 
-// A neuron's gate and up, in some stream, and its scales.
+// Neurons' rows of gate and up, in turns.
 struct Pairs {
-  const uint8_t* planes[2 * kStepRows];
+  const uint8_t* base[2 * kStepRows];
+  const uint8_t* residual[2 * kStepRows];
   const uint8_t* scales[2 * kStepRows];
   uint64_t tokens[2 * kStepRows];
   int64_t count = 0;
 
-  void add(const uint8_t* gate, const uint8_t* up, const uint8_t* gate_scales,
-           const uint8_t* up_scales, uint64_t wanted) {
-    planes[count] = gate, planes[count + 1] = up;
-    scales[count] = gate_scales, scales[count + 1] = up_scales;
-    tokens[count] = tokens[count + 1] = wanted;
-    count += 2;
+  void add(const PlaneFfn& ffn, int64_t neuron, uint64_t wanted) {
+    const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.base);
+    const int64_t finer = plane_bytes(ffn.hidden_size, ffn.format.residual);
+    const int64_t scale = 2 * plane_groups(ffn.hidden_size);
+    const uint8_t* const look = ffn.look.data + neuron * ffn.look.stride;
+    const uint8_t* const refine = ffn.refine.data + neuron * ffn.refine.stride;
+    for (int64_t i = 0; i < 2; ++i, ++count) {
+      base[count] = look + i * plane;
+      residual[count] = refine + i * finer;
+      scales[count] = look + 2 * plane + i * scale;
+      tokens[count] = wanted;
+    }
   }
   PlaneRows rows(int64_t num_tokens) {
-    while (count % kPlaneRows) {
-      planes[count] = planes[count - 1], scales[count] = scales[count - 1];
-      tokens[count++] = 0;
+    for (; count % kPlaneRows; ++count) {
+      base[count] = base[count - 1], residual[count] = residual[count - 1];
+      scales[count] = scales[count - 1];
+      tokens[count] = 0;
     }
-    return {planes, scales, count, num_tokens > 1 ? tokens : nullptr};
+    return {base, residual, scales, count, num_tokens > 1 ? tokens : nullptr};
   }
 };
 
+// Where nothing is decided the look is by all bits, and nothing is left to refine.
 void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
-  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.base);
-  const int64_t scales = 2 * plane_groups(ffn.hidden_size), tokens = pass.x.count;
+  const PlaneFormat planes = {ffn.format.base, pass.stages.factors ? 0 : ffn.format.residual};
+  const int64_t tokens = pass.x.count, ld = 2 * kStepRows;
   Pairs pairs;
-  for (int64_t r = 0; r < step.count; ++r) {
-    const uint8_t* const record = ffn.look.data + step.index[r] * ffn.look.stride;
-    pairs.add(record, record + plane, record + 2 * plane, record + 2 * plane + scales,
-              step.wanted[r]);
-  }
-  const int64_t ld = 2 * kStepRows;
-  pass.isa->common.plane_dots(ffn.format.base, pairs.rows(tokens), pass.x, own.dots, ld,
-                              *own.prefetch);
+  for (int64_t r = 0; r < step.count; ++r) pairs.add(ffn, step.index[r], step.wanted[r]);
+  pass.isa->common.plane_dots(planes, pairs.rows(tokens), pass.x, own.dots, ld, *own.prefetch);
   for (int64_t t = 0; t < tokens; ++t) {
     float* const looks = step.looks + t * kStepRows;
     float* const gate = step.gate + t * kStepRows;
@@ -74,6 +77,14 @@ void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     }
     pass.isa->common.activate(ffn.activation, looks, up, step.count);
   }
+}
+
+void fetch_refine(const PlanePass& pass, PlanePart& own, int64_t neuron, int64_t first,
+                  int64_t end) {
+  const PlaneFfn& ffn = *pass.ffn;
+  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
+  own.prefetch->add(ffn.refine.data + neuron * ffn.refine.stride + first * plane,
+                    (end - first) * plane);
 }
 
 // Decides about a step's neurons, and has what they need fetched.
@@ -100,9 +111,7 @@ void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     own.counts[0] += __builtin_popcountll(counted);
     own.counts[1] += __builtin_popcountll(step.wanted[r]);
     own.counts[2] += __builtin_popcountll(refined);
-    if (refined && ffn.format.residual)
-      own.prefetch->add(ffn.refine.data + step.index[r] * ffn.refine.stride,
-                        3 * plane_bytes(ffn.hidden_size, ffn.format.residual));
+    if (refined) fetch_refine(pass, own, step.index[r], stages.factors ? 0 : 2, 3);
   }
   for (int64_t r = 0; r < step.count; ++r)
     if (step.counted[r])
@@ -114,24 +123,18 @@ void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
 // Activations of a step's refined neurons by all their bits: own.full, in the first of its two parts.
 void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
-  const int64_t base = plane_bytes(ffn.hidden_size, ffn.format.base);
-  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
-  const int64_t scales = 2 * plane_groups(ffn.hidden_size), tokens = pass.x.count;
+  const int64_t tokens = pass.x.count, ld = 2 * kStepRows;
   Pairs pairs;
   int64_t place[kStepRows];
   for (int64_t r = 0; r < step.count; ++r) {
     if (!step.refined[r]) continue;
     place[pairs.count / 2] = r;
-    const uint8_t* const record = ffn.refine.data + step.index[r] * ffn.refine.stride;
-    const uint8_t* const own_scales =
-        ffn.look.data + step.index[r] * ffn.look.stride + 2 * base;
-    pairs.add(record, record + plane, own_scales, own_scales + scales, step.refined[r]);
+    pairs.add(ffn, step.index[r], step.refined[r]);
   }
-  const int64_t count = pairs.count / 2, ld = 2 * kStepRows;
+  const int64_t count = pairs.count / 2;
   if (count == 0) return;
-  pass.isa->common.plane_dots(ffn.format.residual, pairs.rows(tokens), pass.x, own.dots, ld,
+  pass.isa->common.plane_dots({0, ffn.format.residual}, pairs.rows(tokens), pass.x, own.dots, ld,
                               *own.prefetch);
-  const float finer = 1.0f / float(1 << ffn.format.residual);
   for (int64_t t = 0; t < tokens; ++t) {
     float* const gate = own.full + t * kStepRows;
     float* const up = own.full + (tokens + t) * kStepRows;
@@ -139,61 +142,64 @@ void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
     memcpy(up, step.up + t * kStepRows, size_t(step.count) * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       if (!(step.refined[place[i]] >> t & 1)) continue;
-      gate[place[i]] += finer * own.dots[t * ld + 2 * i];
-      up[place[i]] += finer * own.dots[t * ld + 2 * i + 1];
+      gate[place[i]] += own.dots[t * ld + 2 * i];
+      up[place[i]] += own.dots[t * ld + 2 * i + 1];
     }
     pass.isa->common.activate(ffn.activation, gate, up, step.count);
   }
 }
 
-// Rows of down, with their weights.
-struct DownRows {
-  const uint8_t* planes[kStepRows];
+// Neurons' rows of down, with their weights.
+struct Weights {
+  const uint8_t* base[kStepRows];
+  const uint8_t* residual[kStepRows];
   const uint8_t* scales[kStepRows];
   float h[kStepRows];
   int64_t count = 0;
 
-  void add(const uint8_t* plane, const uint8_t* own_scales, float weight) {
-    planes[count] = plane;
-    scales[count] = own_scales;
+  void add(const PlaneFfn& ffn, int64_t neuron, float weight) {
+    const uint8_t* const record = ffn.count.data + neuron * ffn.count.stride;
+    base[count] = record;
+    residual[count] = ffn.refine.data + neuron * ffn.refine.stride +
+                      2 * plane_bytes(ffn.hidden_size, ffn.format.residual);
+    scales[count] = record + plane_bytes(ffn.hidden_size, ffn.format.base);
     h[count++] = weight;
   }
-  void run(const PlanePass& pass, PlanePart& own, int bits, float factor, float* sums) {
+  void run(const PlanePass& pass, PlanePart& own, const PlaneFormat& planes, float* sums) {
     if (count == 0) return;
-    while (count % 4) add(planes[count - 1], scales[count - 1], 0.0f);
-    pass.isa->common.plane_down(bits, planes, scales, h, count,
-                                plane_groups(pass.ffn->hidden_size), factor, own.down, sums,
-                                *own.prefetch);
+    for (; count % 4; ++count) {
+      base[count] = base[count - 1], residual[count] = residual[count - 1];
+      scales[count] = scales[count - 1];
+      h[count] = 0.0f;
+    }
+    pass.isa->common.plane_down(planes, {base, residual, scales, h, count},
+                                plane_groups(pass.ffn->hidden_size), own.down, sums, *own.prefetch);
   }
 };
 
 void add_down(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
   const Stages& stages = pass.stages;
-  const int64_t base = plane_bytes(ffn.hidden_size, ffn.format.base);
-  const int64_t plane = plane_bytes(ffn.hidden_size, ffn.format.residual);
   for (int64_t t = 0; t < pass.x.count; ++t) {
-    DownRows counted, refined;
+    Weights coarse, fine, whole;  // by base planes, by residual planes, by both
     for (int64_t r = 0; r < step.count; ++r) {
       if (!(step.counted[r] >> t & 1)) continue;
       const int64_t at = t * kStepRows + r;
       const bool is_refined = ffn.format.residual && (step.refined[r] >> t & 1);
-      const float evidence = stages.factors ? step.evidence[at] : 0.0f;
-      const float finer =
-          !is_refined ? 0.0f : stages.factors ? ramp(evidence / stages.tau, stages.width) : 1.0f;
-      float h = step.looks[at];
-      if (is_refined) h = finer == 1.0f ? own.full[at] : h + finer * (own.full[at] - h);
-      if (stages.factors) h *= ramp(evidence, stages.width);
-      const uint8_t* const record = ffn.count.data + step.index[r] * ffn.count.stride;
-      counted.add(record, record + base, h);
-      if (is_refined)
-        refined.add(ffn.refine.data + step.index[r] * ffn.refine.stride + 2 * plane, record + base,
-                    h * finer);
+      float h = step.looks[at], finer = is_refined ? 1.0f : 0.0f;
+      if (stages.factors) {
+        const float evidence = step.evidence[at];
+        if (is_refined) finer = ramp(evidence / stages.tau, stages.width);
+        if (is_refined) h = finer == 1.0f ? own.full[at] : h + finer * (own.full[at] - h);
+        h *= ramp(evidence, stages.width);
+      }
+      (finer == 1.0f ? whole : coarse).add(ffn, step.index[r], h);
+      if (finer > 0.0f && finer < 1.0f) fine.add(ffn, step.index[r], h * finer);
     }
     float* const sums = own.sums + t * pass.sum_stride;
-    counted.run(pass, own, ffn.format.base, 1.0f, sums);
-    if (ffn.format.residual)
-      refined.run(pass, own, ffn.format.residual, 1.0f / float(1 << ffn.format.residual), sums);
+    coarse.run(pass, own, {ffn.format.base, 0}, sums);
+    fine.run(pass, own, {0, ffn.format.residual}, sums);
+    whole.run(pass, own, ffn.format, sums);
   }
 }
 
@@ -205,23 +211,25 @@ void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part) {
   const int64_t record = 2 * (plane_bytes(ffn.hidden_size, ffn.format.base) +
                               2 * plane_groups(ffn.hidden_size));
   const auto fetch = [&](const PlaneStep& step) {
-    for (int64_t r = 0; r < step.count; ++r)
+    for (int64_t r = 0; r < step.count; ++r) {
       own.prefetch->add(ffn.look.data + step.index[r] * ffn.look.stride, record);
+      if (!pass.stages.factors) fetch_refine(pass, own, step.index[r], 0, 2);
+    }
   };
   // Parts take steps in turns, so that all have alike shares of what is counted.
-  const int64_t stride = pass.num_parts * kStepRows;
+  const int64_t stride = pass.num_parts * pass.step_rows;
   PlaneStep* now = &own.steps[0];
   PlaneStep* before = &own.steps[1];
   before->count = 0;
-  choose(pass, part * kStepRows, *now);
+  choose(pass, part * pass.step_rows, *now);
   fetch(*now);
   PlaneStep next;
-  for (int64_t first = part * kStepRows; now->count > 0 || before->count > 0; first += stride) {
+  for (int64_t first = part * pass.step_rows; now->count > 0 || before->count > 0; first += stride) {
     choose(pass, first + stride, next);
     fetch(next);
     if (now->count > 0) look(pass, own, *now);
     if (before->count > 0) {
-      if (ffn.format.residual) refine(pass, own, *before);
+      if (ffn.format.residual && pass.stages.factors) refine(pass, own, *before);
       add_down(pass, own, *before);
     }
     if (now->count > 0) decide(pass, own, *now);

@@ -8,9 +8,10 @@ namespace sparse_ffn {
 
 inline int64_t plane_bytes(int64_t length, int bits) { return 8 * bits * plane_groups(length); }
 
-// Neurons of a step: what is decided about is read during the next one. 32 neurons of Mistral's shape
-// take 140 KB to look at, and as much again at most: a step and the next one fit into an L2 cache.
+// Most neurons of a step.
 constexpr int64_t kStepRows = kDownBlock;
+// What is decided about is read during the next step. Bytes of a step, so that two fit into an L2 cache.
+constexpr int64_t kStepBytes = 512 * 1024;
 
 // Neurons that are read and decided about together.
 struct PlaneStep {
@@ -34,6 +35,7 @@ struct PlanePass {
   PlaneTokens x;
   const int32_t* rows;  // null: all neurons
   int64_t num_rows;
+  int64_t step_rows;
   int64_t num_parts;
   int64_t sum_stride;  // floats: 256 for each unit
 };

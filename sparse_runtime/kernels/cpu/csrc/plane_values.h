@@ -19,73 +19,101 @@ inline void narrow<bf16>(const float* values, int64_t count, bf16* out) {
   }
 }
 
-// A unit's codes in the order of its columns [4, 64].
-template <int kBits>
-inline void ordered_codes(const uint8_t* unit, uint8_t* out) {
+#ifndef SPARSE_FFN_WORDS
+// The 32-bit words of part `part` of a vector of codes to where their groups have them, 64 bytes apart.
+inline void store_words(Bytes codes, int part, uint8_t* out) {
+  uint32_t words[kLanes];
+  memcpy(words, &codes, sizeof(codes));
+  for (int j = 0; j < kLanes; ++j) {
+    const int at = part * kLanes + j;
+    memcpy(out + 64 * (at % 4) + 4 * (at / 4), &words[j], 4);
+  }
+}
+#endif
+
+// A unit's codes, base and residual joined, in the order of its columns [4, 64].
+template <int kBase, int kResidual>
+inline void ordered_codes(const uint8_t* base, const uint8_t* residual, uint8_t* out) {
   for (int part = 0; part < kParts; ++part) {
-    Bytes codes[4];
-    load_codes<kBits>(unit, part, codes);
-    uint32_t fours[4][kLanes];
-    memcpy(fours, codes, sizeof(codes));
+    Bytes codes[4], finer[4];
+    split<kBase, kResidual>(load_chunks<kBase>(base, part), codes);
+    if constexpr (kResidual > 0)
+      split<kResidual, 0>(load_chunks<kResidual>(residual, part), finer);
     for (int c = 0; c < 4; ++c)
-      for (int j = 0; j < kLanes; ++j) {
-        const int at = part * kLanes + j;
-        memcpy(out + 64 * (at % 4) + 16 * c + 4 * (at / 4), &fours[c][j], 4);
-      }
+      store_words(kResidual > 0 ? either(codes[c], finer[c]) : codes[c], part, out + 16 * c);
   }
 }
 
 // The same for a row's tail of u groups [u, 64].
-template <int kBits>
-inline void ordered_tail(const uint8_t* tail, int64_t u, uint8_t* out) {
-  uint8_t unit[128], full[256];
-  spread_tail<kBits>(tail, u, unit);
-  ordered_codes<kBits>(unit, full);
+template <int kBase, int kResidual>
+inline void ordered_tail(const uint8_t* base, const uint8_t* residual, int64_t u, uint8_t* out) {
+  uint8_t unit[128], finer[128], full[256];
+  spread_tail<kBase>(base, u, unit);
+  if constexpr (kResidual > 0) spread_tail<kResidual>(residual, u, finer);
+  ordered_codes<kBase, kResidual>(unit, finer, full);
   for (int64_t c = 0; c < 4; ++c)
     for (int64_t j = 0; j < 4 * u; ++j)
       memcpy(out + 64 * (j % u) + 16 * c + 4 * (j / u), full + 64 * (j % 4) + 16 * c + 4 * (j / 4),
              4);
 }
 
-inline void ordered(int bits, const uint8_t* unit, int64_t u, uint8_t* out) {
-  if (u == 4) {
-    if (bits == 2) ordered_codes<2>(unit, out);
-    if (bits == 3) ordered_codes<3>(unit, out);
-    if (bits == 4) ordered_codes<4>(unit, out);
-  } else {
-    if (bits == 2) ordered_tail<2>(unit, u, out);
-    if (bits == 3) ordered_tail<3>(unit, u, out);
-    if (bits == 4) ordered_tail<4>(unit, u, out);
+// A group's values of a scale.
+template <class T, int kBits>
+inline void group_values(const uint8_t* codes, const float* grid, float scale, T* out) {
+  float values[64];
+#ifdef SPARSE_FFN_TABLES
+  if constexpr (kBits <= 6 && sizeof(T) == 2) {  // no more values than there are weights
+    look_up<kBits>(grid, scale, codes, out);
+    return;
   }
+#endif
+  for (int k = 0; k < 64; ++k) values[k] = scale * grid[codes[k]];
+  narrow(values, 64, out);
+}
+
+template <class T, int kBase, int kResidual>
+void values_with(const uint8_t* base, const uint8_t* residual, const uint8_t* scales, int64_t length,
+                 T* out) {
+  constexpr int kBits = kBase + kResidual;
+  float grid[1 << kBits];
+  for (int k = 0; k < 1 << kBits; ++k) {
+    const int offset = (1 << (kBits - 1)) + (kResidual > 0 ? 1 << (kResidual - 1) : 0);
+    grid[k] = float(k - offset) / float(1 << kResidual);
+  }
+  const int64_t groups = plane_groups(length);
+  for (int64_t first = 0; first < groups; first += 4) {
+    const int64_t u = groups - first < 4 ? groups - first : 4, left = length - 64 * first;
+    const uint8_t* const unit = base + first * 8 * kBase;
+    const uint8_t* const finer = residual + first * 8 * kResidual;
+    uint8_t codes[256];
+    if (u == 4)
+      ordered_codes<kBase, kResidual>(unit, finer, codes);
+    else
+      ordered_tail<kBase, kResidual>(unit, finer, u, codes);
+    T rest[256];
+    T* const target = left < 64 * u ? rest : out + 64 * first;
+    for (int64_t g = 0; g < u; ++g)
+      group_values<T, kBits>(codes + 64 * g, grid,
+                             to_float(reinterpret_cast<const bf16*>(scales)[first + g]),
+                             target + 64 * g);
+    if (left < 64 * u) memcpy(out + 64 * first, rest, size_t(left) * sizeof(T));
+  }
+}
+
+template <class T, int kBase>
+void values_with_base(int bits, const uint8_t* base, const uint8_t* residual, const uint8_t* scales,
+                      int64_t length, T* out) {
+  if (bits == 0) values_with<T, kBase, 0>(base, residual, scales, length, out);
+  if (bits == 2) values_with<T, kBase, 2>(base, residual, scales, length, out);
+  if (bits == 3) values_with<T, kBase, 3>(base, residual, scales, length, out);
+  if (bits == 4) values_with<T, kBase, 4>(base, residual, scales, length, out);
 }
 
 template <class T>
 void plane_values(const PlaneFormat& format, const uint8_t* base, const uint8_t* residual,
                   const uint8_t* scales, int64_t length, void* out) {
-  T* const target = static_cast<T*>(out);
-  const int64_t groups = plane_groups(length);
-  const float finer = 1.0f / float(1 << format.residual);
-  const float start = float(1 << (format.base - 1)) +
-                      (format.residual ? float(1 << (format.residual - 1)) * finer : 0.0f);
-  for (int64_t first = 0; first < groups; first += 4) {
-    const int64_t u = groups - first < 4 ? groups - first : 4;
-    uint8_t high[256], low[256];
-    float values[256];
-    ordered(format.base, base + first * 8 * format.base, u, high);
-    if (format.residual)
-      ordered(format.residual, residual + first * 8 * format.residual, u, low);
-    for (int64_t g = 0; g < u; ++g) {
-      const float scale = to_float(reinterpret_cast<const bf16*>(scales)[first + g]);
-      float* const own = values + 64 * g;
-      if (format.residual)
-        for (int k = 0; k < 64; ++k)
-          own[k] = scale * (float(high[64 * g + k]) + finer * float(low[64 * g + k]) - start);
-      else
-        for (int k = 0; k < 64; ++k) own[k] = scale * (float(high[64 * g + k]) - start);
-    }
-    const int64_t left = length - first * kPlaneGroup;
-    narrow(values, left < 64 * u ? left : 64 * u, target + first * kPlaneGroup);
-  }
+  const auto values = format.base == 3 ? values_with_base<T, 3> : values_with_base<T, 4>;
+  values(format.residual, base, residual, scales, length, static_cast<T*>(out));
 }
 
 }  // namespace

@@ -3,13 +3,13 @@
 //   Bytes, Ints, Lanes          vectors of one length: bytes, 32-bit integers, fp32
 //   kSums                       vectors of sums that the registers hold beside all else
 //   kPlaneTokens                tokens of a pass of dot products: a power of two
-//   load_bytes load_nibbles low_bits shift either interleave
+//   load_bytes load_nibbles bits_of shift shift_up either interleave
 //                               codes out of bytes; load_nibbles(p, part) leaves the part's bytes of
-//                               n (planes.py) in the low four bits; shift may leave bits of a
-//                               neighbor above what low_bits then takes; interleave(w, a, b, c, d) is
-//                               for bytes 4w…4w+3 of each 16 the bytes of a, b, c and d in turns
-//   add_products(sums, a, b)    in each 32-bit lane plus four products of a, unsigned, below 16, and b,
-//                               signed
+//                               n (planes.py) in the low four bits; shift and shift_up may leave bits
+//                               of a neighbor where bits_of then takes none; interleave(w, a, b, c, d)
+//                               is for bytes 4w…4w+3 of each 16 the bytes of a, b, c and d in turns
+//   add_products(sums, a, b)    in each 32-bit lane plus four products of a, unsigned, below 128, and b,
+//                               signed, above -128
 //   no_ints all_ints load_ints load_four_ints store_ints plus minus masked shift_left shift_right
 //   to_lanes to_ints load_lanes all_lanes load_scales load_four_times, and add mul madd divide vmax
 //   store sum4 of Lanes
@@ -32,35 +32,47 @@ constexpr int64_t kUnitCodes = 4 * kPlaneGroup;
 // ---------------------------------------------------------------------------------------------
 // Codes of a unit
 
-// The codes in a chunk's bytes, and n's: four, or two of 4 bits.
-template <int kBits>
-inline __attribute__((always_inline)) void split_codes(Bytes a, Bytes n, Bytes* codes) {
-  if constexpr (kBits == 2) {
-    codes[0] = low_bits(a, 3);
-    codes[1] = low_bits(shift<2>(a), 3);
-    codes[2] = low_bits(shift<4>(a), 3);
-    codes[3] = low_bits(shift<6>(a), 3);
-  } else if constexpr (kBits == 3) {
-    codes[0] = low_bits(a, 7);
-    codes[1] = low_bits(shift<3>(a), 7);
-    codes[2] = low_bits(n, 7);
-    codes[3] = either(low_bits(shift<6>(a), 3), low_bits(shift<1>(n), 4));
-  } else {
-    codes[0] = low_bits(a, 15);
-    codes[1] = low_bits(shift<4>(a), 15);
-  }
+// Bits of each byte, n places lower, or higher.
+template <int n>
+inline Bytes bits_at(Bytes v, int mask) {
+  if constexpr (n > 0) return bits_of(shift<n>(v), mask);
+  if constexpr (n < 0) return bits_of(shift_up<-n>(v), mask);
+  return bits_of(v, mask);
 }
 
-// Part `part` of a unit's four vectors of codes.
+// Part `part` of a unit's bytes: chunks of a row, of one length.
+struct Chunks {
+  Bytes first;
+  Bytes second;  // of 3 bits n (planes.py), of 2 none
+};
+
 template <int kBits>
-inline __attribute__((always_inline)) void load_codes(const uint8_t* unit, int part, Bytes* codes) {
-  const Bytes a = load_bytes(unit + part * sizeof(Bytes));
-  if constexpr (kBits == 4) {
-    const Bytes b = load_bytes(unit + 64 + part * sizeof(Bytes));
-    split_codes<4>(a, a, codes);
-    split_codes<4>(b, b, codes + 2);
+inline __attribute__((always_inline)) Chunks load_chunks(const uint8_t* unit, int part) {
+  const Bytes first = load_bytes(unit + part * sizeof(Bytes));
+  if constexpr (kBits == 3) return {first, load_nibbles(unit + 64, part)};
+  if constexpr (kBits == 4) return {first, load_bytes(unit + 64 + part * sizeof(Bytes))};
+  return {first, first};
+}
+
+// The four vectors of codes in chunks. They stand kUp bits up.
+template <int kBits, int kUp>
+inline __attribute__((always_inline)) void split(const Chunks& chunks, Bytes* codes) {
+  const Bytes a = chunks.first, b = chunks.second;
+  if constexpr (kBits == 2) {
+    codes[0] = bits_at<-kUp>(a, 3 << kUp);
+    codes[1] = bits_at<2 - kUp>(a, 3 << kUp);
+    codes[2] = bits_at<4 - kUp>(a, 3 << kUp);
+    codes[3] = bits_at<6 - kUp>(a, 3 << kUp);
+  } else if constexpr (kBits == 3) {
+    codes[0] = bits_at<-kUp>(a, 7 << kUp);
+    codes[1] = bits_at<3 - kUp>(a, 7 << kUp);
+    codes[2] = bits_at<-kUp>(b, 7 << kUp);
+    codes[3] = either(bits_at<6 - kUp>(a, 3 << kUp), bits_at<1 - kUp>(b, 4 << kUp));
   } else {
-    split_codes<kBits>(a, kBits == 3 ? load_nibbles(unit + 64, part) : a, codes);
+    codes[0] = bits_at<-kUp>(a, 15 << kUp);
+    codes[1] = bits_at<4 - kUp>(a, 15 << kUp);
+    codes[2] = bits_at<-kUp>(b, 15 << kUp);
+    codes[3] = bits_at<4 - kUp>(b, 15 << kUp);
   }
 }
 
@@ -83,32 +95,80 @@ inline void spread_tail(const uint8_t* tail, int64_t u, uint8_t* unit) {
   }
 }
 
+// A last unit's bytes. Where loads take no mask, `tail` is as spread_tail made it.
+template <int kBits>
+inline __attribute__((always_inline)) Chunks load_tail_chunks(const uint8_t* tail,
+                                                              [[maybe_unused]] int64_t u, int part) {
 #ifdef SPARSE_FFN_MASKED_TAILS
-template <int kBits>
-inline __attribute__((always_inline)) void load_tail_codes(const uint8_t* tail, int64_t u, int,
-                                                           Bytes* codes) {
-  const Bytes a = load_tail_bytes(tail, u);
-  if constexpr (kBits == 4) {
-    const Bytes b = load_tail_bytes(tail + 16 * u, u);
-    split_codes<4>(a, a, codes);
-    split_codes<4>(b, b, codes + 2);
-  } else {
-    split_codes<kBits>(a, kBits == 3 ? load_tail_nibbles(tail + 16 * u, u) : a, codes);
-  }
-}
+  const Bytes first = load_tail_bytes(tail, u);
+  if constexpr (kBits == 3) return {first, load_tail_nibbles(tail + 16 * u, u)};
+  if constexpr (kBits == 4) return {first, load_tail_bytes(tail + 16 * u, u)};
+  return {first, first};
 #else
-template <int kBits>
-inline void load_tail_codes(const uint8_t* tail, int64_t u, int part, Bytes* codes) {
-  uint8_t unit[128];
-  spread_tail<kBits>(tail, u, unit);
-  load_codes<kBits>(unit, part, codes);
+  return load_chunks<kBits>(tail, part);
+#endif
 }
+
+// A last unit's bytes as load_tail_chunks wants them, in `memory` [128] where they have to be moved.
+template <int kBits>
+inline const uint8_t* tail_of(const uint8_t* tail, [[maybe_unused]] int64_t u,
+                              [[maybe_unused]] uint8_t* memory) {
+#ifndef SPARSE_FFN_MASKED_TAILS
+  if constexpr (kBits > 0) {
+    spread_tail<kBits>(tail, u, memory);
+    return memory;
+  }
+#endif
+  return tail;
+}
+
+#ifndef SPARSE_FFN_MASKED_TAILS
 inline Lanes spread_tail_scales(const bf16* p, int64_t, const uint8_t* groups) {
   float values[kLanes];
   for (int j = 0; j < kLanes; ++j) values[j] = to_float(p[groups[j]]);
   return load_lanes(values);
 }
 #endif
+
+// Whether base and residual, where both are read, fit into one unsigned code below 128.
+template <int kBase, int kResidual>
+constexpr bool kJoined = kBase > 0 && kResidual > 0 && kBase + kResidual <= 7;
+
+// Chunks of base and residual, as far as they are read, and the codes in them: joined, or of one plane.
+template <int kBase, int kResidual>
+struct Planes {
+  static_assert(kBase == 0 || kResidual == 0 || kJoined<kBase, kResidual>);
+  Chunks base, residual;
+
+  template <bool kTail>
+  static SPARSE_FFN_INLINE Planes load(const uint8_t* base, const uint8_t* residual, int64_t u,
+                                       int part) {
+    Planes planes;
+    if constexpr (kBase > 0)
+      planes.base = kTail ? load_tail_chunks<kBase>(base, u, part) : load_chunks<kBase>(base, part);
+    if constexpr (kResidual > 0)
+      planes.residual =
+          kTail ? load_tail_chunks<kResidual>(residual, u, part) : load_chunks<kResidual>(residual, part);
+    return planes;
+  }
+  SPARSE_FFN_INLINE void codes(Bytes* codes) const {
+    if constexpr (kBase > 0) split<kBase, kResidual>(base, codes);
+    if constexpr (kResidual > 0) {
+      Bytes finer[4];
+      split<kResidual, 0>(residual, finer);
+      for (int c = 0; c < 4; ++c) codes[c] = kBase > 0 ? either(codes[c], finer[c]) : finer[c];
+    }
+  }
+};
+
+// What the codes' offset adds to a sum of weights.
+template <int kBase, int kResidual>
+inline Ints offset_of(Ints sum) {
+  Ints offset = no_ints();
+  if constexpr (kBase > 0) offset = shift_left<kBase - 1 + kResidual>(sum);
+  if constexpr (kResidual > 0) offset = plus(offset, shift_left<kResidual - 1>(sum));
+  return offset;
+}
 
 // The group of lane j in a last unit of u groups: j % u.
 constexpr uint8_t kTailGroups[4][16] = {{},

@@ -20,6 +20,23 @@ class Prefetch {
   }
 
   SPARSE_FFN_INLINE void step(int64_t lines) {
+    if (last_ - next_ < 64 * lines) {
+      step_over(lines);
+      return;
+    }
+    const char* const first = next_;
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < lines; ++i) fetch(first + 64 * i);
+    next_ = first + 64 * lines;
+  }
+
+ private:
+  // Into the L2 cache: the L1 holds less than is under way.
+  static SPARSE_FFN_INLINE void fetch(const char* line) { __builtin_prefetch(line, 0, 2); }
+
+  // From one range to the next.
+  SPARSE_FFN_INLINE void step_over(int64_t lines) {
+#pragma GCC unroll 1
     for (; lines > 0; --lines) {
       if (next_ >= last_) {
         if (head_ == tail_) return;
@@ -27,13 +44,11 @@ class Prefetch {
         last_ = end_[head_ % kRanges];
         ++head_;
       }
-      // Into the L2 cache: the L1 holds less than is under way.
-      __builtin_prefetch(next_, 0, 2);
+      fetch(next_);
       next_ += 64;
     }
   }
 
- private:
   static constexpr uint32_t kRanges = 1024;
   const char* begin_[kRanges];
   const char* end_[kRanges];
