@@ -6,7 +6,7 @@ import warnings
 import pytest
 from helpers import assert_same_state
 from helpers import make_tiny_model_of as tiny
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoModel, AutoModelForCausalLM, BitsAndBytesConfig
 
 from sparse_runtime import PlaneConfig
 from sparse_runtime.errors import ConfigError
@@ -20,6 +20,14 @@ def folder(tmp_path):
     """A packed model's."""
     pack_model(tiny(), 6, linears=8).save_pretrained(tmp_path / "packed")
     return tmp_path / "packed"
+
+
+@pytest.mark.parametrize("leave", [["lm_head"], ["model.layers.0.mlp", "v_proj"]])
+def test_the_base_model_of_a_folder_with_float_modules(tmp_path, leave):
+    model = pack_model(tiny(), 6, linears=8, modules_to_not_convert=leave)
+    model.save_pretrained(tmp_path)
+    assert_same_state(load(tmp_path), model)
+    assert_same_state(AutoModel.from_pretrained(tmp_path), model.model)
 
 
 class TestAnotherConfigThanTheFolders:

@@ -45,6 +45,8 @@ def fast_linear(model: ModelT, *, bits: int | None = None) -> ModelT:
     """
     if bits is not None:
         _pack(model, bits)
+        if next(model.parameters()).device.type != "cpu":
+            return model
     swap(slow_linears(model, owners(model)))
     return model
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from torch import nn
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.ffn.plane_places import Places, find_places
+from sparse_runtime.ffn.plane_places import Places, find_places, names_in
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.printable import printable
 
@@ -91,13 +90,19 @@ class PlaneConfig(QuantizationConfigMixin):
         """Of attention and head, or None."""
         return None if self.linear_bits is None else PlaneFormat.of_bits(self.linear_bits)
 
-    def places(self, model: nn.Module) -> Places:
-        """What of a model is packed by it; errors as of ``find_places``."""
+    def places(self, model: Any, *, saved: bool = False) -> Places:
+        """What of a model is packed by it; errors as of ``find_places``.
+
+        Args:
+            model: a ``PreTrainedModel``.
+            saved: the config is a packed folder's, of which the model may be the base model.
+        """
+        leave = self.modules_to_not_convert
         return find_places(
             model,
             ffns=self.bits is not None,
             linears=self.linear_bits is not None,
-            leave=self.modules_to_not_convert,
+            leave=names_in(model, leave, model.base_model_prefix) if saved else leave,
         )
 
 

@@ -98,6 +98,13 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
     return Places(kept, found)
 
 
+def names_in(model: nn.Module, leave: Sequence[str], prefix: str) -> list[str]:
+    """Those of ``leave`` that name a module of a model, which may be the base model of a folder's."""
+    names = [name for name, _ in model.named_modules()]
+    bare = [part.removeprefix(f"{prefix}.") for part in leave]
+    return [part for part in bare if any(_holds(name, part) for name in names)]
+
+
 def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
     """Names of FFNs, and of linear layers outside them, that are not packed."""
     layers = find_ffn_layers(model, packed=True, int8=True)

@@ -70,7 +70,7 @@ class PlaneQuantizer(HfQuantizer):
     ) -> None:
         config = self.quantization_config
         with torch.device("cpu"):  # around us new tensors have no values
-            places = config.places(model)
+            places = config.places(model, saved=self.pre_quantized)
             layers = find_ffn_layers(model)
         self._positions = {layer.name: position for position, layer in enumerate(layers)}
         if self.pre_quantized:
