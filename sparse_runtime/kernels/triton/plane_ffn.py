@@ -32,8 +32,8 @@ from sparse_runtime.kernels.triton.ffn import (
 
 # Lanes of a unit and outputs of a unit: 4 groups of 64, in 4 code vectors.
 _UNIT_SIZE = 256
-# Rows that a program unpacks; with one unit, 4 KB of float32.
-_VALUE_ROWS = 4
+# Rows that a program unpacks: from 16 on the compiler loads 16 bytes at a time.
+_VALUE_ROWS = 16
 
 
 @torch.library.custom_op(
