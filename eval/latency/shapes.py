@@ -137,13 +137,20 @@ def random_clusters(
 HALF_REFINED = 3.0
 
 
-def staged_clusters(model: nn.Module) -> ClusterSet:
+def staged_clusters(model: nn.Module, *, num_clusters: int = 256, rank: int = 128) -> ClusterSet:
     """Random clusters for weights in planes: of the neurons 80 % are looked at and 40 % counted."""
     layer = find_ffn_layers(model)[0]
     cost = FFNCost(layer.hidden_size, layer.intermediate_size, 0)
     looked, confirmed = 0.8, 0.5
     density = looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
-    return random_clusters(model, density=density, looked=looked, confirmed=confirmed)
+    return random_clusters(
+        model,
+        density=density,
+        looked=looked,
+        confirmed=confirmed,
+        num_clusters=num_clusters,
+        rank=rank,
+    )
 
 
 def _factors(layer: FFNLayer, confirmed: float, generator: torch.Generator) -> Tensor:

@@ -158,6 +158,29 @@ def test_other_dtypes(dtype):
         assert (found - expected).norm() < 0.03 * expected.norm()
 
 
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")
+@pytest.mark.parametrize("n", [1, 16, 40])
+def test_all_rows_in_a_graph(n):
+    """Calls by kernels and by unpacked rows can be captured, and follow what changes after that."""
+    model = pack_model(tiny().bfloat16(), 6, linears=8)
+    ffn, linear = model.model.layers[0].mlp, model.model.layers[0].self_attn.q_proj
+    x = torch.randn(n, 32, device=DEVICE, dtype=torch.bfloat16)
+    graph = torch.cuda.CUDAGraph()
+    with torch.inference_mode():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            ffn(x), linear(x)
+        torch.cuda.synchronize()
+        with torch.cuda.graph(graph):
+            captured = ffn(x), linear(x)
+        for seed in range(3):
+            x.copy_(torch.randn(n, 32, generator=torch.Generator().manual_seed(seed)))
+            graph.replay()
+            for found, module in zip(captured, (ffn, linear), strict=True):
+                assert found.any()
+                assert torch.equal(found, module(x))
+
+
 def test_generates_and_counts():
     model = sparse("triton", 5)
     options = {"max_new_tokens": 4, "min_new_tokens": 4, "do_sample": False, "pad_token_id": 258}

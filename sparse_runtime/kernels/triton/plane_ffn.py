@@ -6,7 +6,8 @@ As in ``ffn.py``, without host synchronization, and in three launches for any nu
 
 A program looks at some neurons and refines those of them that matter most at once: their sums so far
 are in its registers. A row that any of several tokens needs is read once for all. One token's neurons
-are listed before down. All neurons, without clusters, take the last two launches.
+are listed before down. All neurons, without clusters, take the last two launches, and one that clears
+their counters.
 
 No block size has been measured on a GPU for these kernels: they take those of the bfloat16 kernels.
 """

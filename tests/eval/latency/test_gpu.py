@@ -1,6 +1,7 @@
 """The GPU benchmark's and the tuner's logic, on a GPU or by Triton's interpreter without graphs."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -75,19 +76,25 @@ def test_benchmark_and_its_report(model, tmp_path, monkeypatch):
     assert "not measured" not in text.lower()
 
 
-def test_planes_and_their_report(tmp_path, monkeypatch):
+@pytest.fixture
+def small_routers(monkeypatch):
+    small = partial(gpu_planes.staged_clusters, num_clusters=6, rank=4)
+    monkeypatch.setattr(gpu_planes, "staged_clusters", small)
+
+
+def test_planes_and_their_report(tmp_path, monkeypatch, small_routers):
     monkeypatch.setattr(gpu_planes, "_LAYERS", 1)
     result = gpu_planes.bench_gpu_planes(
         lambda: make_tiny_model(num_hidden_layers=1),
         torch.device(DEVICE),
         bits=[5, 4],
-        batches=[1, 20],
+        batches=[1, 3],
         prompt_tokens=4,
         new_tokens=1,
         repeats=1,
     )
     assert [(row["bits"], row["batch"]) for row in result["ffn"]] == [
-        (5, 1), (5, 20), (4, 1), (4, 20)
+        (5, 1), (5, 3), (4, 1), (4, 3)
     ]  # fmt: skip
     for row in result["ffn"]:
         assert 0 < row["refined"] < row["counted"] < row["looked_at"] < 1
@@ -112,7 +119,7 @@ def test_planes_and_their_report(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sparse", [False, True], ids=["rows", "sparse"])
-def test_wrong_outputs_of_planes_are_found(sparse, monkeypatch):
+def test_wrong_outputs_of_planes_are_found(sparse, monkeypatch, small_routers):
     name = "plane_ffn_reference" if not sparse else "routed_plane_ffn"
     real = getattr(gpu_planes, name)
     monkeypatch.setattr(gpu_planes, name, lambda *args, **options: 1.1 * real(*args, **options))
