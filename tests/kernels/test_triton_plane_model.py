@@ -112,6 +112,20 @@ def test_without_factors_candidates_are_refined_whole(bits):
     assert counts(found) == counts(expected)
 
 
+def test_clusters_that_are_given():
+    """Instead of the router's, as in evaluations."""
+    found, expected = sparse("triton", 6, **EVERY), sparse("reference", 6, **EVERY)
+    outputs = []
+    for model in (found, expected):
+        (module,) = sparse_modules(model)
+        with module.swapped(route=lambda x: torch.arange(len(x), device=x.device) % 5):
+            outputs.append(logits(model))
+    torch.testing.assert_close(*outputs, atol=1e-4, rtol=1e-4)
+    assert counts(found) == counts(expected)
+    assert counts(found)[0][0] == [3, 3, 2, 2, 2, 0]
+    assert not torch.allclose(outputs[0], logits(found), atol=1e-2)
+
+
 @pytest.mark.parametrize("bits", [4, 5, 6, 8])
 @pytest.mark.parametrize("tokens", [1, 12, 40], ids=["one", "few", "many"])
 def test_dense_is_all_neurons(bits, tokens, called):
@@ -123,7 +137,8 @@ def test_dense_is_all_neurons(bits, tokens, called):
     few = tokens <= plane_op.MAX_KERNEL_TOKENS["triton"]
     wanted = "triton_dense_plane_ffn" if few else "triton_plane_values"
     assert set(called) == {wanted}
-    unsparsify(model)  # to the packed values
+    with pytest.warns(UserWarning, match="packed values"):
+        unsparsify(model)
     torch.testing.assert_close(found, logits(model, ids), atol=1e-4, rtol=1e-4)
 
 
