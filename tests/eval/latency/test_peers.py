@@ -102,6 +102,8 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
     text = page.read_text()
     assert text.count("| llama.cpp Q4_0 | 50.00 | 50–50 | 100.0 |") == 3
     assert "llama.cpp Q4_0 decodes" in text
+    slower = {**own, "peers": [{**peer, "decode_tok_s": 0.1}]}
+    assert " decodes 20.00 times as fast as llama.cpp Q4_0" in peers_markdown.report(slower)
 
 
 def test_what_did_not_run_is_no_figure(tiny_model, stand_in):
