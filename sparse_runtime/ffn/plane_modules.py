@@ -283,8 +283,12 @@ class PlaneFFN(PlaneModule):
             ConfigError: the input has another last dimension.
             SparseRuntimeError: a gradient is asked for.
         """
+        return self.all_neurons(hidden_states, "auto")
+
+    def all_neurons(self, hidden_states: Tensor, backend: str) -> Tensor:
+        """The same by one of ``BACKENDS``."""
         x = self._input(hidden_states, self.hidden_size)
-        return dense_plane_ffn(x, self.planes).reshape(hidden_states.shape)
+        return dense_plane_ffn(x, self.planes, backend=backend).reshape(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """Sizes, activation and format."""
