@@ -64,6 +64,50 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Give a temporary folder beside ``path``; on leaving, flush its files and rename it to ``path``.
+
+    If anything is raised inside, the temporary folder is removed and ``path`` stays as it was.
+
+    Args:
+        path: new, or an empty folder.
+
+    Raises:
+        OutputFolderError: ``path`` is a file or holds something, or nothing could be written.
+    """
+    check_new_folder(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        yield temporary
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                with open(file, "rb+") as stream:
+                    os.fsync(stream.fileno())
+        os.replace(temporary, path)
+    except BaseException as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        if _is_io_failure(error):
+            raise OutputFolderError(_explain(path, error)) from error
+        raise
+
+
+def check_new_folder(path: Path) -> None:
+    """Check that there is nothing at ``path``, or an empty folder.
+
+    Raises:
+        OutputFolderError: it is a file, or holds something.
+    """
+    if path.exists() and not path.is_dir():
+        raise OutputFolderError(f"{path} is a file; expected a new or empty folder")
+    if path.is_dir() and (found := min((p.name for p in path.iterdir()), default=None)):
+        raise OutputFolderError(
+            f"{path} exists and holds {found}; choose a new or empty folder, or delete it"
+        )
+
+
 def is_temporary(path: Path) -> bool:
     """Whether a file is one of :func:`atomic_path`'s, being written or left by a killed process."""
     return _TEMPORARY.fullmatch(path.name) is not None

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.files import (
+    atomic_folder,
     atomic_path,
     cache_folder,
     copy_file,
@@ -205,3 +206,36 @@ def test_writers_in_several_processes(tmp_path):
     text = (tmp_path / "shared").read_text()
     assert (len(text), len(set(text))) == (9999, 1)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_folder_is_whole_or_not_there(tmp_path):
+    path = tmp_path / "new" / "folder"
+    with atomic_folder(path) as temporary:
+        (temporary / "inside").mkdir()
+        (temporary / "inside" / "file").write_text("whole")
+        assert not path.exists()
+    assert (path / "inside" / "file").read_text() == "whole"
+    assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    with pytest.raises(ZeroDivisionError), atomic_folder(empty) as temporary:
+        (temporary / "file").write_text(str(1 / 0))
+    assert not any(empty.iterdir())
+    with atomic_folder(empty) as temporary:
+        (temporary / "file").write_text("whole")
+    assert (empty / "file").read_text() == "whole"
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["empty", "new"]
+
+
+def test_a_folder_that_holds_something_is_refused(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for path, words in (
+        (tmp_path / "file", "is a file; expected a new or empty folder"),
+        (tmp_path, "exists and holds file; choose a new or empty folder"),
+    ):
+        with pytest.raises(OutputFolderError, match=words), atomic_folder(path):
+            raise AssertionError("not reached")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["file"]
+    below = tmp_path / "file" / "below"
+    with pytest.raises(OutputFolderError, match="could not be written"), atomic_folder(below):
+        raise AssertionError("not reached")

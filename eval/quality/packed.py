@@ -23,6 +23,7 @@ def evaluate_packed(
     texts: Sequence[Tensor],
     config: SparseConfig,
     *,
+    reference: nn.Module | None = None,
     window: int = 512,
     stride: int | None = None,
     prompt_tokens: int = 0,
@@ -31,17 +32,19 @@ def evaluate_packed(
     """Measure a model packed in planes, sparse and with all its neurons, against the float one.
 
     Args:
-        model: a float causal language model; packed and sparse when this returns.
+        model: a causal language model, in float or packed; packed and sparse when this returns.
         clusters: the artifact.
         texts: each [n] int64.
-        config: with ``weights``, the FFNs' bits; attention and head stay float.
+        config: with ``weights``, the FFNs' bits, if the model is float; attention and head stay as
+            they are.
+        reference: what the distance is measured from; the model as it comes if None.
         window: tokens per window.
         stride: distance of window starts; ``window`` if None.
         prompt_tokens: tokens at the start of each window that run dense and are not scored.
         progress: reports one unit per window of each run.
 
     Returns:
-        For each text ``kl`` (to the float model, nats per token), ``top1``, ``ratio`` (perplexity ÷
+        For each text ``kl`` (to the reference, nats per token), ``top1``, ``ratio`` (perplexity ÷
         float), ``cost_share`` (of bfloat16's bytes), ``bits_per_weight`` (FFN bits read per weight and
         token, router and scales included), ``looked``, ``counted`` and ``refined`` (mean shares of the
         neurons), and ``packed``: the same figures of all neurons and all bits.
@@ -51,13 +54,15 @@ def evaluate_packed(
     """
     options: dict[str, Any] = {"window": window, "stride": stride, "prompt_tokens": prompt_tokens}
     options["progress"] = progress
+    origin = model if reference is None else reference
     references = [
-        score_text(model, tokens, description="float", keep=True, **options) for tokens in texts
+        score_text(origin, tokens, description="reference", keep=True, **options)
+        for tokens in texts
     ]
     sparsify(model, clusters, config=config)
     results = []
-    for tokens, reference in zip(texts, references, strict=True):
-        options["reference"] = reference
+    for tokens, score in zip(texts, references, strict=True):
+        options["reference"] = score
         with dense(model):
             packed = score_text(model, tokens, description="packed", **options)
         reset_cost(model)
@@ -65,16 +70,17 @@ def evaluate_packed(
             sparse = score_text(model, tokens, description="sparse", **options)
         results.append(
             {
-                **_distance(sparse, reference),
-                **_amounts(model),
-                "packed": {**_distance(packed, reference), "bits_per_weight": _packed_bits(model)},
+                **distance(sparse, score),
+                **amounts(model),
+                "packed": {**distance(packed, score), "bits_per_weight": _packed_bits(model)},
                 "tokens": len(tokens),
             }
         )
     return results
 
 
-def _distance(score: TextScore, reference: TextScore) -> dict[str, float | None]:
+def distance(score: TextScore, reference: TextScore) -> dict[str, float | None]:
+    """``kl``, ``top1`` and ``ratio`` of a text's score to that of another model."""
     return {
         "kl": score.mean_divergence,
         "top1": score.agreement,
@@ -82,7 +88,8 @@ def _distance(score: TextScore, reference: TextScore) -> dict[str, float | None]
     }
 
 
-def _amounts(model: nn.Module) -> dict[str, float]:
+def amounts(model: nn.Module) -> dict[str, float]:
+    """What a sparse model over planes has read since ``reset_cost``; see :func:`evaluate_packed`."""
     modules = sparse_modules(model)
     report = count_cost(modules, element_size=2)
     shares = {"looked": 0.0, "counted": 0.0, "refined": 0.0}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -26,6 +27,7 @@ class TextScore:
         scored: scored tokens of each window.
         kept: with ``keep``, of each window's scored tokens, the logits [scored, V], or the last hidden
             states [scored, H] where the logits of all windows would take more than 1 GiB.
+        head: what makes logits of such states; None where logits are kept.
         divergence: with a reference, KL(reference ‖ model) of each window, summed over its scored
             tokens, in nats.
         agreed: with a reference, scored tokens of each window whose likeliest next token is the
@@ -35,6 +37,7 @@ class TextScore:
     nll: list[float]
     scored: list[int]
     kept: list[Tensor] = field(default_factory=list)
+    head: Any = None
     divergence: list[float] = field(default_factory=list)
     agreed: list[int] = field(default_factory=list)
 
@@ -134,8 +137,7 @@ def score_text(
         prompt_tokens: tokens at the start of each window that are not scored. How they run is up to
             the model: see ``sparse_runtime.eval.quality.forwards``.
         batch_windows: windows per forward pass.
-        reference: another score of the same windows, with ``keep``, by a model with the same output
-            head, to measure the distance from.
+        reference: another score of the same windows, with ``keep``, to measure the distance from.
         keep: keep what a ``reference`` needs.
         progress: reports one unit per window.
         description: text of the progress bar.
@@ -146,9 +148,10 @@ def score_text(
     windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    score = TextScore([], [scored for _, scored in windows])
-    logits_bytes = sum(score.scored) * head.weight.shape[0] * head.weight.element_size()
+    scored_tokens = [scored for _, scored in windows]
+    logits_bytes = sum(scored_tokens) * head.out_features * element_size(model.dtype)
     keep_logits = logits_bytes <= _KEPT_BYTES
+    score = TextScore([], scored_tokens, head=head if keep and not keep_logits else None)
     with (progress or SilentProgress()).task(description, len(windows)) as advance:
         for batch in _equal_length_batches(windows, batch_windows):
             ids = torch.stack([w for w, _ in batch]).to(device)
@@ -161,7 +164,7 @@ def score_text(
                 log_q = logits.float().log_softmax(-1)
                 if reference is not None:
                     theirs = reference.kept[len(score.nll)].to(logits.device)
-                    theirs = theirs if keep_logits else head(theirs)
+                    theirs = theirs if reference.head is None else reference.head(theirs)
                     score.agreed.append(int((theirs.argmax(-1) == logits.argmax(-1)).sum()))
                     log_p = theirs.float().log_softmax(-1)
                     score.divergence.append(_divergence(log_p, log_q))

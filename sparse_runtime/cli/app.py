@@ -18,6 +18,8 @@ from sparse_runtime.cli.build import build, inspect
 from sparse_runtime.cli.console import fail, out, warn
 from sparse_runtime.cli.evaluate import evaluate
 from sparse_runtime.cli.generate import generate
+from sparse_runtime.cli.pack import pack
+from sparse_runtime.cli.plane_studies import ramp, rounding
 from sparse_runtime.cli.report import demo, report
 from sparse_runtime.cli.studies import ablate, ingredients, paper, tasks
 from sparse_runtime.errors import ConfigError, SparseRuntimeError
@@ -32,11 +34,14 @@ _INTERRUPTED = 130
 _PACKAGE = Path(__file__).parents[1]
 
 app.command()(build)
+app.command()(pack)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(paper)
 app.command()(ablate)
 app.command()(ingredients)
+app.command()(rounding)
+app.command()(ramp)
 app.command()(tasks)
 app.command()(bench)
 app.command()(tune)

@@ -78,6 +78,13 @@ CalibrationOption = Annotated[
         metavar="SOURCE",
     ),
 ]
+AgainstOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Of a packed folder: the float model to measure from [default: all neurons of the folder]",
+        metavar="MODEL",
+    ),
+]
 CalibrationTokensOrNoneOption = Annotated[
     int | None,
     typer.Option(
@@ -106,6 +113,7 @@ def evaluate(
     weights: WeightsOption = None,
     tau: TauOption = None,
     ramp: RampOption = None,
+    against: AgainstOption = None,
     verify: VerifyOption = None,
     baselines: BaselinesOption = None,
     calibration: CalibrationOption = None,
@@ -137,6 +145,7 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
     artifact.check_model(loaded)
+    floats = _float_model(against, loaded, planes, curves)
     texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]
     for source, tokens in texts:
         warn_of_overlap(source, tokens, within(artifact.build, "data"))
@@ -146,7 +155,7 @@ def evaluate(
     if not curves:
         if centroids:
             artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        record |= _on_texts(loaded, artifact, texts, protocol, planes)
+        record |= _on_texts(loaded, artifact, texts, protocol, planes, floats)
     else:
         windows = None
         if names:
@@ -188,6 +197,30 @@ def _check_planes(planes: dict[str, Any], curves: bool) -> None:
         )
 
 
+def _float_model(against: str | None, model: Any, planes: dict[str, Any], curves: bool) -> Any:
+    """The model of ``--against``; None without it. Raises ConfigError if it has no effect or place."""
+    if against is None:
+        return None
+    if curves or not _packed_bits(model) or planes.get("weights"):
+        raise ConfigError(
+            "--against is for packed folders without --budgets and --baselines; a float model is "
+            "compared with itself"
+        )
+    loaded, _ = load_model(against, dtype=model.dtype, device=str(model.device))
+    sizes = [m.get_input_embeddings().weight.shape[0] for m in (model, loaded)]
+    if sizes[0] != sizes[1]:
+        raise ConfigError(
+            f"--against {against} knows {sizes[1]} tokens, and the packed model {sizes[0]}; expected "
+            "the model that it was made of"
+        )
+    return loaded
+
+
+def _packed_bits(model: Any) -> int | None:
+    """Bits of the FFNs of a model that came packed; None if they are floats."""
+    return next((m.format.bits for m in model.modules() if is_packed(m)), None)
+
+
 def _checked(
     baselines: Sequence[str], data: Sequence[str], calibration: list[str] | None
 ) -> list[tuple[str, DataSource]]:
@@ -209,10 +242,11 @@ def _on_texts(
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
+    floats: Any,
 ) -> dict[str, Any]:
     """Figures over float weights or packed ones; those of further texts under ``others``."""
-    if planes:
-        results = _packed_quality(model, artifact, texts, protocol, planes)
+    if planes or _packed_bits(model):
+        results = _packed_quality(model, artifact, texts, protocol, planes, floats)
     else:
         results = _quality(model, artifact, texts, protocol)
     return results[0] | ({"others": results[1:]} if len(results) > 1 else {})
@@ -246,21 +280,23 @@ def _packed_quality(
     texts: Sequence[tuple[str, Tensor]],
     protocol: Protocol,
     planes: dict[str, Any],
+    floats: Any,
 ) -> list[dict[str, Any]]:
     """Figures of an artifact over packed weights, on each text."""
     from sparse_runtime.eval.quality.packed import evaluate_packed
 
+    weights: int = planes.get("weights") or _packed_bits(model) or 0
     results = evaluate_packed(
         model,
         artifact,
         [tokens for _, tokens in texts],
         SparseConfig(prefill="sparse", **planes),
+        reference=floats,
         window=protocol.window,
         stride=protocol.stride,
         prompt_tokens=protocol.prompt_tokens,
         progress=protocol.progress,
     )
-    weights = planes.get("weights") or next(m.format.bits for m in model.modules() if is_packed(m))
     named = [
         {"weights": weights, "data": source, **result}
         for (source, _), result in zip(texts, results, strict=True)

@@ -91,6 +91,14 @@ LinearWeightsOption = Annotated[
         help="Pack the weights of attention and head likewise.", callback=PLANE_BITS.callback
     ),
 ]
+CompensateOption = Annotated[
+    bool | None,
+    typer.Option(
+        "--compensate/--no-compensate",
+        help="With --data: let later inputs make up for the rounding of earlier ones (GPTQ), or choose "
+        "scales by the inputs' mean squares alone, in less time and memory [default: compensate]",
+    ),
+]
 TauOption = Annotated[
     float | None,
     typer.Option(

@@ -16,8 +16,14 @@ from torch import Tensor, nn
 from sparse_runtime.errors import ConfigError, ModelError, SparseRuntimeError
 from sparse_runtime.kernels.linear import needs_gradient
 from sparse_runtime.kernels.plane_op import dense_plane_ffn, plane_linear
-from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, pack_linear, unpack_linear
-from sparse_runtime.kernels.rounding import round_neurons, round_rows
+from sparse_runtime.kernels.planes import (
+    NeuronPlanes,
+    PlaneFormat,
+    pack_linear,
+    pack_neurons,
+    unpack_linear,
+)
+from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
@@ -47,7 +53,10 @@ class PlaneModule(nn.Module):
         }
 
     def round_into(
-        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+        self,
+        planes: Mapping[str, Tensor],
+        *weights: Tensor,
+        statistics: InputStatistics | None = None,
     ) -> None:
         """Round float weights into planes of its own names and sizes, on the weights' device."""
         raise NotImplementedError
@@ -125,28 +134,31 @@ class PlaneLinear(PlaneModule):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, form: PlaneFormat, importance: Tensor | None = None
+        cls, linear: nn.Linear, form: PlaneFormat, statistics: InputStatistics | None = None
     ) -> PlaneLinear:
         """Round a linear layer.
 
         Args:
             linear: with weights [N, K], bfloat16, float16 or float32.
             form: planes to round to.
-            importance: E[x²] of its inputs [K] float32, or None.
+            statistics: of its inputs, or None.
         """
         module = cls(linear, form)
-        module.round_into(module.own_planes(), linear.weight, importance=importance)
+        module.round_into(module.own_planes(), linear.weight, statistics=statistics)
         return module
 
     @torch.no_grad()
     def round_into(
-        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+        self,
+        planes: Mapping[str, Tensor],
+        *weights: Tensor,
+        statistics: InputStatistics | None = None,
     ) -> None:
         """Round the weights [N, K] into planes of its sizes."""
         (weight,) = weights
         for first in range(0, self.out_features, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
-            rounded = round_rows(weight[rows], self.format, importance)
+            rounded = round_rows(weight[rows], self.format, statistics)
             planes["planes"][rows] = pack_linear(rounded)
 
     @torch.no_grad()
@@ -223,18 +235,25 @@ class PlaneFFN(PlaneModule):
 
     @classmethod
     def from_mlp(
-        cls, layer: FFNLayer, form: PlaneFormat, importance: Tensor | None = None
+        cls,
+        layer: FFNLayer,
+        form: PlaneFormat,
+        statistics: InputStatistics | None = None,
+        activations: InputStatistics | None = None,
     ) -> PlaneFFN:
         """Round an FFN.
 
         Args:
             layer: found by :func:`sparse_runtime.models.ffn_layers.find_ffn_layers`.
             form: planes to round to.
-            importance: E[x²] of its hidden states [H] float32, or None.
+            statistics: of its hidden states, K = H, or None; for gate and up.
+            activations: statistics of its activations, K = I, or None; for down.
         """
         module = cls(layer, form)
         weights = (linear.weight for linear in (layer.gate, layer.up, layer.down))
-        module.round_into(module.own_planes(), *weights, importance=importance)
+        module.round_into(
+            module.own_planes(), *weights, statistics=statistics, activations=activations
+        )
         return module
 
     @property
@@ -247,15 +266,27 @@ class PlaneFFN(PlaneModule):
 
     @torch.no_grad()
     def round_into(
-        self, planes: Mapping[str, Tensor], *weights: Tensor, importance: Tensor | None = None
+        self,
+        planes: Mapping[str, Tensor],
+        *weights: Tensor,
+        statistics: InputStatistics | None = None,
+        activations: InputStatistics | None = None,
     ) -> None:
         """Round gate and up [I, H] and down [H, I] into planes of its sizes."""
         gate, up, down = weights
+        form, whole_down = self.format, None
+        if activations is not None:
+            # A neuron's errors are made up for by all later ones.
+            whole_down = round_down(down.t(), form, activations)
         for first in range(0, self.intermediate_size, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
-            down_t = down[:, rows].t().contiguous()
-            block = round_neurons(
-                gate[rows], up[rows], down_t, self.format, self.activation, importance
+            block = pack_neurons(
+                round_rows(gate[rows], form, statistics),
+                round_rows(up[rows], form, statistics),
+                round_down(down[:, rows].t().contiguous(), form)
+                if whole_down is None
+                else whole_down[rows],
+                self.activation,
             )
             for name, data in planes.items():
                 data[rows] = getattr(block, name)

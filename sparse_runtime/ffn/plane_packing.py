@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_config import PlaneConfig
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
+    LinearPlace,
     Places,
     check_finite,
     opened,
@@ -21,10 +22,26 @@ from sparse_runtime.ffn.plane_places import (
 )
 from sparse_runtime.ffn.plane_restoring import Packing, attach, described, planes_config
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.kernels.rounding import InputStatistics
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+class Statistics(Protocol):
+    """Gives the statistics that modules are rounded by, each just before it is packed."""
+
+    def expect(self, inputs: Mapping[str, tuple[nn.Module, ...]]) -> None:
+        """Hear what will be packed, in this order.
+
+        Args:
+            inputs: a module's name -> modules whose inputs its rounding depends on: of an FFN itself
+                and its down projection, of a linear layer itself.
+        """
+
+    def take(self, name: str) -> Sequence[InputStatistics | None]:
+        """Statistics of the inputs of what was named for a module; all before it are packed by now."""
 
 
 def pack_model(
@@ -33,14 +50,15 @@ def pack_model(
     *,
     linears: int | PlaneFormat | None = None,
     modules_to_not_convert: Sequence[str] = (),
-    importance: Mapping[str, Tensor] | None = None,
+    statistics: Statistics | None = None,
     packing: Packing | None = None,
 ) -> ModelT:
     """Pack the weights of a model's FFNs into planes, in place; of attention and head too, if asked.
 
     All is checked first, so that an error leaves the model as it was. Then one module after another is
     packed and its float weights are let go. The model is for inference from then on;
-    ``save_pretrained`` writes the planes and ``from_pretrained`` reads them.
+    ``save_pretrained`` writes the planes and ``from_pretrained`` reads them. With calibration text,
+    :func:`sparse_runtime.clusters.pack_calibrated` rounds better.
 
     Args:
         model: a causal language model, in memory as a whole; what is to be packed is float. It may be
@@ -49,16 +67,14 @@ def pack_model(
         linears: bits of attention and head, or their format; None leaves them in float. A head that is
             tied to the embedding is packed from the same values, and the embedding stays.
         modules_to_not_convert: see :class:`PlaneConfig`.
-        importance: E[x²] of the inputs [H] float32 by an FFN's or a linear layer's name, for some or
-            all of them.
+        statistics: of the modules' inputs; plain rounding if None.
         packing: takes note of what is packed, for it to be undone.
 
     Returns:
         The same model.
 
     Raises:
-        ConfigError: the bits are unknown or both None, or ``importance`` names a module that is not
-            packed.
+        ConfigError: the bits are unknown or both None.
         AlreadySparseError: the FFNs to pack are sparse.
         UnsupportedArchitectureError: what is to be packed is so already, or quantized, offloaded or of
             an unknown type, or a module is more than its weights (adapters, hooks, parametrizations).
@@ -74,32 +90,36 @@ def pack_model(
     # That int8 layers compute in.
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     _check_present(places)
-    counts = _importance(places, importance or {})
     check_finite(places)
     packing = Packing() if packing is None else packing
     before = planes_config(model)
     if places.ffns:
         config.fingerprint = kept_fingerprint(find_ffn_layers(model, packed=True, int8=True))
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    waiting: list[FFNLayer | LinearPlace] = [*places.ffns, *places.linears]
+    waiting.sort(key=lambda place: order[place.name], reverse=True)
+    if statistics is not None:
+        statistics.expect({place.name: _inputs(place) for place in reversed(waiting)})
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         untie(model, places.linears)
         # Popped, so that nothing here holds a module's floats once it is packed.
-        places.ffns.reverse()
-        while places.ffns:
-            layer = places.ffns.pop()
-            assert config.format is not None
-            packed = PlaneFFN.from_mlp(opened_ffn(layer), config.format, counts.get(layer.name))
-            setattr(layer.parent, layer.attribute, packed)
-            packing.add(model, packed, layer.mlp)
-            del layer
-        places.linears.reverse()
-        while places.linears:
-            place = places.linears.pop()
-            assert config.linear_format is not None
-            floats = opened(place.linear, dtype)
-            linear = PlaneLinear.from_linear(floats, config.linear_format, counts.get(place.name))
-            setattr(place.parent, place.attribute, linear)
-            packing.add(model, linear, place.linear)
-            del place, floats
+        places.ffns.clear()
+        places.linears.clear()
+        while waiting:
+            place = waiting.pop()
+            given = () if statistics is None else statistics.take(place.name)
+            packed: PlaneFFN | PlaneLinear
+            if isinstance(place, FFNLayer):
+                assert config.format is not None
+                packed = PlaneFFN.from_mlp(opened_ffn(place), config.format, *given)
+            else:
+                assert config.linear_format is not None
+                floats = opened(place.linear, dtype)
+                packed = PlaneLinear.from_linear(floats, config.linear_format, *given)
+                del floats
+            setattr(place.parent, place.attribute, packed)
+            packing.add(model, packed, place.mlp if isinstance(place, FFNLayer) else place.linear)
+            del place
     if before is not None:
         config = described(model, before.fingerprint or config.fingerprint) or config
     attach(model, config)
@@ -146,14 +166,5 @@ def _check_present(places: Places) -> None:
             )
 
 
-def _importance(places: Places, given: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    sizes = {layer.name: layer.hidden_size for layer in places.ffns}
-    sizes |= {place.name: place.linear.in_features for place in places.linears}
-    for name, counts in given.items():
-        if name not in sizes:
-            raise ConfigError(f"importance names {name!r}, which is not packed; remove it")
-        if counts.shape != (sizes[name],):
-            raise ConfigError(
-                f"importance of {name} is {list(counts.shape)}; expected [{sizes[name]}]"
-            )
-    return given
+def _inputs(place: FFNLayer | LinearPlace) -> tuple[nn.Module, ...]:
+    return (place.mlp, place.down) if isinstance(place, FFNLayer) else (place.linear,)

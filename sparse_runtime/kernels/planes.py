@@ -145,6 +145,10 @@ class Rounded:
         lo = unpack_plane(residual, form.residual, size) if form.residual else torch.zeros_like(hi)
         return cls(hi, lo, scales.contiguous().view(torch.bfloat16), form)
 
+    def __getitem__(self, rows: slice) -> Rounded:
+        """Some of the rows."""
+        return Rounded(self.hi[rows], self.lo[rows], self.scales[rows], self.format)
+
     def values(self, *, base: bool = False) -> Tensor:
         """What the rows stand for, by base and residual or by the base alone: [rows, H] float32."""
         codes = self.hi.float()

@@ -7,14 +7,15 @@ A weight w of scale S gets the codes that make
 smallest, and a group the step, out of a few, for which the sum of that is smallest. The base has a
 share where it is read without the residual, too.
 
-Compensated rounding (GPTQ, arXiv 2210.17323) goes further where the second moments of a layer's inputs
-are known: it rounds one input's weights after the other, and lets those still to come make up for the
-error of the full value.
+What is known of a layer's inputs (:class:`InputStatistics`) helps. By E[x²], errors count by the
+square root of it. By E[x xᵀ], rounding is compensated as well (GPTQ, arXiv 2210.17323): one input's
+weights are rounded after the other, and those still to come make up for the error of the full value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from sparse_runtime.cost import GROUP, num_groups
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, pack_neurons
+from sparse_runtime.kernels.planes import PlaneFormat, Rounded
 
 # Steps that are tried, in parts of the one that maps a group's largest element to the code that has no
 # opposite. Found by exchange among 0.50 to 1.16, both signs, on rows of both measured models: what they
@@ -43,18 +44,61 @@ _DAMPING = 0.1
 _SWEEP = 64
 
 
-def round_rows(
-    weight: Tensor, form: PlaneFormat, importance: Tensor | None = None, *, whole: bool = False
-) -> Rounded:
-    """Round rows to the nearest codes, with the scales of the least squared error among a few.
+@dataclass(frozen=True, eq=False)
+class InputStatistics:
+    """What the inputs of a layer are like over text.
 
-    Errors count by the square root of the importance.
+    Attributes:
+        mean_squares: E[x²] [K] float32.
+        spread: with compensation, the upper triangular U [K, K] float32 with UᵀU the inverse of the
+            damped E[x xᵀ]: an input's error, divided by U[k, k], is made up for by U[k, l] from l.
+    """
+
+    mean_squares: Tensor
+    spread: Tensor | None = None
+
+    @classmethod
+    def of(cls, moments: Tensor) -> InputStatistics:
+        """Statistics of measured moments; takes three times the memory of E[x xᵀ].
+
+        Args:
+            moments: E[x²] [K], or, for compensated rounding, E[x xᵀ] [K, K], which is overwritten.
+
+        Raises:
+            ConfigError: they are NaN, infinite or negative.
+        """
+        squares = moments if moments.ndim == 1 else moments.diagonal()
+        if not moments.isfinite().all() or (squares < 0).any():
+            raise ConfigError(
+                f"moments {list(moments.shape)} of a layer's inputs are NaN, infinite or negative in "
+                "part; expected finite means of squares over text"
+            )
+        mean_squares = squares.float().clone()
+        return cls(mean_squares, None if moments.ndim == 1 else _spread(moments.float()))
+
+    @property
+    def size(self) -> int:
+        """K, the number of inputs."""
+        return len(self.mean_squares)
+
+
+def round_rows(
+    weight: Tensor,
+    form: PlaneFormat,
+    statistics: InputStatistics | None = None,
+    *,
+    whole: bool = False,
+) -> Rounded:
+    """Round rows whose inputs are the columns, as of a linear layer, gate or up.
+
+    Codes are the nearest ones, or compensated ones where the statistics hold a spread, which takes
+    about 2·H operations a weight; scales are those of the least squared error among a few.
 
     Args:
         weight: [rows, H], bfloat16, float16 or float32; rows may be none. Groups of nothing but
             numbers below 1e-37 become zeros.
         form: planes to round to.
-        importance: E[x²] of the inputs by column [H], finite and not negative; alike if None.
+        statistics: of the inputs, K = H, on the weight's device; all count alike if None.
         whole: bases are never read without residuals, and have no share.
 
     Returns:
@@ -62,8 +106,10 @@ def round_rows(
 
     Raises:
         ConfigError: weights are NaN or infinite; the message counts them, the caller names the tensor.
+            Statistics are of another number of inputs.
     """
-    counts = None if importance is None else _counts(importance)
+    _check_size(statistics, weight.shape[1])
+    counts = None if statistics is None else _counts(statistics.mean_squares)
     share = _share(form, whole)
     parts = [
         _round_block(block, form, counts, share)
@@ -76,96 +122,59 @@ def round_rows(
             f"{bad} of {weight.numel()} values of a weight [{weight.shape[0]}, {weight.shape[1]}] are "
             "NaN or infinite; expected finite weights"
         )
+    nearest = Rounded(hi, lo, scales, form)
+    if statistics is None or statistics.spread is None:
+        return nearest
+    columns = scales.T.contiguous()
+    values = weight.float().T.contiguous()
+    hi, lo = _compensated(values, form, share, statistics.spread, lambda k: columns[k // GROUP])
+    return Rounded(hi.T.contiguous(), lo.T.contiguous(), scales, form)
+
+
+def round_down(
+    down_t: Tensor, form: PlaneFormat, statistics: InputStatistics | None = None
+) -> Rounded:
+    """Round rows that are weighed by one input each, as of transposed down.
+
+    A row's inputs count alike, so that E[h²] alone changes nothing; compensation takes about 2·I
+    operations a weight.
+
+    Args:
+        down_t: [I, H], bfloat16, float16 or float32.
+        form: planes to round to.
+        statistics: of the activations, K = I, or None.
+
+    Raises:
+        ConfigError: as :func:`round_rows`.
+    """
+    _check_size(statistics, down_t.shape[0])
+    nearest = round_rows(down_t, form)
+    if statistics is None or statistics.spread is None:
+        return nearest
+    scales, size = nearest.scales, down_t.shape[1]
+    hi, lo = _compensated(
+        down_t.to(torch.float32, copy=True),
+        form,
+        _share(form),
+        statistics.spread,
+        lambda k: scales[k].repeat_interleave(GROUP)[:size],
+    )
     return Rounded(hi, lo, scales, form)
 
 
-def round_neurons(
-    gate: Tensor,
-    up: Tensor,
-    down_t: Tensor,
-    form: PlaneFormat,
-    activation: str,
-    importance: Tensor | None = None,
-) -> NeuronPlanes:
-    """Round an FFN's weights.
-
-    Args:
-        gate: gate projection [I, H].
-        up: up projection [I, H].
-        down_t: transposed down projection [I, H].
-        form: planes to round to.
-        activation: by the kernels' name.
-        importance: E[x²] of the hidden states [H], or None; for gate and up.
-
-    Raises:
-        ConfigError: weights are NaN or infinite.
-    """
-    return pack_neurons(
-        round_rows(gate, form, importance),
-        round_rows(up, form, importance),
-        round_rows(down_t, form),
-        activation,
-    )
-
-
-def compensate_columns(weight: Tensor, form: PlaneFormat, moments: Tensor) -> Rounded:
-    """Round rows whose inputs are the columns, as of a linear layer, gate or up, with compensation.
-
-    Takes about 2·H operations a weight beside :func:`round_rows`.
-
-    Args:
-        weight: [rows, H], bfloat16, float16 or float32.
-        form: planes to round to.
-        moments: E[x xᵀ] of the inputs [H, H].
-
-    Raises:
-        ConfigError: weights or moments are NaN or infinite.
-    """
-    start = round_rows(weight, form, moments.diagonal())
-    columns = start.scales.T.contiguous()
-    return _compensated(
-        start, weight.float().T.contiguous(), moments, lambda k: columns[k // GROUP], transpose=True
-    )
-
-
-def compensate_rows(weight: Tensor, form: PlaneFormat, moments: Tensor) -> Rounded:
-    """Round rows that are weighed by one input each, as of transposed down, with compensation.
-
-    Takes about 2·I operations a weight, and three times the memory of the moments.
-
-    Args:
-        weight: [I, H], bfloat16, float16 or float32.
-        form: planes to round to.
-        moments: E[h hᵀ] of the activations [I, I].
-
-    Raises:
-        ConfigError: weights or moments are NaN or infinite.
-    """
-    start = round_rows(weight, form)
-    return _compensated(
-        start,
-        weight.to(torch.float32, copy=True),
-        moments,
-        lambda k: start.scales[k].repeat_interleave(GROUP)[: weight.shape[1]],
-        transpose=False,
-    )
+def _check_size(statistics: InputStatistics | None, size: int) -> None:
+    if statistics is not None and statistics.size != size:
+        raise ConfigError(f"statistics are of {statistics.size} inputs; expected {size}")
 
 
 def _compensated(
-    start: Rounded,
     values: Tensor,
-    moments: Tensor,
+    form: PlaneFormat,
+    share: float,
+    spread: Tensor,
     scales_of: Callable[[int], Tensor],
-    *,
-    transpose: bool,
-) -> Rounded:
-    """Codes of values [inputs, outputs] float32, which are overwritten, by the scales of a start."""
-    if not moments.isfinite().all():
-        raise ConfigError(
-            f"moments {list(moments.shape)} of a layer's inputs are NaN or infinite in part; expected "
-            "finite means over text"
-        )
-    factor, form, share = _spread(moments), start.format, _share(start.format)
+) -> tuple[Tensor, Tensor]:
+    """Codes [inputs, outputs] int8 of values float32, which are overwritten, by an input's scales."""
     hi, lo = (torch.empty(values.shape, dtype=torch.int8, device=values.device) for _ in range(2))
     for first in range(0, values.shape[0], _SWEEP):
         block = values[first : first + _SWEEP]
@@ -176,23 +185,18 @@ def _compensated(
             hi[k], lo[k], _ = (codes := _codes(value * inverse, form, share))
             # The block keeps the errors in place of the values.
             value -= scales * (codes[0] + codes[1] * 0.5**form.residual)
-            value /= factor[k, k]
-            block[j + 1 :].addr_(factor[k, k + 1 : first + len(block)], value, alpha=-1)
+            value /= spread[k, k]
+            block[j + 1 :].addr_(spread[k, k + 1 : first + len(block)], value, alpha=-1)
         last = first + len(block)
-        values[last:].addmm_(factor[first:last, last:].T, block, alpha=-1)
-    hi, lo = (codes.T.contiguous() if transpose else codes for codes in (hi, lo))
-    return Rounded(hi, lo, start.scales, form)
+        values[last:].addmm_(spread[first:last, last:].T, block, alpha=-1)
+    return hi, lo
 
 
 def _spread(moments: Tensor) -> Tensor:
-    """Upper triangular U [K, K] with UᵀU the inverse of the damped moments.
-
-    An input's error, divided by U[k, k], is made up for by U[k, l] from input l.
-    """
-    damped = moments.float().clone()
-    mean = damped.diagonal().mean()
-    damped.diagonal().add_(mean * _DAMPING if mean > 0 else 1)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
+    """See :class:`InputStatistics`; the moments are overwritten."""
+    mean = moments.diagonal().mean()
+    moments.diagonal().add_(mean * _DAMPING if mean > 0 else 1)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(moments))
     return torch.linalg.cholesky(inverse, upper=True)
 
 

@@ -22,7 +22,7 @@ from sparse_runtime.errors import (
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_packing import pack_model, unpack_model
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.kernels.rounding import round_rows
+from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 BITS = (3, 4, 5, 6, 8)
@@ -90,13 +90,14 @@ class TestLinear:
             with torch.no_grad():
                 assert packed(torch.randn(1, 64, dtype=dtype)).dtype == dtype
 
-    def test_importance_counts(self):
+    def test_statistics_count(self):
         torch.manual_seed(0)
         linear, form = nn.Linear(64, 32, bias=False), PlaneFormat.of_bits(4)
         counts = torch.ones(64)
         counts[:4] = 100
         plain = PlaneLinear.from_linear(linear, form).to_linear().weight
-        counted = PlaneLinear.from_linear(linear, form, counts).to_linear().weight
+        by_them = InputStatistics.of(counts)
+        counted = PlaneLinear.from_linear(linear, form, by_them).to_linear().weight
         errors = [(w - linear.weight).square()[:, :4].sum() for w in (plain, counted)]
         assert errors[1] < errors[0]
 
@@ -260,19 +261,56 @@ class TestPackModel:
         with pytest.raises(NothingMatchedError, match="nothing"):
             pack_model(tiny(), modules_to_not_convert=["model"])
 
-    def test_importance(self):
+    def test_statistics(self):
         counts = torch.ones(32)
         counts[0] = 1000
-        plain, counted = (
-            pack_model(tiny(), 4, importance=importance)
-            for importance in (None, {"model.layers.1.mlp": counts})
-        )
-        assert torch.equal(plain.model.layers[0].mlp.look, counted.model.layers[0].mlp.look)
-        assert not torch.equal(plain.model.layers[1].mlp.look, counted.model.layers[1].mlp.look)
-        with pytest.raises(ConfigError, match=r"'lm_head', which is not packed"):
-            pack_model(tiny(), 4, importance={"lm_head": counts})
-        with pytest.raises(ConfigError, match=r"layers\.1\.mlp is \[3\]; expected \[32\]"):
-            pack_model(tiny(), 4, importance={"model.layers.1.mlp": counts[:3]})
+        model, plain = tiny(), pack_model(tiny(), 4, linears=6)
+        attention = [f"self_attn.{part}_proj" for part in "qkvo"]
+        names = [f"model.layers.{i}.{name}" for i in range(3) for name in (*attention, "mlp")]
+        layer = model.model.layers[1].mlp
+
+        class Given:
+            def __init__(self):
+                self.taken = []
+
+            def expect(self, inputs):
+                assert list(inputs) == [*names, "lm_head"]
+                assert inputs[names[9]] == (layer, layer.down_proj)
+                assert inputs["lm_head"] == (model.lm_head,)
+
+            def take(self, name):
+                for before in self.taken:
+                    assert isinstance(model.get_submodule(before), PlaneFFN | PlaneLinear)
+                assert not isinstance(model.get_submodule(name), PlaneFFN | PlaneLinear)
+                self.taken.append(name)
+                return [InputStatistics.of(counts.clone())] if name == names[9] else []
+
+        given = Given()
+        assert pack_model(model, 4, linears=6, statistics=given) is model
+        assert given.taken == [*names, "lm_head"]
+        a, b = plain.state_dict(), model.state_dict()
+        assert [key for key in a if not torch.equal(a[key], b[key])] == [f"{names[9]}.look"]
+
+    def test_statistics_of_other_inputs_are_refused(self):
+        linear, statistics = nn.Linear(64, 8), InputStatistics.of(torch.ones(32))
+        with pytest.raises(ConfigError, match=r"statistics are of 32 inputs; expected 64"):
+            PlaneLinear.from_linear(linear, PlaneFormat.of_bits(4), statistics)
+        layer = find_ffn_layers(tiny())[0]
+        with pytest.raises(ConfigError, match=r"statistics are of 32 inputs; expected 44"):
+            PlaneFFN.from_mlp(layer, PlaneFormat.of_bits(4), statistics, statistics)
+
+    def test_down_is_compensated_over_all_neurons(self, monkeypatch):
+        monkeypatch.setattr("sparse_runtime.ffn.plane_modules._BLOCK_ROWS", 16)
+        (layer, *_) = find_ffn_layers(tiny())
+        h = torch.randn(200, 44) @ torch.randn(44, 44)
+        statistics = InputStatistics.of(h.T @ h / 200)
+        form = PlaneFormat.of_bits(4)
+        packed = PlaneFFN.from_mlp(layer, form, None, statistics)
+        down_t = layer.down.weight.detach().T
+        expected = round_down(down_t, form, statistics).values()
+        assert torch.equal(packed.to_float().down_proj.weight.T, expected)
+        assert not torch.equal(expected, round_rows(down_t, form).values())
+        assert torch.equal(packed.look, PlaneFFN.from_mlp(layer, form).look)
 
     def test_formats(self):
         assert_same_state(pack_model(tiny(), PlaneFormat(4, 2)), pack_model(tiny(), 6))

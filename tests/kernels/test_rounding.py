@@ -8,12 +8,7 @@ import torch
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels import rounding
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.kernels.rounding import (
-    compensate_columns,
-    compensate_rows,
-    round_neurons,
-    round_rows,
-)
+from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
 
 FORMATS = [
     PlaneFormat(*bits) for bits in ((3, 0), (4, 0), (3, 2), (3, 3), (3, 4), (4, 2), (4, 3), (4, 4))
@@ -26,6 +21,11 @@ def no_warnings():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         yield
+
+
+def by(moments):
+    """Statistics of moments, which are kept."""
+    return InputStatistics.of(moments.clone())
 
 
 def randn(*shape, seed=0):
@@ -136,7 +136,7 @@ def test_importance_moves_errors_to_unimportant_columns(bits):
     importance[::9] = 1.0
     form = PlaneFormat.of_bits(bits)
     plain = round_rows(weight, form, whole=True)
-    weighted = round_rows(weight, form, importance, whole=True)
+    weighted = round_rows(weight, form, by(importance), whole=True)
 
     def costs(rounded):
         squares = (rounded.values() - weight).square()
@@ -147,10 +147,10 @@ def test_importance_moves_errors_to_unimportant_columns(bits):
     # Its unit does not matter, and columns that count alike, or not at all, count as without it.
     for factor in (1e-30, 1e30):
         assert torch.equal(
-            round_rows(weight, form, importance * factor, whole=True).hi, weighted.hi
+            round_rows(weight, form, by(importance * factor), whole=True).hi, weighted.hi
         )
     for alike in (torch.zeros(150), torch.full((150,), 1e-20)):
-        assert torch.equal(round_rows(weight, form, alike, whole=True).hi, plain.hi)
+        assert torch.equal(round_rows(weight, form, by(alike), whole=True).hi, plain.hi)
 
 
 @every_format
@@ -192,8 +192,8 @@ def test_what_is_not_finite_is_refused(dtype, bad, monkeypatch):
     weight[4, 69] = weight[6, 3] = bad
     for call in (
         lambda: round_rows(weight, PlaneFormat(4, 2)),
-        lambda: compensate_columns(weight, PlaneFormat(4, 2), torch.eye(70)),
-        lambda: compensate_rows(weight, PlaneFormat(4, 2), torch.eye(7)),
+        lambda: round_rows(weight, PlaneFormat(4, 2), by(torch.eye(70))),
+        lambda: round_down(weight, PlaneFormat(4, 2), by(torch.eye(7))),
     ):
         with pytest.raises(
             ConfigError, match=r"^2 of 490 values of a weight \[7, 70\] are NaN or "
@@ -212,7 +212,7 @@ def test_extreme_weights_stay_finite(form, dtype):
     weight[5] = (randn(96).clamp(-1, 1) * largest).to(dtype)
     weight[6], weight[7, 90], weight[8, 10] = tiny * 100, largest, tiny * 2
     importance = torch.rand(96)
-    for rounded in (round_rows(weight, form), round_rows(weight, form, importance)):
+    for rounded in (round_rows(weight, form), round_rows(weight, form, by(importance))):
         assert rounded.scales.isfinite().all()
         used = rounded.scales[rounded.scales != 0].abs()  # no denormals, which some CPUs take for 0
         assert (used >= torch.finfo(torch.bfloat16).smallest_normal).all()
@@ -242,7 +242,7 @@ def test_rows_by_rows_and_dtype_by_dtype(monkeypatch):
 @every_format
 def test_shapes(form):
     for rows, size in ((0, 65), (1, 1), (2, 63), (3, 64), (1, 65), (2, 257)):
-        rounded = round_rows(randn(rows, size), form, torch.ones(size))
+        rounded = round_rows(randn(rows, size), form, by(torch.ones(size)))
         assert rounded.hi.shape == rounded.lo.shape == (rows, size)
         assert rounded.hi.dtype == rounded.lo.dtype == torch.int8
         assert rounded.scales.shape == (rows, -(-size // 64))
@@ -250,16 +250,11 @@ def test_shapes(form):
         assert rounded.values().any() or not rows
 
 
-def test_neurons_are_rounded_row_by_row():
-    gate, up, down_t = randn(3, 6, 100)
-    importance, form = torch.rand(100) ** 4, PlaneFormat(4, 2)
-    parts = round_neurons(gate, up, down_t, form, "silu", importance).rounded()
-    for found, weight, counts in zip(
-        parts, (gate, up, down_t), (importance, importance, None), strict=True
-    ):
-        expected = round_rows(weight, form, counts)
-        assert torch.equal(found.values(), expected.values())
-        assert torch.equal(found.values(base=True), expected.values(base=True))
+def test_mean_squares_change_nothing_where_a_row_has_one_input():
+    down_t = randn(6, 100)
+    for statistics in (None, by(torch.rand(6))):
+        found = round_down(down_t, PlaneFormat(4, 2), statistics)
+        assert torch.equal(found.values(), round_rows(down_t, PlaneFormat(4, 2)).values())
 
 
 def correlated(size, seed=0):
@@ -277,10 +272,8 @@ def test_compensation_lowers_the_error_of_the_outputs(form, size):
         rest = rounded.values() - weight
         return ((rest @ moments) * rest).sum()
 
-    plain, found = (
-        round_rows(weight, form, moments.diagonal()),
-        compensate_columns(weight, form, moments),
-    )
+    plain = round_rows(weight, form, by(moments.diagonal()))
+    found = round_rows(weight, form, by(moments))
     assert torch.equal(found.scales, plain.scales)
     assert output_error(found) < 0.8 * output_error(plain)
 
@@ -291,7 +284,7 @@ def test_compensation_lowers_the_error_of_the_outputs(form, size):
         return ((moments @ rest) * rest).sum()
 
     plain, before = round_rows(rows, form), rows.clone()
-    found = compensate_rows(rows, form, moments)
+    found = round_down(rows, form, by(moments))
     assert torch.equal(found.scales, plain.scales)
     assert row_error(found) < 0.8 * row_error(plain)
     assert torch.equal(rows, before)  # the weights are not the scratch
@@ -302,7 +295,7 @@ def test_compensation_is_the_best_answer_to_what_was_rounded(form):
     """Before an input is rounded, it and the later ones minimize the error with the earlier fixed."""
     size = 70  # more than one block of the sweep
     moments, weight = correlated(size), randn(8, size)
-    found = compensate_columns(weight, form, moments)
+    found = round_rows(weight, form, by(moments))
     damped = moments.double()
     damped = damped + 0.1 * damped.diagonal().mean() * torch.eye(size)
     scales = found.scales.double().repeat_interleave(64, dim=1)[:, :size]
@@ -324,9 +317,9 @@ def test_compensation_is_the_best_answer_to_what_was_rounded(form):
 def test_inputs_that_share_nothing_have_nothing_to_compensate(form):
     weight = randn(40, 100)
     for moments in (torch.eye(100), torch.zeros(100, 100)):
-        found = compensate_columns(weight, form, moments)
+        found = round_rows(weight, form, by(moments))
         assert torch.equal(found.values(), round_rows(weight, form).values())
-    found = compensate_rows(weight, form, torch.eye(40))
+    found = round_down(weight, form, by(torch.eye(40)))
     assert torch.equal(found.values(), round_rows(weight, form).values())
 
 
@@ -335,13 +328,30 @@ def test_an_error_is_made_up_for_by_the_next_input():
     weight = torch.tensor([[0.4, 0.4, -8.0]])
     moments = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0], [0.0, 0.0, 1.0]])
     assert round_rows(weight, PlaneFormat(4)).hi.tolist() == [[0, 0, -8]]
-    assert compensate_columns(weight, PlaneFormat(4), moments).hi.tolist() == [[0, 1, -8]]
+    assert round_rows(weight, PlaneFormat(4), by(moments)).hi.tolist() == [[0, 1, -8]]
 
 
-def test_moments_that_are_not_finite_are_refused():
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+def test_moments_that_cannot_be_are_refused(bad):
     moments = torch.eye(70)
-    moments[3, 5] = float("nan")
+    moments[3, 3] = bad
+    for wrong, shape in ((moments, "70, 70"), (moments.diagonal(), "70")):
+        with pytest.raises(ConfigError, match=rf"^moments \[{shape}\] .*NaN, infinite or negative"):
+            by(wrong)
+    moments[3, 3], moments[3, 5] = 1, float("nan")
     with pytest.raises(ConfigError, match=r"moments \[70, 70\]"):
-        compensate_columns(randn(3, 70), PlaneFormat(4), moments)
-    with pytest.raises(ConfigError, match=r"moments \[70, 70\]"):
-        compensate_rows(randn(70, 3), PlaneFormat(4), moments)
+        by(moments)
+
+
+def test_statistics_hold_what_the_moments_say():
+    moments = correlated(50)
+    statistics = by(moments)
+    assert statistics.size == 50
+    assert torch.equal(statistics.mean_squares, moments.diagonal())
+    spread = statistics.spread.double()
+    assert torch.equal(spread, spread.triu())
+    damped = moments.double() + 0.1 * moments.diagonal().double().mean() * torch.eye(50)
+    torch.testing.assert_close(
+        spread.T @ spread @ damped, torch.eye(50).double(), rtol=1e-3, atol=1e-3
+    )
+    assert by(moments.diagonal()).spread is None

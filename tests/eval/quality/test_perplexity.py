@@ -81,3 +81,22 @@ def test_distance_from_a_reference(tiny_model, prompt_tokens, kept_bytes, monkey
     assert itself.mean_divergence == pytest.approx(0, abs=1e-6)
     assert itself.agreement == 1
     assert dense.mean_divergence is dense.agreement is None
+
+
+@pytest.mark.parametrize("kept_bytes", [2**30, 0])
+def test_a_packed_head_is_compared_with_the_references_own(tiny_model, monkeypatch, kept_bytes):
+    from sparse_runtime.ffn.plane_packing import pack_model
+
+    monkeypatch.setattr(perplexity_module, "_KEPT_BYTES", kept_bytes)
+    ids = tokens(64)
+    with torch.inference_mode():
+        expected = tiny_model(ids[None]).logits[0, :-1].log_softmax(-1)
+    reference = score_text(tiny_model, ids, window=64, keep=True)
+    assert (reference.head is None) == (kept_bytes > 0)
+    pack_model(tiny_model, None, linears=4, modules_to_not_convert=["layers"])
+    with torch.inference_mode():
+        found = tiny_model(ids[None]).logits[0, :-1].log_softmax(-1)
+    score = score_text(tiny_model, ids, window=64, reference=reference)
+    divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
+    assert divergence > 1e-3
+    assert score.mean_divergence == pytest.approx(divergence, rel=1e-3)

@@ -1,0 +1,265 @@
+"""Packing a model into planes with statistics of its layers' inputs, one decoder layer at a time.
+
+Each layer is rounded by what it sees in the packed model: its inputs are those that the packed layers
+before it compute. Held in memory are one hidden state per calibration token, and second moments of one
+layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from sparse_runtime.clusters.capture import not_finite
+from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_packing import pack_model
+from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.kernels.rounding import InputStatistics
+from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
+
+ModelT = TypeVar("ModelT", bound=nn.Module)
+
+
+def pack_calibrated(
+    model: ModelT,
+    windows: Tensor,
+    bits: int | PlaneFormat | None = 6,
+    *,
+    linears: int | PlaneFormat | None = None,
+    modules_to_not_convert: Sequence[str] = (),
+    compensate: bool = True,
+    progress: ProgressReporter | None = None,
+) -> ModelT:
+    """Pack a model's weights into planes in place, rounded by statistics of their inputs over text.
+
+    An interrupted or failed call after the checks leaves a model that is packed in part: load it again.
+
+    Args:
+        model: a float causal language model, in memory as a whole.
+        windows: token ids of calibration text [W, window] int64.
+        bits, linears, modules_to_not_convert: as of
+            :func:`sparse_runtime.ffn.plane_packing.pack_model`.
+        compensate: measure E[x xᵀ] and let later inputs make up for the rounding of earlier ones
+            (GPTQ, arXiv 2210.17323), which takes three float32 [K, K] and about 2·K operations a weight
+            for K inputs; else E[x²] chooses scales and codes.
+        progress: reports one unit per window and decoder layer, and those of the head.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ConfigError: there is no window.
+        ModelError: hidden states are not finite.
+        SparseRuntimeError: as ``pack_model``.
+    """
+    if windows.ndim != 2 or not windows.numel():
+        raise ConfigError(
+            f"calibration windows are {list(windows.shape)}; expected [W, window] with one at least"
+        )
+    layers = _decoder_layers(model)
+    total = (len(layers) + (linears is not None)) * len(windows)
+    with (progress or SilentProgress()).task("pack", total) as advance:
+        return pack_model(
+            model,
+            bits,
+            linears=linears,
+            modules_to_not_convert=modules_to_not_convert,
+            statistics=_ByLayer(model, layers, windows, compensate, advance),
+        )
+
+
+class _ByLayer:
+    """Measures a layer when its first module is to be packed, and what is outside of layers last."""
+
+    def __init__(
+        self, model: Any, layers: nn.ModuleList, windows: Tensor, full: bool, advance: Advance
+    ) -> None:
+        self._model, self._layers, self._windows = model, layers, windows
+        self._full, self._advance = full, advance
+        self._groups: list[dict[str, tuple[nn.Module, ...]]] = []
+        self._measures: dict[str, list[_Measure]] = {}
+        self._replay: _Replay | None = None
+
+    def expect(self, inputs: Mapping[str, tuple[nn.Module, ...]]) -> None:
+        """See :class:`sparse_runtime.ffn.plane_packing.Statistics`."""
+        owners = {id(m): n for n, layer in enumerate(self._layers) for m in layer.modules()}
+        self._groups = [{} for _ in range(len(self._layers) + 1)]
+        for name, modules in inputs.items():
+            self._groups[owners.get(id(modules[0]), len(self._layers))][name] = modules
+
+    def take(self, name: str) -> list[InputStatistics | None]:
+        """See :class:`sparse_runtime.ffn.plane_packing.Statistics`."""
+        with torch.inference_mode():
+            if self._replay is None:
+                self._replay = _Replay(self._model, self._layers, self._windows)
+            while name not in self._measures:
+                self._measure_next(self._replay)
+            return [measure.statistics() for measure in self._measures.pop(name)]
+
+    def _measure_next(self, replay: _Replay) -> None:
+        number = len(self._layers) + 1 - len(self._groups)
+        if number > 0:
+            for window in range(len(self._windows)):
+                replay.step(number - 1, window)
+        group = self._groups.pop(0)
+        with _measured(self._model, group, self._full) as self._measures:
+            for window in range(len(self._windows)):
+                if group and number < len(self._layers):
+                    replay.run(number, window)
+                elif group:
+                    replay.finish(window)
+                self._advance(1)
+
+
+class _Measure:
+    """Sum of x² or x xᵀ over tokens."""
+
+    def __init__(self, full: bool) -> None:
+        self._full = full
+        self._tokens = 0
+        self._total: Tensor | None = None
+        self._made: InputStatistics | None = None
+
+    def add(self, x: Tensor) -> None:
+        rows = x.detach().reshape(-1, x.shape[-1]).float()
+        if self._total is None:
+            shape = (rows.shape[1],) * (2 if self._full else 1)
+            self._total = rows.new_zeros(shape)
+        if self._full:
+            self._total.addmm_(rows.T, rows)
+        else:
+            self._total += rows.square().sum(0)
+        self._tokens += len(rows)
+
+    def statistics(self) -> InputStatistics | None:
+        """None where no token came."""
+        if self._total is not None:
+            total, self._total = self._total, None
+            self._made = InputStatistics.of(total.div_(self._tokens))
+        return self._made
+
+
+@contextmanager
+def _measured(
+    model: Any, inputs: Mapping[str, tuple[nn.Module, ...]], full: bool
+) -> Iterator[dict[str, list[_Measure]]]:
+    """Inside, measure the inputs of modules; those of one input share its measure."""
+    measures = {name: [_Measure(full) for _ in modules] for name, modules in inputs.items()}
+    latest: list[tuple[Tensor, _Measure]] = []
+
+    def hook(name: str, part: int) -> Any:
+        def measure(module: nn.Module, arguments: tuple[Any, ...]) -> None:
+            x = arguments[0]
+            if latest and latest[0][0] is x:  # of q, k and v
+                measures[name][part] = latest[0][1]
+                return
+            if not x.isfinite().all():
+                raise not_finite(model, f"the input of {name}")
+            measures[name][part].add(x)
+            latest[:] = [(x, measures[name][part])]
+
+        return measure
+
+    handles = [
+        module.register_forward_pre_hook(hook(name, part))
+        for name, modules in inputs.items()
+        for part, module in enumerate(modules)
+    ]
+    try:
+        yield measures
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _decoder_layers(model: Any) -> nn.ModuleList:
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList) or not len(layers):
+        raise UnsupportedArchitectureError(
+            f"the decoder of this {type(model).__name__} keeps no list named 'layers', through which "
+            "calibration text could go one layer at a time; pack it without calibration text"
+        )
+    return layers
+
+
+class _Stop(Exception):
+    """Ends a forward pass whose rest is not needed."""
+
+
+class _Replay:
+    """Runs windows through a decoder one layer at a time.
+
+    Windows of one length get the same masks and positions, so that those of the first one serve all.
+    """
+
+    def __init__(self, model: Any, layers: nn.ModuleList, windows: Tensor) -> None:
+        self._model, self._layers = model, layers
+        self._windows = windows[:, None].to(model.device)
+        self._states: list[Tensor] = []
+        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self._tuples = False
+
+        def keep(layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if layer is layers[0]:
+                self._states.append(arguments[0])
+            if len(self._arguments) == len(layers):
+                raise _Stop
+            self._arguments.append((arguments[1:], options))
+
+        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
+        try:
+            for window in self._windows:
+                with suppress(_Stop):
+                    model.get_decoder()(input_ids=window, use_cache=False)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, number: int, window: int) -> Tensor:
+        """What a layer makes of a window's hidden states [1, window, H]."""
+        arguments, options = self._arguments[number]
+        output = self._layers[number](self._states[window], *arguments, **options)
+        self._tuples = isinstance(output, tuple)
+        states: Tensor = output[0] if self._tuples else output
+        return states
+
+    def step(self, number: int, window: int) -> None:
+        """Go on to the layer's outputs."""
+        self._states[window] = self.run(number, window)
+
+    def finish(self, window: int) -> None:
+        """Run what comes after the layers, up to the output head's input."""
+        states = self._states[window]
+        last = (states,) if self._tuples else states
+        head = self._model.get_output_embeddings()
+        with _forwards(self._layers, lambda *_, **__: last):
+            handle = head.register_forward_pre_hook(_stop)
+            try:
+                with suppress(_Stop):
+                    self._model(input_ids=self._windows[window], use_cache=False)
+            finally:
+                handle.remove()
+
+
+def _stop(*_: Any) -> None:
+    raise _Stop
+
+
+@contextmanager
+def _forwards(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
+    """Inside, modules have this forward; afterwards they are what they were."""
+    # accelerate keeps a forward of its own on the instance; elsewhere there is only the class's.
+    before = [(module, module.__dict__.get("forward")) for module in modules]
+    try:
+        for module, _ in before:
+            module.__dict__["forward"] = forward
+        yield
+    finally:
+        for module, own in before:
+            module.__dict__.pop("forward")
+            if own is not None:
+                module.__dict__["forward"] = own
