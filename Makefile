@@ -98,12 +98,15 @@ bench-planes: $(STAMP)
 
 # On a machine with an NVIDIA GPU: the kernels' tests on it, tuning, and docs/benchmarks/gpu.md.
 bench-gpu: $(STAMP)
-	$(BIN)/python -m pytest -q tests/kernels/test_triton.py tests/kernels/test_triton_model.py
+	$(BIN)/python -m pytest -q tests/kernels/test_triton.py tests/kernels/test_triton_model.py \
+		tests/kernels/test_triton_planes.py tests/kernels/test_triton_plane_model.py
 	mkdir -p runs/bench
 	$(BIN)/sparse-runtime tune --shape mistral-7b
 	$(BIN)/sparse-runtime bench --shape mistral-7b --device cuda --density 0.3,0.5,0.7,1.0 \
 		--batches 1,2,4,8,16,32,64 --new-tokens 32 --repeats 20 --json runs/bench/gpu.json
-	$(BIN)/python -m sparse_runtime.eval.report.gpu_markdown docs/benchmarks/gpu.md runs/bench/gpu.json
+	$(BIN)/python -m sparse_runtime.eval.latency.gpu_planes runs/bench/gpu-planes.json
+	$(BIN)/python -m sparse_runtime.eval.report.gpu_markdown docs/benchmarks/gpu.md runs/bench/gpu.json \
+		runs/bench/gpu-planes.json
 
 # Every quality figure of README and docs/benchmarks/quality.md, and a page of plots, from nothing.
 # An artifact that is there already is used again.

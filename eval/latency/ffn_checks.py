@@ -22,7 +22,6 @@ from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 # Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
 _TOLERANCE = 0.02
-_CHECKED_TOKENS = (1, 5)
 
 
 class DenseFFN:
@@ -84,20 +83,32 @@ def drawn_tokens(states: Tensor, count: int, generator: torch.Generator) -> Tens
     return states[order.repeat(-(-count // len(order)))[:count]]
 
 
+def float_reference(module: SparseFFN, x: Tensor, ids: Tensor) -> Tensor:
+    """Outputs [n, H] for clusters [n] by the reference, of float weights."""
+    expected = sparse_ffn_reference(x, module.weights, module.tables, ids)
+    return add_compensation(expected, x, ids, module.compensation)
+
+
 def verify_outputs(
-    modules: Sequence[SparseFFN], run: Callable[[SparseFFN, Tensor], Tensor] | None = None
+    modules: Sequence[SparseFFN],
+    run: Callable[[SparseFFN, Tensor], Tensor] | None = None,
+    *,
+    reference: Callable[[SparseFFN, Tensor, Tensor], Tensor] = float_reference,
+    tokens: Sequence[int] = (1, 5),
 ) -> None:
     """Compare FFNs with the reference before anything is timed, for one token and for several.
 
     Args:
         modules: the FFNs.
         run: how they run, ``(module, hidden states [n, H]) -> outputs``; called if None.
+        reference: what they are compared with, ``(module, hidden states, clusters [n]) -> outputs``.
+        tokens: in each of the calls.
 
     Raises:
         SparseRuntimeError: the outputs are not the same.
     """
     for module in modules:
-        for count in _CHECKED_TOKENS:
+        for count in tokens:
             x = tokens_for(module, count)
             with torch.inference_mode():
                 before = module.cluster_counts.clone()
@@ -111,8 +122,7 @@ def verify_outputs(
                         f"layer {module.layer_index}, {count} tokens: none ran sparse, so there is "
                         "nothing to time; please report this"
                     )
-                expected = sparse_ffn_reference(x, module.weights, module.tables, ids).float()
-                expected = add_compensation(expected, x, ids, module.compensation)
+                expected = reference(module, x, ids).float()
             errors = (found - expected).norm(dim=-1) / expected.norm(dim=-1)
             error = errors.median().item()
             if not error < _TOLERANCE:

@@ -86,7 +86,7 @@ def bench_gpu(
     with progress.task("gpu", measurements) as advance:
         dense_steps: dict[int, dict[str, list[float]]] = {}
         for batch in decode_batches:
-            dense_steps[batch] = _time_decode(model, batch, prompt_tokens, new_tokens, "dense")
+            dense_steps[batch] = time_decode(model, batch, prompt_tokens, new_tokens, "dense")
             advance(1)
         for artifact in clusters:
             sparsify(model, artifact, config=_ALL_SPARSE)
@@ -102,7 +102,7 @@ def bench_gpu(
             unsparsify(model)
             sparsify(model, artifact, config=_DECODE)
             for batch in decode_batches:
-                seconds = dense_steps[batch] | _time_decode(
+                seconds = dense_steps[batch] | time_decode(
                     model, batch, prompt_tokens, new_tokens, "sparse"
                 )
                 medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
@@ -241,7 +241,7 @@ def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]
     return {"us": 1e6 * seconds / len(modules)}
 
 
-def _time_decode(
+def time_decode(
     model: Any, batch: int, prompt_tokens: int, new_tokens: int, name: str
 ) -> dict[str, list[float]]:
     """Seconds of decode steps with a static cache, eager and compiled with CUDA graphs."""

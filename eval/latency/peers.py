@@ -35,7 +35,13 @@ from sparse_runtime.eval.latency.bench import (
     time_prefill,
 )
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
-from sparse_runtime.eval.latency.shapes import SHAPES, random_clusters, random_model
+from sparse_runtime.eval.latency.shapes import (
+    HALF_REFINED,
+    SHAPES,
+    random_clusters,
+    random_model,
+    staged_clusters,
+)
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.files import write_json
@@ -50,8 +56,6 @@ ROUNDS = 3
 GGUF_TYPES = ("Q4_0", "Q8_0")
 _DENSITY = 0.5
 _SHAPE = "mistral-7b"
-# Of |h| of normal hidden states, the upper quartile over the median, by measurement.
-_HALF_REFINED = 3.0
 
 
 @dataclass(frozen=True)
@@ -301,16 +305,13 @@ def _time_demo_planes(python: str, _: Mapping[str, Path]) -> dict[str, Any]:
 def _time_shape_planes(bits: int, python: str, files: Mapping[str, Path]) -> dict[str, Any]:
     """All weights in planes; of the neurons some 80 % looked at, 40 % counted and 20 % refined."""
     model = random_model(_SHAPE)
-    cost = FFNCost(model.config.hidden_size, model.config.intermediate_size, 0)  # type: ignore[union-attr,arg-type]
-    looked, confirmed = 0.8, 0.5
-    density = looked * (confirmed + cost.look_bytes / cost.neuron_bytes)
-    clusters = random_clusters(model, density=density, looked=looked, confirmed=confirmed)
+    clusters = staged_clusters(model)
     pack_model(model, bits, linears=bits)
     ways = {
         f"{bits} bits": Way(fast_attention=True),
-        f"{bits} bits, sparse": Way(sparse=True, fast_attention=True, tau=_HALF_REFINED),
+        f"{bits} bits, sparse": Way(sparse=True, fast_attention=True, tau=HALF_REFINED),
         f"{bits} bits, compiled": Way(compiled=True),
-        f"{bits} bits, sparse, compiled": Way(sparse=True, compiled=True, tau=_HALF_REFINED),
+        f"{bits} bits, sparse, compiled": Way(sparse=True, compiled=True, tau=HALF_REFINED),
     }
     return bench_peers(model, clusters, _shape_peers(python, files), ways=ways)
 

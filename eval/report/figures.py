@@ -223,6 +223,26 @@ BENCH_GPU = {
 }
 
 
+_GRAPHS = ("float_graph", "rows_eager", "rows_graph", "sparse_eager", "sparse_graph")
+_STEPS = ("dense_compiled", "rows_eager", "rows_compiled", "sparse_eager", "sparse_compiled")
+#: What it shows of ``eval/latency/gpu_planes.py``.
+BENCH_GPU_PLANES = {
+    "copy_gbps": float,
+    "host": {**HOST, "gpu": str, "cuda": (str, type(None))},
+    "ffn": Rows(
+        {
+            **dict.fromkeys(("bits", "batch"), int),
+            **dict.fromkeys(("looked_at", "counted", "refined"), float),
+            **dict.fromkeys(_GRAPHS, float),
+            "rows_gbps?": float,
+            "sparse_gbps?": float,
+        },
+        least=1,
+    ),
+    "decode": Rows({"bits": int, **dict.fromkeys(_STEPS, float)}, least=1),
+}
+
+
 _SPEEDS = Rows(
     {
         "name": str,

@@ -27,6 +27,7 @@ from sparse_runtime.cli.options import (
     VerifyOption,
     WeightsOption,
     WindowOption,
+    check_stages,
     cuts,
     plane_options,
     resolve_dtype,
@@ -142,6 +143,7 @@ def evaluate(
     centroids = curves or cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    check_stages(loaded, planes)
     artifact.check_model(loaded)
     floats = _float_model(against, loaded, planes, curves)
     texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]

@@ -112,10 +112,12 @@ class PlaneLinear(PlaneModule):
         out_features: N.
         planes: records of the rows [N, R] uint8; R as of :meth:`PlaneFormat.linear_size`.
         bias: [N], or None.
+        by_fast_linear: packed by ``fast_linear``, for ``slow_linear`` to undo.
     """
 
     planes: nn.Parameter
     bias: nn.Parameter | None
+    by_fast_linear = False
 
     def __init__(self, linear: nn.Linear, form: PlaneFormat) -> None:
         """Planes of no value yet for a linear layer, whose bias and device they get."""
@@ -312,8 +314,12 @@ class PlaneFFN(PlaneModule):
             ConfigError: the input has another last dimension.
             SparseRuntimeError: a gradient is asked for.
         """
+        return self.all_neurons(hidden_states, "auto")
+
+    def all_neurons(self, hidden_states: Tensor, backend: str) -> Tensor:
+        """The same by one of ``BACKENDS``."""
         x = self._input(hidden_states, self.hidden_size)
-        return dense_plane_ffn(x, self.planes).reshape(hidden_states.shape)
+        return dense_plane_ffn(x, self.planes, backend=backend).reshape(hidden_states.shape)
 
     def extra_repr(self) -> str:
         """Sizes, activation and format."""

@@ -124,7 +124,12 @@ class SparsePlaneFFN(SparseFFN):
 
     def all_rows(self, x: Tensor) -> Tensor:
         """All neurons with all bits: [n, H] of hidden states [n, H]."""
-        return dense_plane_ffn(x, self.planes)
+        return dense_plane_ffn(x, self.planes, backend=self.backend)
+
+    def dense(self, hidden_states: Tensor) -> Tensor:
+        """All neurons with all bits, by the backend in use: [..., H] of hidden states [..., H]."""
+        backend = "auto" if self.backend == "dense" else self.backend
+        return self._owner_ffn.all_neurons(hidden_states, backend)
 
     # What it is derived from
 

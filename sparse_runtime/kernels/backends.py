@@ -89,6 +89,7 @@ def triton_problem(device: torch.device, dtype: torch.dtype) -> str | None:
         return _wrong_dtype(dtype)
     try:
         module = importlib.import_module("sparse_runtime.kernels.triton.ffn")
+        importlib.import_module("sparse_runtime.kernels.triton.plane_ffn")
     except ImportError as error:
         return f"Triton cannot be imported ({error}); pip install triton"
     if module.INTERPRETED:

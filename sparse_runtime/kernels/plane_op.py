@@ -2,18 +2,25 @@
 
 Kernels read what a token needs of the planes. From some number of tokens on, unpacking blocks of rows
 to floats, once for all tokens, and multiplying those is faster.
+
+``backend`` is one of ``BACKENDS``: ``auto`` takes the kernels of the device, or PyTorch with a warning
+where they cannot run; another one that cannot run is an error.
 """
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparse_runtime.errors import BackendUnavailableError
+from sparse_runtime.kernels.backends import resolve_backend
 from sparse_runtime.kernels.bitmaps import unpack_bits
-from sparse_runtime.kernels.cpu.library import load_cpu_library
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
@@ -25,14 +32,21 @@ from sparse_runtime.kernels.plane_reference import plane_ffn_reference
 from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, linear_parts
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, add_compensation, routed_ids
 
-#: Up to so many tokens the CPU kernels compute rows from planes.
-MAX_KERNEL_TOKENS = 8
-# Rows that are unpacked at a time: they stay in the cache until they are multiplied.
-_BLOCK_ROWS = 512
+#: Up to so many tokens kernels compute rows from planes. Matrix units of a GPU take 16 at a time, so
+#: that fewer cost as much; from where on unpacking is faster there has not been measured.
+MAX_KERNEL_TOKENS = {"cpu": 8, "triton": 16}
+# Rows that are unpacked at a time: on a CPU they stay in the cache until they are multiplied, on a GPU
+# they are enough for all its processors.
+_BLOCK_ROWS = {"cpu": 512, "triton": 4096, "reference": 512}
 
 
 def plane_linear(
-    x: Tensor, records: Tensor, form: PlaneFormat, bias: Tensor | None = None
+    x: Tensor,
+    records: Tensor,
+    form: PlaneFormat,
+    bias: Tensor | None = None,
+    *,
+    backend: str = "auto",
 ) -> Tensor:
     """A linear layer over rows in planes.
 
@@ -41,29 +55,44 @@ def plane_linear(
         records: of the layer's rows [N, R] uint8 (``kernels/planes.py``).
         form: their format.
         bias: [N] of x's dtype, or None.
+        backend: see above.
 
     Returns:
         [n, N] of x's dtype.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run, and is not ``auto``.
     """
-    if x.shape[0] <= MAX_KERNEL_TOKENS and _has_kernels(x):
-        result: Tensor = torch.ops.sparse_runtime.cpu_plane_linear.default(
-            x if x.stride(-1) == 1 else x.contiguous(), records, form.base, form.residual, bias
-        )
+    backend = _kernels(backend, x)
+    ops = torch.ops.sparse_runtime
+    if _are_few(x, backend):
+        operation = ops.cpu_plane_linear if backend == "cpu" else ops.triton_plane_linear
+        result: Tensor = operation.default(_by_rows(x), records, form.base, form.residual, bias)
         return result
     parts = []
-    for block in records.split(_BLOCK_ROWS):
+    for block in records.split(_BLOCK_ROWS[backend]):
         base, residual, scales = linear_parts(block, form, x.shape[1])
-        parts.append(F.linear(x, _values(base, residual, scales, form, x)))
+        parts.append(F.linear(x, _values(base, residual, scales, form, x, backend)))
     output = torch.cat(parts, dim=1)
     return output if bias is None else output + bias
 
 
-def dense_plane_ffn(x: Tensor, planes: NeuronPlanes) -> Tensor:
-    """All neurons with all their bits: y [n, H] of hidden states x [n, H], of x's dtype."""
-    if x.shape[0] <= MAX_KERNEL_TOKENS and _has_kernels(x):
-        return _cpu_plane_ffn(x, planes)
+def dense_plane_ffn(x: Tensor, planes: NeuronPlanes, *, backend: str = "auto") -> Tensor:
+    """All neurons with all their bits: y [n, H] of hidden states x [n, H], of x's dtype.
+
+    Raises:
+        BackendUnavailableError: the backend cannot run, and is not ``auto``.
+    """
+    backend = _kernels(backend, x)
+    if _are_few(x, backend):
+        if backend == "cpu":
+            return _staged(torch.ops.sparse_runtime.cpu_plane_ffn.default, x, planes)
+        result: Tensor = torch.ops.sparse_runtime.triton_dense_plane_ffn.default(
+            *_flattened(x, planes)
+        )
+        return result
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for gate, up, down in _blocks(x, planes):
+    for gate, up, down in _blocks(x, planes, backend):
         h = ACTIVATION_FUNCTIONS[planes.activation](F.linear(x, gate)) * F.linear(x, up)
         output += h @ down
     return output.to(x.dtype)
@@ -92,16 +121,17 @@ def routed_plane_ffn(
         compensation: of x's dtype.
         counters: every call adds to them; ``rows`` are neurons counted, looked at and refined
             [3] int64.
-        backend: ``cpu`` or ``reference``.
+        backend: ``cpu``, ``triton`` or ``reference``, one that can run.
         cluster_ids: [n] int64, instead of the router's.
 
     Returns:
         y [n, H] of x's dtype.
     """
-    if backend == "cpu":
-        return _cpu_plane_ffn(
-            x, planes, tables, stages, router, compensation, counters, cluster_ids=cluster_ids
-        )
+    if backend != "reference":
+        ops = torch.ops.sparse_runtime
+        operation = ops.cpu_plane_ffn if backend == "cpu" else ops.triton_plane_ffn
+        objects = (tables, stages, router, compensation, counters)
+        return _staged(operation.default, x, planes, *objects, cluster_ids=cluster_ids)
     ids = routed_ids(x, router) if cluster_ids is None else cluster_ids
     counters.clusters.scatter_add_(0, ids, torch.ones_like(ids))
     candidates = unpack_bits(tables.active_sets[ids], planes.look.shape[0])
@@ -109,7 +139,8 @@ def routed_plane_ffn(
     return add_compensation(output, x, ids, compensation)
 
 
-def _cpu_plane_ffn(
+def _staged(
+    operation: Any,
     x: Tensor,
     planes: NeuronPlanes,
     tables: ClusterTables | None = None,
@@ -120,14 +151,8 @@ def _cpu_plane_ffn(
     *,
     cluster_ids: Tensor | None = None,
 ) -> Tensor:
-    result: Tensor = torch.ops.sparse_runtime.cpu_plane_ffn.default(
-        x if x.stride(-1) == 1 else x.contiguous(),
-        planes.look,
-        planes.count,
-        planes.refine,
-        planes.format.base,
-        planes.format.residual,
-        planes.activation,
+    result: Tensor = operation(
+        *_flattened(x, planes),
         tables.active_sets if tables else None,
         cluster_ids,
         router.down if router else None,
@@ -142,35 +167,72 @@ def _cpu_plane_ffn(
         counters.rows if counters else x.new_zeros(3, dtype=torch.int64),
         compensation.correction_down if compensation else None,
         compensation.correction_up if compensation else None,
+        *(() if counters is None or counters.programs is None else (counters.programs,)),
     )
     return result
 
 
-def _has_kernels(x: Tensor) -> bool:
-    return x.device.type == "cpu" and _is_loaded()
+def _flattened(x: Tensor, planes: NeuronPlanes) -> tuple[Any, ...]:
+    form = planes.format
+    streams = (planes.look, planes.count, planes.refine)
+    return (_by_rows(x), *streams, form.base, form.residual, planes.activation)
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _are_few(x: Tensor, backend: str) -> bool:
+    return backend != "reference" and x.shape[0] <= MAX_KERNEL_TOKENS[backend]
+
+
+def _kernels(name: str, x: Tensor) -> str:
+    """``cpu``, ``triton`` or ``reference``: whose kernels run for inputs."""
+    return name if name == "reference" else _kernels_on(name, x.device, x.dtype)
 
 
 @torch.compiler.assume_constant_result
-def _is_loaded() -> bool:
-    return load_cpu_library()  # which torch.compile cannot trace
+def _kernels_on(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    return _resolved(name, device, dtype)  # which torch.compile cannot trace
 
 
-def _blocks(x: Tensor, planes: NeuronPlanes) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+@functools.cache
+def _resolved(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if name != "auto":
+        return resolve_backend(name, device, dtype, strict=True)
+    # Weights in planes have no other way to be fast: the slowest kernels are better than none.
+    name = "cpu" if device.type == "cpu" else "triton"
+    try:
+        return resolve_backend(name, device, dtype, strict=True)
+    except BackendUnavailableError as error:
+        if device.type != "meta":
+            warnings.warn(f"weights in planes are unpacked in each call: {error}", stacklevel=2)
+        return "reference"
+
+
+def _blocks(
+    x: Tensor, planes: NeuronPlanes, backend: str
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Gate, up and down of some rows at a time, of x's dtype."""
-    for first in range(0, planes.look.shape[0], _BLOCK_ROWS):
-        gate, up, down = planes.parts(slice(first, first + _BLOCK_ROWS))
+    rows = _BLOCK_ROWS[backend]
+    for first in range(0, planes.look.shape[0], rows):
+        gate, up, down = planes.parts(slice(first, first + rows))
         yield (
-            _values(*gate, planes.format, x),
-            _values(*up, planes.format, x),
-            _values(*down, planes.format, x),
+            _values(*gate, planes.format, x, backend),
+            _values(*up, planes.format, x, backend),
+            _values(*down, planes.format, x, backend),
         )
 
 
-def _values(base: Tensor, residual: Tensor, scales: Tensor, form: PlaneFormat, x: Tensor) -> Tensor:
+def _values(
+    base: Tensor, residual: Tensor, scales: Tensor, form: PlaneFormat, x: Tensor, backend: str
+) -> Tensor:
     """Values [rows, K] of x's dtype, for inputs [n, K]."""
-    if _has_kernels(x):
-        result: Tensor = torch.ops.sparse_runtime.cpu_plane_values.default(
-            base, residual, scales, form.base, form.residual, x.shape[1], x.new_empty(0)
-        )
-        return result
-    return Rounded.unpack(base, residual, scales, form, x.shape[1]).values().to(x.dtype)
+    if backend == "reference":
+        return Rounded.unpack(base, residual, scales, form, x.shape[1]).values().to(x.dtype)
+    ops = torch.ops.sparse_runtime
+    operation = ops.cpu_plane_values if backend == "cpu" else ops.triton_plane_values
+    result: Tensor = operation.default(
+        base, residual, scales, form.base, form.residual, x.shape[1], x.new_empty(0)
+    )
+    return result

@@ -1,7 +1,8 @@
 """Compile every Triton kernel for a card that need not be there; run by test_triton_compiles.py.
 
-python compile_triton.py CAPABILITY [DTYPE…], such as 90 bf16. Prints a line for each kernel and
-version: name, dtype, bytes of machine code, loads of 16 bytes.
+python compile_triton.py floats|planes CAPABILITY [DTYPE…], such as floats 90 bf16. Prints a line for
+each kernel and version: name, H where it is compiled in or 0, dtype, bytes of machine code, loads of 16
+bytes.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_runtime.kernels.triton import kernels
+from sparse_runtime.kernels.triton import kernels, plane_kernels
 from sparse_runtime.kernels.triton.config import TritonConfig
 
 CONFIG = TritonConfig()
@@ -21,8 +22,11 @@ POINTERS = {
     "ids": "*i64", "cluster_counts": "*i64", "row_counts": "*i64", "rows": "*i32", "count": "*i32",
     "counters": "*i32", "counter": "*i32", "projected": "*fp32", "partial": "*fp32",
     "factors": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "low_bit": "*u8", "member": "*u8",
+    "finer_parts": "*fp32", "look": "*u8", "count_records": "*u8", "refine": "*u8", "records": "*u8",
+    "tau": "fp32", "width": "fp32",
 }  # fmt: skip
-INTEGERS = ("H", "K", "n", "neurons", "set_bytes", "record_bytes", "total")
+INTEGERS = ("H", "K", "n", "neurons", "set_bytes", "record_bytes", "total", "num_rows",
+            "base_stride", "rest_stride", "scales_stride")  # fmt: skip
 
 
 def variants(**choices):
@@ -47,6 +51,34 @@ LOOK = [
 ]
 FINISH = {"BIASED": True, "CORRECTION": 16}
 MANY = {"TOKENS": 16, "WIDEN": False, "BLOCK_R": CONFIG.many_rows}
+# Planes: one token and several, Mistral's rows and rows whose last unit has two groups.
+PLANES = [
+    {"H": size, "BASE": base, "RESIDUAL": residual, "TOKENS": tokens, "PRECISION": "tf32"}
+    for size, base, residual, tokens in ((4096, 3, 2, 1), (4096, 4, 2, 16), (896, 4, 4, 1))
+]
+PLANE_KERNELS = {
+    "plane_gate_up_kernel": [
+        {
+            **plane, "ACTIVATION": "silu", "CLUSTERED": staged, "STAGED": staged, "RAMP": staged,
+            "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
+        }
+        for plane, staged in zip([*PLANES, PLANES[0]], [True, True, True, False], strict=True)
+    ],
+    "plane_down_kernel": [
+        {
+            **plane, **FINISH, "LISTED": plane["TOKENS"] == 1, "SPLITS": CONFIG.down_splits,
+            "BLOCK_R": 2 * CONFIG.down_rows,
+        }
+        for plane in PLANES
+    ],
+    "plane_linear_kernel": [
+        {**plane, "BIASED": True, "BLOCK_R": CONFIG.many_rows, "UNITS": 2} for plane in PLANES
+    ],
+    "plane_values_kernel": [
+        {name: plane[name] for name in ("H", "BASE", "RESIDUAL")} | {"BLOCK_R": 16}
+        for plane in PLANES
+    ],
+}  # fmt: skip
 KERNELS = {
     "list_kernel": [{"COUNTED": True}],
     "route_kernel": ROUTE,
@@ -69,34 +101,35 @@ KERNELS = {
 
 
 def compile_kernel(name, constants, dtype, target):
-    kernel = getattr(kernels, name)
-    one_token = name.endswith("one_kernel")
+    kernel = getattr(plane_kernels if name in PLANE_KERNELS else kernels, name)
+    wide = name in PLANE_KERNELS or name.endswith("one_kernel")
     signature, attributes = {}, {}
     for position, parameter in enumerate(kernel.arg_names):
         if parameter in constants:
             signature[parameter] = "constexpr"
             continue
         kind = POINTERS.get(parameter, f"*{dtype}")
-        if parameter == "activations" and one_token:
+        if parameter == "activations" and wide:
             kind = "*fp32"
         signature[parameter] = "i32" if parameter in INTEGERS else kind
         # As at Mistral's shape: pointers and sizes are multiples of 16.
-        if parameter not in ("n", "total", "counters", "counter"):
+        if parameter not in ("n", "total", "counters", "counter", "tau", "width"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
     return triton.compile(source, target=target)
 
 
 def main():
-    target = GPUTarget("cuda", int(sys.argv[1]), 32)
-    for dtype in sys.argv[2:] or ["bf16"]:
-        for name, versions in KERNELS.items():
+    weights, capability, *dtypes = sys.argv[1:]
+    target = GPUTarget("cuda", int(capability), 32)
+    for dtype in dtypes or ["bf16"]:
+        for name, versions in (PLANE_KERNELS if weights == "planes" else KERNELS).items():
             for constants in versions:
                 compiled = compile_kernel(name, constants, dtype, target)
                 loads = re.findall(
                     r"ld\.global[.\w:]*\.v4\.b32|cp\.async\.cg.*, 0x10", compiled.asm["ptx"]
                 )
-                print(name, dtype, len(compiled.asm["cubin"]), len(loads))
+                print(name, constants.get("H", 0), dtype, len(compiled.asm["cubin"]), len(loads))
 
 
 if __name__ == "__main__":

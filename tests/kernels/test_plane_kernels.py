@@ -195,7 +195,7 @@ def test_values_are_those_of_the_codes(isa, form, size):
         for dtype in TOLERANCE:
             # More tokens than the kernels take have the rows unpacked; a unit matrix shows them.
             values = plane_linear(
-                torch.eye(max(size, MAX_KERNEL_TOKENS + 1), size, dtype=dtype), records, form
+                torch.eye(max(size, MAX_KERNEL_TOKENS["cpu"] + 1), size, dtype=dtype), records, form
             )
             assert torch.equal(values[:size], rows.values().to(dtype).T)
 

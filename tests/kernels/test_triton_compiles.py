@@ -32,15 +32,15 @@ def compiled(tmp_path, *arguments):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     return [
-        (name, dtype, int(size), int(loads))
-        for name, dtype, size, loads in map(str.split, run.stdout.splitlines())
+        (name, int(row), dtype, int(size), int(loads))
+        for name, row, dtype, size, loads in map(str.split, run.stdout.splitlines())
     ]
 
 
 def test_hopper(tmp_path):
-    lines = compiled(tmp_path, "90", "bf16")
+    lines = compiled(tmp_path, "floats", "90", "bf16")
     assert {name for name, *_ in lines} == READERS | {"list_kernel", "look_kernel"}
-    for name, _, size, loads in lines:
+    for name, _, _, size, loads in lines:
         assert size > 1000, name
         assert loads > 0 or name not in READERS, f"{name} does not read 16 bytes at a time"
 
@@ -48,5 +48,18 @@ def test_hopper(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("capability", ["80", "89", "100", "120"])
 def test_other_cards_and_dtypes(tmp_path, capability):
-    lines = compiled(tmp_path, capability, "bf16", "fp16", "fp32")
-    assert {dtype for _, dtype, *_ in lines} == {"bf16", "fp16", "fp32"}
+    lines = compiled(tmp_path, "floats", capability, "bf16", "fp16", "fp32")
+    assert {dtype for _, _, dtype, *_ in lines} == {"bf16", "fp16", "fp32"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", ["80", "90", "120"])
+def test_planes(tmp_path, capability):
+    lines = compiled(tmp_path, "planes", capability, "bf16")
+    assert {name for name, *_ in lines} == {
+        "plane_gate_up_kernel", "plane_down_kernel", "plane_linear_kernel", "plane_values_kernel"
+    }  # fmt: skip
+    for name, row, _, size, loads in lines:
+        assert size > 1000, name
+        # Records of other rows are at multiples of fewer bytes.
+        assert loads > 0 or row != 4096, f"{name} does not read 16 bytes at a time"

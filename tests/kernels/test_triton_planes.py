@@ -18,6 +18,7 @@ from sparse_runtime.kernels.planes import (
     NeuronPlanes,
     PlaneFormat,
     Rounded,
+    linear_parts,
     pack_linear,
     pack_neurons,
 )
@@ -166,15 +167,16 @@ def test_given_clusters(row):
     assert y.any() == expected.any()
 
 
-@pytest.mark.parametrize("n", [1, 6])
-@pytest.mark.parametrize("stages", [None, (2.0, 0.5)])
-@pytest.mark.parametrize("form", [PlaneFormat(4), PlaneFormat(3, 3)], ids=str)
-def test_all_neurons(n, stages, form):
-    given = case(n, (136, 53), form, stages=stages)
-    expected, numbers = given.expected()
-    y, counts, clusters = given.run(sets=None, cluster_ids=None)
-    assert counts == numbers
-    assert not any(clusters)
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("n", [1, 6, 20])
+def test_all_neurons(n, form):
+    given = case(n, (136, 53), form, stages=None)
+    expected, _ = given.expected()
+    planes = given.planes
+    arguments = moved(
+        given.x, planes.look, planes.count, planes.refine, form.base, form.residual, "silu"
+    )
+    y = torch.ops.sparse_runtime.triton_dense_plane_ffn(*arguments)
     assert_close(y, expected, torch.float32)
 
 
@@ -295,6 +297,45 @@ def test_linear_of_many_tokens():
     assert operation(*moved(x[:0], pack_linear(weight), 3, 2, None)).shape == (0, 5)
 
 
+@pytest.mark.parametrize("form", FORMATS, ids=str)
+@pytest.mark.parametrize("size", [33, 130, 256, 448, 1100])
+def test_values_are_those_of_the_codes(form, size):
+    """To the last bit: also of rows that lie apart."""
+    rows = rounded(9, size, form, torch.Generator().manual_seed(3))
+    parts = linear_parts(pack_linear(rows).to(DEVICE), form, size)
+    for dtype in ROUNDING:
+        y = torch.ops.sparse_runtime.triton_plane_values(
+            *parts, form.base, form.residual, size, torch.empty(0, dtype=dtype, device=DEVICE)
+        )
+        expected = rows.values().to(dtype)
+        if DEVICE == "cpu" and dtype == torch.bfloat16:  # which the interpreter cuts off
+            expected = (rows.values().view(torch.int32) & -(2**16)).view(torch.float32).to(dtype)
+        assert torch.equal(y.cpu(), expected)
+
+
+def test_no_rows():
+    rows = rounded(4, 70, PlaneFormat(4), torch.Generator().manual_seed(3))
+    parts = linear_parts(pack_linear(rows)[:0].to(DEVICE), PlaneFormat(4), 70)
+    like = torch.empty(0, device=DEVICE)
+    operation = torch.ops.sparse_runtime.triton_plane_values
+    assert operation(*parts, 4, 0, 70, like).shape == (0, 70)
+
+
+def test_streams_need_not_be_contiguous():
+    given = case(1, (128, 24), PlaneFormat(4, 2))
+    y, counts, _ = given.run()
+
+    def spread(stream):
+        return torch.cat([stream, stream.new_zeros(len(stream), 6)], 1)[:, : stream.shape[1]]
+
+    p = given.planes
+    streams = (spread(p.look), spread(p.count), spread(p.refine))
+    given.planes = NeuronPlanes(*streams, p.format, p.hidden_size, p.activation)
+    apart, apart_counts, _ = given.run()
+    assert torch.equal(apart, y)
+    assert apart_counts == counts
+
+
 def test_registration():
     """What is changed is declared, and outputs without data have the right shape."""
     given = case(2, (40, 20), PlaneFormat(3, 2))
@@ -302,8 +343,13 @@ def test_registration():
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(plane_ffn.triton_plane_ffn, given.arguments, test_utils=checks)
     weight = rounded(5, 40, PlaneFormat(3, 2), torch.Generator().manual_seed(0))
-    arguments = moved(given.x, pack_linear(weight), 3, 2, None)
+    records = pack_linear(weight)
+    arguments = moved(given.x, records, 3, 2, None)
     torch.library.opcheck(plane_ffn.triton_plane_linear, arguments, test_utils=checks)
+    torch.library.opcheck(plane_ffn.triton_dense_plane_ffn, given.arguments[:7], test_utils=checks)
+    parts = linear_parts(records, PlaneFormat(3, 2), 40)
+    arguments = moved(*parts, 3, 2, 40, torch.empty(0))
+    torch.library.opcheck(plane_ffn.triton_plane_values, arguments, test_utils=checks)
 
 
 @pytest.mark.skipif(DEVICE == "cpu", reason="needs a GPU")

@@ -6,14 +6,15 @@ As in ``ffn.py``, without host synchronization, and in three launches for any nu
 
 A program looks at some neurons and refines those of them that matter most at once: their sums so far
 are in its registers. A row that any of several tokens needs is read once for all. One token's neurons
-are listed before down.
+are listed before down. All neurons, without clusters, take the last two launches, and one that clears
+their counters.
 
 No block size has been measured on a GPU for these kernels: they take those of the bfloat16 kernels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,10 +28,13 @@ from sparse_runtime.kernels.triton.ffn import (
     _LOOK_COUNTER,
     MAX_TOKENS,
     _Call,
+    num_counters,
 )
 
 # Lanes of a unit and outputs of a unit: 4 groups of 64, in 4 code vectors.
 _UNIT_SIZE = 256
+# Rows that a program unpacks: from 16 on the compiler loads 16 bytes at a time.
+_VALUE_ROWS = 16
 
 
 @torch.library.custom_op(
@@ -45,7 +49,7 @@ def triton_plane_ffn(
     base: int,
     residual: int,
     activation: str,
-    sets: Tensor | None,
+    sets: Tensor,
     cluster_ids: Tensor | None,
     router_down: Tensor | None,
     router_up: Tensor | None,
@@ -54,8 +58,8 @@ def triton_plane_ffn(
     tau: float,
     width: float,
     cluster_bias: Tensor | None,
-    cluster_counts: Tensor | None,
-    row_counts: Tensor | None,
+    cluster_counts: Tensor,
+    row_counts: Tensor,
     correction_down: Tensor | None,
     correction_up: Tensor | None,
     counters: Tensor,
@@ -66,23 +70,23 @@ def triton_plane_ffn(
 
     Args:
         x: hidden states [n, H], bfloat16, float16 or float32.
-        look: records [I, ·] uint8, contiguous, as the next two.
+        look: records [I, ·] uint8.
         count: records [I, ·] uint8.
         refine: records [I, ·] uint8; of no width without a residual.
         base: bits of base planes.
         residual: bits of residual planes.
         activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
-        sets: bitmaps of candidates [K, ⌈I/8⌉] uint8; None: all neurons, and no clusters.
-        cluster_ids: [n] int64, instead of the router's; None without ``sets``.
+        sets: bitmaps of candidates [K, ⌈I/8⌉] uint8.
+        cluster_ids: [n] int64, instead of the router's.
         router_down: [r, H] of x's dtype, or None for a linear router.
-        router_up: [K, r], or [K, H]; None without a router.
-        router_bias: [K]; None without a router.
+        router_up: [K, r], or [K, H]; None with ``cluster_ids``.
+        router_bias: [K]; None with ``cluster_ids``.
         factors: [I] float32; None: every candidate is refined whole.
         tau: a neuron is refined beyond.
         width: of the ramp.
-        cluster_bias: [K, H], or None, as without ``sets``.
-        cluster_counts: incremented for every token [K] int64, or None.
-        row_counts: incremented by neurons counted, looked at and refined [3] int64, or None.
+        cluster_bias: [K, H], or None.
+        cluster_counts: incremented for every token [K] int64.
+        row_counts: incremented by neurons counted, looked at and refined [3] int64.
         correction_down: [c, H] or None, as the next.
         correction_up: [c, H].
         counters: :func:`sparse_runtime.kernels.triton.ffn.num_counters` zeros, int32; calls that may
@@ -91,29 +95,52 @@ def triton_plane_ffn(
     Returns:
         [n, H], dtype of x.
     """
-    outputs = []
-    parts = x.contiguous().split(_part(x))
-    ids_of_parts: Sequence[Tensor | None] = [None] * len(parts)
-    if cluster_ids is not None:
-        ids_of_parts = cluster_ids.split(_part(x))
-    for tokens, ids in zip(parts, ids_of_parts, strict=True):
-        call = _PlaneCall(tokens, (look, count, refine), (base, residual), sets, activation)
-        call.counts, call.counters, call.bias = row_counts, counters, cluster_bias
+    streams = (look, count, refine)
+    given = () if cluster_ids is None else cluster_ids.contiguous().split(_part(x))
+    ids_of_parts = iter(given)
+
+    def compute(tokens: Tensor) -> Tensor:
+        call = _PlaneCall(tokens, streams, (base, residual), activation, counters, sets)
+        call.counts, call.bias = row_counts, cluster_bias
         call.correction = None if correction_down is None else (correction_down, correction_up)
-        with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
-            if sets is None or ids is not None:
-                call.take(ids, cluster_counts)
-            else:
-                assert router_up is not None
-                assert router_bias is not None
-                if cluster_counts is None:
-                    cluster_counts = x.new_zeros(len(sets), dtype=torch.int64)
-                call.route(router_down, router_up, router_bias, cluster_counts)
-            outputs.append(call.compute_stages(factors, tau, width))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        if cluster_ids is not None:
+            call.take(next(ids_of_parts), cluster_counts)
+        else:
+            assert router_up is not None
+            assert router_bias is not None
+            call.route(router_down, router_up, router_bias, cluster_counts)
+        return call.compute_stages(factors, tau, width)
+
+    return _in_parts(x, compute)
 
 
 @triton_plane_ffn.register_fake
+def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("sparse_runtime::triton_dense_plane_ffn", mutates_args=())
+def triton_dense_plane_ffn(
+    x: Tensor,
+    look: Tensor,
+    count: Tensor,
+    refine: Tensor,
+    base: int,
+    residual: int,
+    activation: str,
+) -> Tensor:
+    """All neurons with all their bits: the first arguments, and the result, of the operation above."""
+    counters = torch.zeros(num_counters(x.shape[1]), dtype=torch.int32, device=x.device)
+    streams = (look, count, refine)
+
+    def compute(tokens: Tensor) -> Tensor:
+        call = _PlaneCall(tokens, streams, (base, residual), activation, counters, None)
+        return call.compute_stages(None, 1.0, 0.0)
+
+    return _in_parts(x, compute)
+
+
+@triton_dense_plane_ffn.register_fake
 def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -126,7 +153,7 @@ def triton_plane_linear(
 
     Args:
         x: inputs [n, K], bfloat16, float16 or float32.
-        records: of the layer's rows [N, ·] uint8, contiguous.
+        records: of the layer's rows [N, ·] uint8.
         base: bits of base planes.
         residual: bits of residual planes.
         bias: [N] of x's dtype, or None.
@@ -136,7 +163,7 @@ def triton_plane_linear(
     """
     # Nothing is measured for the shape of a linear layer.
     config = _FORCED[-1] if _FORCED else TritonConfig()
-    rows, size = records.shape[0], x.shape[1]
+    rows, size, records = records.shape[0], x.shape[1], records.contiguous()
     y = x.new_empty(x.shape[0], rows)
     part = _part(x)
     for tokens, outputs in zip(x.contiguous().split(part), y.split(part), strict=True):
@@ -158,31 +185,82 @@ def _(x: Tensor, records: Tensor, *unused: object, **also_unused: object) -> Ten
     return x.new_empty(x.shape[0], records.shape[0])
 
 
+@torch.library.custom_op("sparse_runtime::triton_plane_values", mutates_args=())
+def triton_plane_values(
+    base_planes: Tensor,
+    residual_planes: Tensor,
+    scales: Tensor,
+    base: int,
+    residual: int,
+    length: int,
+    like: Tensor,
+) -> Tensor:
+    """What rows in planes stand for.
+
+    Args:
+        base_planes: [rows, ·] uint8, as the next two; bytes of a row lie side by side, and rows may
+            be apart.
+        residual_planes: of no width without a residual.
+        scales: bytes of the scales.
+        base: bits of base planes.
+        residual: bits of residual planes.
+        length: weights of a row.
+        like: of the dtype of the result.
+
+    Returns:
+        [rows, length] of the dtype of ``like``.
+    """
+    rows = len(base_planes)
+    y = like.new_empty(rows, length)
+    if y.numel() == 0:
+        return y
+    with torch.cuda.device_of(y):
+        grid = -(-rows // _VALUE_ROWS), -(-length // _UNIT_SIZE)
+        plane_kernels.plane_values_kernel[grid](
+            base_planes, residual_planes, scales, y, rows,
+            base_planes.stride(0), residual_planes.stride(0), scales.stride(0),
+            H=length, BASE=base, RESIDUAL=residual, BLOCK_R=_VALUE_ROWS,
+        )  # fmt: skip
+    return y
+
+
+@triton_plane_values.register_fake
+def _(
+    base_planes: Tensor,
+    residual_planes: Tensor,
+    scales: Tensor,
+    base: int,
+    residual: int,
+    length: int,
+    like: Tensor,
+) -> Tensor:
+    return like.new_empty(len(base_planes), length)
+
+
 class _PlaneCall(_Call):
-    """One call's tensors, with streams of records as weights."""
+    """One call's tensors, with streams of records as weights; without sets, of all neurons."""
 
     def __init__(
         self,
         x: Tensor,
         streams: tuple[Tensor, Tensor, Tensor],
         bits: tuple[int, int],
-        sets: Tensor | None,
         activation: str,
+        counters: Tensor,
+        sets: Tensor | None,
     ) -> None:
-        look, count, refine = streams
+        look, count, refine = (stream.contiguous() for stream in streams)
         bitmaps = look if sets is None else sets
         super().__init__(x, look, count, refine, bitmaps, activation, None, None, None)
         # Neurons are listed after a look, not by the router.
         self.look = (bitmaps, look, look)
-        self.clustered = sets is not None
+        self.clustered, self.counters = sets is not None, counters
         self.format = {"H": self.hidden_size, "BASE": bits[0], "RESIDUAL": bits[1]}
 
-    def take(self, cluster_ids: Tensor | None, cluster_counts: Tensor | None) -> None:
-        """Take clusters as given, if there are any."""
-        if cluster_ids is not None:
-            self.assign(cluster_ids.contiguous())
-            if cluster_counts is not None:
-                cluster_counts.scatter_add_(0, self.ids, torch.ones_like(self.ids))
+    def take(self, cluster_ids: Tensor, cluster_counts: Tensor) -> None:
+        """Take clusters as given."""
+        self.assign(cluster_ids)
+        cluster_counts.scatter_add_(0, self.ids, torch.ones_like(self.ids))
         if self.correction is not None:  # the router's kernel would have projected the tokens
             self.projected = self.x.float() @ self.correction[0].float().t()
             self.projected_rows = len(self.correction[0])
@@ -191,11 +269,10 @@ class _PlaneCall(_Call):
         """Outputs [n, H]; without factors every candidate is refined whole."""
         if self.tokens == 0:
             return torch.empty_like(self.x)
-        listed = self.tokens == 1 and (self.clustered or factors is not None)
         activations = self.x.new_empty(self.tokens, self.neurons, dtype=torch.float32)
         finer = torch.empty_like(activations) if self.format["RESIDUAL"] else activations
-        self._gate_up(activations, finer, factors, tau, width, listed=listed)
-        return self._down(activations, finer, listed=listed)
+        self._gate_up(activations, finer, factors, tau, width)
+        return self._down(activations, finer)
 
     def _gate_up(
         self,
@@ -204,8 +281,6 @@ class _PlaneCall(_Call):
         factors: Tensor | None,
         tau: float,
         width: float,
-        *,
-        listed: bool,
     ) -> None:
         config, one = self.config, self.tokens == 1
         look, _, refine = self.weights
@@ -217,12 +292,12 @@ class _PlaneCall(_Call):
             self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
             ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
-            RAMP=width > 0, LISTED=listed, COUNTED=self.counts is not None, BLOCK_I=block,
+            RAMP=width > 0, BLOCK_I=block,
             UNITS=_units(64 * config.look_groups, self.hidden_size),
             **_tokens(self.x, config.look_warps, config),
         )  # fmt: skip
 
-    def _down(self, activations: Tensor, finer: Tensor, *, listed: bool) -> Tensor:
+    def _down(self, activations: Tensor, finer: Tensor) -> Tensor:
         config, n = self.config, self.tokens
         _, count, refine = self.weights
         y, units = torch.empty_like(self.x), -(-self.hidden_size // _UNIT_SIZE)
@@ -232,10 +307,18 @@ class _PlaneCall(_Call):
         partial = self.x.new_empty(splits, n, self.hidden_size, dtype=torch.float32)
         plane_kernels.plane_down_kernel[(units, splits)](
             activations, finer, count, refine, self.rows, self.count, partial, y, *self._extras(),
-            n, self.neurons, self.projected_rows, **self.format, **self._finish(), LISTED=listed,
-            SPLITS=splits, BLOCK_R=block, **_tokens(self.x, config.down_warps, config),
+            n, self.neurons, self.projected_rows, **self.format, **self._finish(),
+            LISTED=self.clustered and n == 1, SPLITS=splits, BLOCK_R=block,
+            **_tokens(self.x, config.down_warps, config),
         )  # fmt: skip
         return y
+
+
+def _in_parts(x: Tensor, compute: Callable[[Tensor], Tensor]) -> Tensor:
+    """Outputs [n, H] of so many tokens at a time as the kernels take."""
+    with torch.cuda.device_of(x):  # Triton launches on the current device; no-op on the CPU
+        outputs = [compute(tokens) for tokens in x.contiguous().split(_part(x))]
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _part(x: Tensor) -> int:

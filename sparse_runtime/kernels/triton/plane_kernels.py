@@ -1,5 +1,3 @@
-# mypy: ignore-errors
-# (Triton's language is not Python's: parameters are tensors, pointers or constants of the compiler.)
 """The kernels over neurons in planes in Triton; ``plane_ffn.py`` launches them.
 
 The layout is that of ``kernels/planes.py``. A unit's bytes are taken as 64 *lanes*: lane
@@ -235,9 +233,8 @@ def plane_gate_up_kernel(
     x, ids, sets, factors, look, refine, activations, finer_parts, rows, count, row_counts, counter,
     n, neurons, set_bytes, tau, width,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    CLUSTERED: tl.constexpr, STAGED: tl.constexpr, RAMP: tl.constexpr, LISTED: tl.constexpr,
-    COUNTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    CLUSTERED: tl.constexpr, STAGED: tl.constexpr, RAMP: tl.constexpr, TOKENS: tl.constexpr,
+    BLOCK_I: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Look at candidates, refine those that matter most. Grid (I / BLOCK_I,).
 
@@ -282,7 +279,7 @@ def plane_gate_up_kernel(
             finer = tl.full([TOKENS, BLOCK_I], 1.0, tl.float32)
         h = tl.where(counted, h, 0.0)
         finer = tl.where(refined, finer * h, 0.0)
-        if COUNTED:
+        if CLUSTERED:
             tl.atomic_add(row_counts, tl.sum(tl.sum(counted.to(tl.int64), 1), 0))
             tl.atomic_add(row_counts + 1, tl.sum(tl.sum(mine.to(tl.int64), 1), 0))
             tl.atomic_add(row_counts + 2, tl.sum(tl.sum(refined.to(tl.int64), 1), 0))
@@ -291,7 +288,7 @@ def plane_gate_up_kernel(
     if RESIDUAL > 0:
         tl.store(finer_parts + place, finer, mask=exists)
     # Not one condition: the counter is for calls that make a list.
-    if LISTED:  # noqa: SIM102
+    if CLUSTERED and TOKENS == 1:  # noqa: SIM102
         if _is_last(counter, tl.num_programs(0)):
             _write_list(activations, rows, count, neurons, False)
 
@@ -418,3 +415,36 @@ def plane_linear_kernel(
     place = y + t[:, None] * num_rows + r[None, :]
     mask = (t < n)[:, None] & (r < num_rows)[None, :]
     tl.store(place, sums.to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_values(
+    y, base, rest, scales, r, wanted, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, U: tl.constexpr,
+):  # fmt: skip
+    """Write the values of one unit of rows r."""
+    GROUPS: tl.constexpr = (H + 63) // 64
+    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, 1, U)
+    scale = _wide(_scales(scales, wanted, unit, GROUPS, 1)) * (1 / (1 << RESIDUAL))
+    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    for c in tl.static_range(4):
+        mask = wanted[:, None] & (inside & (h + 16 * c < H))[None, :]
+        place = y + r[:, None] * H + (h + 16 * c)[None, :]
+        tl.store(place, (codes[c] * scale).to(y.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def plane_values_kernel(
+    base, rest, scales, y, num_rows, base_stride, rest_stride, scales_stride,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr,
+):  # fmt: skip
+    """Values of rows [num_rows, H]; strides in bytes. Grid (rows / BLOCK_R, units)."""
+    unit = tl.program_id(1)
+    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
+    WHOLE: tl.constexpr = (H + 63) // 64 // 4
+    U: tl.constexpr = (H + 63) // 64 % 4
+    base, rest, scales = base + r * base_stride, rest + r * rest_stride, scales + r * scales_stride
+    if unit < WHOLE:
+        _store_values(y, base, rest, scales, r, r < num_rows, unit, H, BASE, RESIDUAL, 4)
+    elif U > 0:
+        _store_values(y, base, rest, scales, r, r < num_rows, unit, H, BASE, RESIDUAL, U)

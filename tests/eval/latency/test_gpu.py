@@ -1,10 +1,11 @@
 """The GPU benchmark's and the tuner's logic, on a GPU or by Triton's interpreter without graphs."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
-from helpers import cuttable_cluster_set, random_cluster_set
+from helpers import cuttable_cluster_set, make_tiny_model, random_cluster_set
 
 from sparse_runtime import cli, recut, sparse_modules, sparsify
 from sparse_runtime.errors import ConfigError, SparseRuntimeError
@@ -18,7 +19,7 @@ if DEVICE == "cpu" and not triton_ffn.INTERPRETED:
     pytest.skip("no GPU, and TRITON_INTERPRET was not set", allow_module_level=True)
 
 from sparse_runtime.eval.latency import gpu as gpu_latency  # noqa: E402
-from sparse_runtime.eval.latency import gpu_tuning  # noqa: E402
+from sparse_runtime.eval.latency import gpu_planes, gpu_tuning  # noqa: E402
 from sparse_runtime.eval.latency.ffn_checks import verify_outputs  # noqa: E402
 from sparse_runtime.eval.report import gpu_markdown as gpu_report  # noqa: E402
 
@@ -67,11 +68,74 @@ def test_benchmark_and_its_report(model, tmp_path, monkeypatch):
     file.write_text(json.dumps(result))
     monkeypatch.setattr("sys.argv", ["gpu_report", str(document), str(file)])
     gpu_report.main()
-    text = document.read_text()
+    text, _, planes = document.read_text().partition("## Weights in planes")
+    assert "no GPU was at hand" in planes
     row = result["ffn"][0]
     assert f"| {row['cost_share']:.3f} | 1 | {row['dense_eager']:.1f} |" in text
     assert "a card, CUDA 13.0" in text
     assert "not measured" not in text.lower()
+
+
+@pytest.fixture
+def small_routers(monkeypatch):
+    small = partial(gpu_planes.staged_clusters, num_clusters=6, rank=4)
+    monkeypatch.setattr(gpu_planes, "staged_clusters", small)
+
+
+def test_planes_and_their_report(tmp_path, monkeypatch, small_routers):
+    monkeypatch.setattr(gpu_planes, "_LAYERS", 1)
+    result = gpu_planes.bench_gpu_planes(
+        lambda: make_tiny_model(num_hidden_layers=1),
+        torch.device(DEVICE),
+        bits=[5, 4],
+        batches=[1, 3],
+        prompt_tokens=4,
+        new_tokens=1,
+        repeats=1,
+    )
+    assert [(row["bits"], row["batch"]) for row in result["ffn"]] == [
+        (5, 1), (5, 3), (4, 1), (4, 3)
+    ]  # fmt: skip
+    for row in result["ffn"]:
+        assert 0 < row["refined"] < row["counted"] < row["looked_at"] < 1
+        assert ("sparse_gbps" in row) == ("rows_gbps" in row) == (row["batch"] == 1)
+    five = result["ffn"][0]
+    # Of H = 32 a look has 52 bytes, a count 26, a refinement 48; an FFN has 44 neurons.
+    assert five["rows_gbps"] == pytest.approx(44 * (52 + 26 + 48) / five["rows_graph"] / 1e3)
+    assert [row["bits"] for row in result["decode"]] == [5, 4]
+    names = ("dense_compiled", "rows_eager", "rows_compiled", "sparse_eager", "sparse_compiled")
+    assert all(row[name] > 0 for row in result["decode"] for name in names)
+
+    paths = [tmp_path / name for name in ("gpu.md", "gpu.json", "planes.json")]
+    result["host"] |= {"gpu": "a card", "cuda": "13.0"}
+    floats = {"copy_gbps": 1.0, "inputs": "noise", "route": [], "ffn": [], "host": result["host"]}
+    paths[1].write_text(json.dumps(floats))
+    paths[2].write_text(json.dumps(result))
+    monkeypatch.setattr("sys.argv", ["gpu_report", *map(str, paths)])
+    gpu_report.main()
+    text = paths[0].read_text()
+    assert f"| 5 | 1 | {five['looked_at']:.2f} | {five['counted']:.2f} |" in text
+    assert "not measured" not in text.lower()
+
+
+@pytest.mark.parametrize("sparse", [False, True], ids=["rows", "sparse"])
+def test_wrong_outputs_of_planes_are_found(sparse, monkeypatch, small_routers):
+    name = "plane_ffn_reference" if not sparse else "routed_plane_ffn"
+    real = getattr(gpu_planes, name)
+    monkeypatch.setattr(gpu_planes, name, lambda *args, **options: 1.1 * real(*args, **options))
+    with pytest.raises(SparseRuntimeError, match="layer 0, 1 tokens: the sparse FFN is"):
+        gpu_planes.bench_gpu_planes(
+            lambda: make_tiny_model(num_hidden_layers=1),
+            torch.device(DEVICE),
+            prompt_tokens=4,
+            new_tokens=1,
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="about a machine without a GPU")
+def test_planes_without_a_gpu(tmp_path):
+    with pytest.raises(SparseRuntimeError, match="torch finds no GPU; expected one"):
+        gpu_planes.main(str(tmp_path / "planes.json"))
 
 
 def test_report_without_figures(tmp_path, monkeypatch):
@@ -82,6 +146,9 @@ def test_report_without_figures(tmp_path, monkeypatch):
     assert "| dense | 352 | 3–4 | 82 | 1.00× |" in lines
     (half,) = (line for line in lines if line.startswith("| density 0.5 |"))
     assert half.split("|")[2:5] == [" 177 ", " 3 ", " 41 "]
+    # 14336 · (3328 + 1664 + 3072) bytes.
+    (packed,) = (line for line in lines if line.startswith("| 5 bits, all rows |"))
+    assert packed.split("|")[2:4] == [" 116 ", " 3 "]
     assert sum("not measured" in line for line in lines) >= 4 * (7 + 2)
     assert any("make bench-gpu" in line for line in lines)
 

@@ -11,7 +11,7 @@ inline int64_t plane_bytes(int64_t length, int bits) { return 8 * bits * plane_g
 // Most neurons of a step.
 constexpr int64_t kStepRows = kDownBlock;
 // What is decided about is read during the next step. Bytes of a step, so that two fit into an L2 cache.
-constexpr int64_t kStepBytes = 384 * 1024;
+constexpr int64_t kStepBytes = 512 * 1024;
 
 // Neurons that are read and decided about together.
 struct PlaneStep {
