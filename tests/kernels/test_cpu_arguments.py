@@ -10,7 +10,7 @@ from kernels.cases import first_largest, flat_reference
 from kernels.library import ops
 
 from sparse_runtime.cost import packed_size
-from sparse_runtime.kernels.low_bit import quantize_rows
+from sparse_runtime.kernels.looks import look_records
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 REJECTED = (ValueError, IndexError, RuntimeError)  # NotImplementedError is a RuntimeError
@@ -190,12 +190,12 @@ def test_verified_ffn(data):
     # Whatever h̃ is, a factor of zero leaves the neuron out and an infinite one confirms it.
     tensors |= {
         "maybe_sets": values((case.clusters, packed_size(case.neurons)), torch.uint8, 9),
-        "low_bit": quantize_rows(tensors["w_gate"], tensors["w_up"]),
+        "look": look_records(tensors["w_gate"], tensors["w_up"]),
         "factors": values((case.neurons,), torch.float32, 10).clamp_min(0) * torch.inf,
     }
     tensors["factors"].nan_to_num_(0, torch.inf)
     if not looks:
-        tensors |= dict.fromkeys(("maybe_sets", "low_bit", "factors"))
+        tensors |= dict.fromkeys(("maybe_sets", "look", "factors"))
     counts = torch.tensor([3, 4])
     tensors["row_counts"] = counts if counted else None
     usable = case.clusters > 0 or case.n == 0
@@ -208,7 +208,7 @@ def test_verified_ffn(data):
         assert counts.tolist() == [3, 4], "a rejected call has counted"
         return
     x, *weights = double(tensors, "x", "w_gate", "w_up", "w_down_t")
-    extra = [tensors[name] for name in ("maybe_sets", "low_bit", "factors")]
+    extra = [tensors[name] for name in ("maybe_sets", "look", "factors")]
     extra = [tensor if tensor is None else tensor.resolve_neg() for tensor in extra]
     factors = extra[2]
     if factors is not None and not ((factors == 0) | factors.isposinf()).all():
