@@ -131,8 +131,8 @@ def case(n, shape, dtype, *, activation="silu", density=0.5, looks=False, seed=0
 def close_calls(n, hidden, neurons):
     """Arguments of sparse_ffn, up to the factors, in which rounding decides about some neurons.
 
-    Each neuron's bound is what float32 gives for one of the tokens. Output k of a token is zero where it
-    left out neuron k.
+    Each neuron's bound is what float32 gives for one of the tokens. Output k of a token is zero where
+    it left out neuron k.
     """
     g = torch.Generator().manual_seed(0)
     x = torch.randn(n, hidden, generator=g)
@@ -155,8 +155,10 @@ def _beside(h):
 
 
 def _in_the_widest_gap(h):
-    ends = h.new_full((1, h.shape[1]), 1e-4), h.amax(0, keepdim=True) * 10 + 1
-    ordered = torch.cat([ends[0], h, ends[1]]).sort(dim=0).values.clamp_min(1e-6).log()
+    largest = h.amax(0, keepdim=True)
+    # What is smaller than a thousandth of that is not told apart.
+    ordered = torch.cat([h, 1.5 * largest]).clamp_min(1e-3 * largest.clamp_min(1))
+    ordered = ordered.sort(dim=0).values.log()
     widest = ordered.diff(dim=0).argmax(0, keepdim=True)
     middle = (ordered.gather(0, widest) + ordered.gather(0, widest + 1)).squeeze(0) / 2
     return (-middle).exp().float()
