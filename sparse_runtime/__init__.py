@@ -24,7 +24,7 @@ from sparse_runtime.version import __version__
 
 if TYPE_CHECKING:
     from sparse_runtime.attention import fast_attention, slow_attention
-    from sparse_runtime.ffn.plane_quantizer import PlaneConfig
+    from sparse_runtime.ffn.plane_config import PlaneConfig
 
 __all__ = [
     "ClusterSet",
@@ -51,7 +51,7 @@ __all__ = [
 
 # What extends classes of transformers, which is imported only for those who ask for it.
 _LATE = {
-    "PlaneConfig": "sparse_runtime.ffn.plane_quantizer",
+    "PlaneConfig": "sparse_runtime.ffn.plane_config",
     "fast_attention": "sparse_runtime.attention",
     "slow_attention": "sparse_runtime.attention",
 }

@@ -6,11 +6,12 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
 
+from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.config import SparseConfig
@@ -20,6 +21,7 @@ from sparse_runtime.errors import (
     ConfigError,
     NothingMatchedError,
     NotSparseError,
+    UnsupportedArchitectureError,
 )
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
@@ -27,8 +29,12 @@ from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
+from sparse_runtime.kernels import resolve_backend
 from sparse_runtime.kernels.linear import runs_own_forward
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+
+if TYPE_CHECKING:
+    from sparse_runtime.ffn.plane_restoring import Packing
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -75,20 +81,23 @@ def sparsify(
         raise AlreadySparseError(
             "the model is sparse already; call unsparsify(model) before another sparsify"
         )
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=config.weights is not None)
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         artifact = _artifact(model, clusters, config, revision)
         matched = _matched(layers, artifact)
         state = ModelState()
-        if config.weights is not None:
-            # transformers' quantizers, which it extends, are imported for those who ask for it only.
-            from sparse_runtime.ffn.plane_packing import pack_model
-
-            pack_model(model, config.weights, linears=config.linear_weights)
-            state.packed = True
+        if config.weights is not None or config.linear_weights is not None:
+            for layer in matched:  # an error must not come once weights are packed
+                resolve_backend(
+                    *(config.backend, layer.device, layer.dtype),
+                    strict=config.strict,
+                    warn=lambda _: None,
+                )
+            state.packing = _pack(model, config)
             layers = find_ffn_layers(model, packed=True)
             kept = {layer.index for layer in matched}
             matched = [layer for layer in layers if layer.index in kept]
+        _note_other_bits(artifact, matched)
         ffns = [
             (SparsePlaneFFN if layer.packed else SparseFFN)(
                 layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
@@ -100,6 +109,25 @@ def sparsify(
         swap(linears)
         state.fast_linears += linears
     return model
+
+
+def _pack(model: nn.Module, config: SparseConfig) -> Packing | None:
+    """Pack what a model does not have in the config's bits yet; None if that is nothing."""
+    # transformers' quantizers, which it extends, are imported for those who ask for it only.
+    from sparse_runtime.ffn.plane_packing import pack_model
+    from sparse_runtime.ffn.plane_restoring import Packing, still_to_pack
+
+    bits, linears = still_to_pack(model, config.weights, config.linear_weights)
+    if bits is None and linears is None:
+        if config.keep_float:
+            raise UnsupportedArchitectureError(
+                "keep_float is True, but the model came packed in these bits, with no float weights to "
+                "keep; leave keep_float out, or load the float checkpoint"
+            )
+        return None
+    packing = Packing.of(model, keep_float=config.keep_float)
+    pack_model(model, bits, linears=linears, packing=packing)
+    return packing
 
 
 def _artifact(
@@ -152,6 +180,19 @@ def _matched(layers: list[FFNLayer], clusters: ClusterSet) -> list[FFNLayer]:
     return kept
 
 
+def _note_other_bits(clusters: ClusterSet, layers: Iterable[FFNLayer]) -> None:
+    """Say so where clusters were tuned for other bits than the weights have."""
+    tuned = within(clusters.build, "config", "weights")
+    formats: list[Any] = [layer.mlp.format for layer in layers if layer.packed]
+    other = next((form.bits for form in formats if form.bits != tuned), None)
+    if isinstance(tuned, int) and other is not None:
+        warnings.warn(
+            f"the clusters were tuned for weights of {tuned} bits, and the FFNs have {other}; "
+            "judge them with `sparse-runtime eval`, or build them for these weights",
+            stacklevel=3,
+        )
+
+
 def _obstacle(layer: FFNLayer) -> str | None:
     """Why an FFN cannot be patched; None if it can."""
     linears = () if layer.packed else (layer.gate, layer.up, layer.down)
@@ -171,8 +212,9 @@ def _obstacle(layer: FFNLayer) -> str | None:
 def unsparsify(model: ModelT) -> ModelT:
     """Undo ``sparsify`` in place: modules, weights and outputs are bit for bit what they were.
 
-    Weights that ``sparsify`` packed in planes (``weights``, ``linear_weights``) become floats of the
-    packed values, with a warning; what they were before is in the checkpoint.
+    Weights that ``sparsify`` packed in planes (``weights``, ``linear_weights``) are so only with
+    ``keep_float``. Without it they become floats of the packed values, with a warning; what they were
+    before is in the checkpoint.
 
     Raises:
         NotSparseError: the model holds no sparse FFN.
@@ -183,15 +225,15 @@ def unsparsify(model: ModelT) -> ModelT:
     with torch.inference_mode(False), torch.no_grad():
         for owner in list(owners(model)):
             unpatch(owner)
-        if any(state.packed for state in states):
-            from sparse_runtime.ffn.plane_packing import unpack_model
-
-            unpack_model(model)
-            warnings.warn(
-                "the weights are floats of the packed values now; load the model again for the "
-                "checkpoint's own",
-                stacklevel=2,
-            )
+        packings = [state.packing for state in states if state.packing is not None]
+        for packing in packings:
+            packing.undo(model)
+    if any(packing.floats is None for packing in packings):
+        warnings.warn(
+            "the weights are floats of the packed values now; load the model again for the "
+            "checkpoint's own, or sparsify with keep_float=True",
+            stacklevel=2,
+        )
     return model
 
 

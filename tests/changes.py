@@ -116,7 +116,7 @@ def weight_subclass(model):
 def quantized(model):
     quantization = pytest.importorskip("torchao.quantization")
     quantization.quantize_(
-        model, quantization.Int8WeightOnlyConfig(), lambda module, name: "mlp" in name
+        model, quantization.Int8WeightOnlyConfig(), lambda module, name: name.endswith("_proj")
     )
     return model
 

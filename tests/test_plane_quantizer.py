@@ -172,6 +172,7 @@ class TestPackedFolder:
             "linear_bits": 6,
             "modules_to_not_convert": [],
             "format_version": 1,
+            "fingerprint": model.config.quantization_config.fingerprint,
         }
 
     def test_a_state_dict(self):
@@ -337,34 +338,6 @@ class TestBadFloats:
         model.save_pretrained(tmp_path, state_dict=state)
         with pytest.raises(ModelError, match=r"layers\.1\.mlp\.gate_proj\.weight is missing"):
             load(tmp_path, quantization_config=PlaneConfig())
-
-
-class TestConfig:
-    def test_defaults(self):
-        assert [PlaneConfig(bits).linear_bits for bits in (3, 4, 5, 6, 8)] == [6, 6, 6, 8, 8]
-        config = PlaneConfig(5, None, ["lm_head"])
-        assert PlaneConfig.from_dict(config.to_dict()).to_dict() == config.to_dict()
-        assert config.linear_format is None
-        assert str(config.format) == "3 + 2"
-
-    @pytest.mark.parametrize(
-        ("options", "text"),
-        [
-            ({"bits": 2}, "bits is 2: .*expected one of 3, 4"),
-            ({"bits": "6"}, "bits is '6'; expected a whole number"),
-            ({"bits": None, "linear_bits": None}, "both None"),
-            ({"bits": True}, "bits is True"),
-            ({"linear_bits": 16}, "linear_bits is 16"),
-            ({"modules_to_not_convert": "lm_head"}, "expected a list of names"),
-            ({"modules_to_not_convert": [1]}, "expected a list of names"),
-            ({"group_size": 32}, "no field 'group_size'"),
-            ({"quant_method": "gptq"}, "quant_method"),
-            ({"format_version": 7}, "format version 7"),
-        ],
-    )
-    def test_refusals(self, options, text):
-        with pytest.raises(ConfigError, match=text):
-            PlaneConfig(**options)
 
 
 MEMORY = """

@@ -8,6 +8,9 @@ over the prompt. Four variants take turns, so that drift of the machine hits all
 - ``sparse``: sparse FFNs, all else as in ``dense``;
 - ``sparse_fast``: sparse FFNs, the other linear layers by the CPU kernels.
 
+With weights in planes there is a fifth: ``packed``, all neurons of the planes. The sparse ones run on
+the planes, too, and the dense ones on the float model, which is in memory beside them.
+
 Sparsity is what ``sparse`` gains over ``dense`` and ``sparse_fast`` over ``dense_fast``; the rest is
 only a better matrix–vector product. Figures are medians.
 """
@@ -18,7 +21,8 @@ import copy
 import os
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +40,7 @@ from sparse_runtime.eval.latency.mlp import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.latency.prediction import bench_prediction
 from sparse_runtime.eval.latency.timing import TokenClock
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
+from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -112,6 +117,7 @@ def bench(
     new_tokens: int = 16,
     repeats: int = 5,
     batches: Sequence[int] = (),
+    planes: Mapping[str, Any] | None = None,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Time a model dense and sparse: its FFNs alone, prefill, decode, and the memory it takes.
@@ -123,10 +129,12 @@ def bench(
         new_tokens: decode steps timed per run, at least 1.
         repeats: runs of each variant, after one warm-up each.
         batches: further batch sizes to decode, ``dense`` and ``sparse`` only, with the first artifact.
+        planes: options of ``sparsify`` about weights in planes (``weights``, ``linear_weights``,
+            ``tau``, ``ramp``) for the sparse runs; a model that came packed is so in the dense ones.
         progress: reports one unit per run.
 
     Returns:
-        ``read_gbps``; ``mlp`` (see :func:`bench_mlp`); ``prediction`` (see
+        ``read_gbps``; where FFNs are float ``mlp`` (see :func:`bench_mlp`) and ``prediction`` (see
         :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds
         (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
         (sparse_fast over dense_fast), ``ceiling`` (by bytes) and ``gbps``; ``cost_share``;
@@ -142,11 +150,16 @@ def bench(
     bandwidth = ReadBandwidth()
     read_gbps = [bandwidth()]
     memory: dict[str, float] = {}
-    runs = [_Run(artifact) for artifact in clusters]
-    states = own_states(model, clusters, prompt)
-    for number, run in enumerate(runs):
-        # How many tokens pay is told once: it depends on the density less than on the machine.
-        run.time_ffns(model, states, TOKEN_COUNTS if number == 0 else (1,))
+    planes = dict(planes or {})
+    bits = (planes.pop("weights", None), planes.pop("linear_weights", None))
+    sparse_model = model if bits == (None, None) else _packed_twin(model, *bits)
+    config = SparseConfig(check_fingerprint=False, **planes)
+    runs = [_Run(artifact, config, model, sparse_model) for artifact in clusters]
+    if not any(layer.packed for layer in find_ffn_layers(sparse_model, packed=True)):
+        states = own_states(model, clusters, prompt)
+        for number, run in enumerate(runs):
+            # How many tokens pay is told once: it depends on the density less than on the machine.
+            run.time_ffns(model, states, TOKEN_COUNTS if number == 0 else (1,))
     cache = time_prefill(model, prompt[:, :-1])[1]
     with progress.task("bench", (repeats + 1) * (2 + 2 * len(runs))) as advance:
         for repeat in range(repeats + 1):
@@ -154,10 +167,8 @@ def bench(
             memory.setdefault("dense_mib", _resident_mib())
             advance(2)
             for run in runs:
-                sparsify(model, run.clusters, config=SparseConfig(check_fingerprint=False))
-                run.time_sparse(model, prompt, cache, new_tokens)
+                run.time_sparse(prompt, cache, new_tokens)
                 memory.setdefault("sparse_mib", _resident_mib())
-                unsparsify(model)
                 read_gbps.append(bandwidth())
                 advance(2)
             if repeat == 0:  # it warms up
@@ -167,27 +178,43 @@ def bench(
     return {
         "read_gbps": statistics.median(read_gbps),
         **results[0],
-        "memory": _memory(memory, model, clusters[0]),
+        "memory": _memory(memory, model, sparse_model, clusters[0]),
         "batches": [
-            _bench_batch(model, clusters[0], prompt, cache, size, new_tokens, repeats)
-            for size in batches
+            _bench_batch(runs[0], prompt, cache, size, new_tokens, repeats) for size in batches
         ],
         "runs": results,
-        "num_layers": len(find_ffn_layers(model)),
+        "num_layers": len(find_ffn_layers(model, packed=True)),
         "prompt_tokens": prompt_tokens,
         "host": host_record(),
     }
 
 
 class _Run:
-    """Times of one artifact, and of the dense runs beside it."""
+    """Times of one artifact, and of the dense runs beside it.
 
-    def __init__(self, clusters: ClusterSet) -> None:
-        self.clusters = clusters
+    Attributes:
+        model: what runs dense.
+        sparse_model: what runs sparse: the same, or packed in planes.
+    """
+
+    def __init__(
+        self, clusters: ClusterSet, config: SparseConfig, model: Any, sparse_model: Any
+    ) -> None:
+        self.clusters, self.config = clusters, config
+        self.model, self.sparse_model = model, sparse_model
         self.seconds: dict[str, list[float]] = {}
         self.cost_share = 1.0
-        self.bytes = (0, 0)
+        self.float_ffn_bytes = 0
         self.ffns: dict[str, Any] = {}
+
+    @contextmanager
+    def sparse(self) -> Iterator[Any]:
+        """The model that runs sparse, sparse."""
+        model = sparsify(self.sparse_model, self.clusters, config=self.config)
+        try:
+            yield model
+        finally:
+            unsparsify(self.sparse_model)
 
     def add(self, name: str, seconds: Sequence[float]) -> None:
         self.seconds.setdefault(name, []).extend(seconds)
@@ -201,29 +228,39 @@ class _Run:
     ) -> None:
         """Time FFNs alone, and what a prediction takes."""
         sparsify(model, self.clusters)
-        self.bytes = decode_bytes(model, self.clusters)
         modules = sparse_modules(model)
         self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
         self.ffns["prediction"] = bench_prediction(modules, states)
         unsparsify(model)
 
-    def time_sparse(self, model: Any, prompt: Tensor, cache: Any, new_tokens: int) -> None:
-        if self.wants_prefill("sparse"):
-            self.add("prefill sparse", [time_prefill(model, prompt)[0]])
-        reset_cost(model)
-        self.add("decode sparse", time_decode(model, prompt, cache, new_tokens))
-        self.cost_share = sparse_share(model)
-        fast_linear(model)
-        self.add("decode sparse_fast", time_decode(model, prompt, cache, new_tokens))
-        slow_linear(model)
+    def time_sparse(self, prompt: Tensor, cache: Any, new_tokens: int) -> None:
+        with self.sparse() as model:
+            if self.wants_prefill("sparse"):
+                self.add("prefill sparse", [time_prefill(model, prompt)[0]])
+            reset_cost(model)
+            self.add("decode sparse", time_decode(model, prompt, cache, new_tokens))
+            self.cost_share = sparse_share(model)
+            self.float_ffn_bytes = sum(m.cost.dense_bytes for m in sparse_modules(model))
+            fast_linear(model)
+            self.add("decode sparse_fast", time_decode(model, prompt, cache, new_tokens))
+            slow_linear(model)
+        if self.sparse_model is not self.model:
+            self.add("decode packed", time_decode(model, prompt, cache, new_tokens))
+
+    def _bytes(self) -> dict[str, float]:
+        """Weight bytes that decoding one token reads, by variant."""
+        total, _ = decode_bytes(self.model, self.clusters)
+        packed, packed_ffn = decode_bytes(self.sparse_model, self.clusters)
+        # A share of the floats' bytes, of those that planes stand for, too.
+        sparse = packed - packed_ffn + self.cost_share * self.float_ffn_bytes
+        return {"dense": total, "packed": packed, "sparse": sparse}
 
     def result(self) -> dict[str, Any]:
-        total, ffn = self.bytes
-        sparse_total = total - ffn * (1 - self.cost_share)
+        read = self._bytes()
         prefill = {key.split()[1]: v for key, v in self.seconds.items() if "prefill" in key}
         decode = {key.split()[1]: v for key, v in self.seconds.items() if "decode" in key}
         medians = {name: statistics.median(values) for name, values in decode.items()}
-        ceiling = total / sparse_total
+        ceiling = read["dense"] / read["sparse"]
         speedup = medians["dense"] / medians["sparse"]
         return {
             **self.ffns,
@@ -242,7 +279,7 @@ class _Run:
                 "ceiling": ceiling,
                 "share_of_ceiling": medians["dense_fast"] / medians["sparse_fast"] / ceiling,
                 "gbps": {
-                    name: (sparse_total if "sparse" in name else total) / seconds / 1e9
+                    name: read[name.removesuffix("_fast")] / seconds / 1e9
                     for name, seconds in medians.items()
                 },
             },
@@ -264,8 +301,7 @@ def _time_dense(
 
 
 def _bench_batch(
-    model: Any,
-    clusters: ClusterSet,
+    run: _Run,
     prompt: Tensor,
     cache: Any,
     size: int,
@@ -275,25 +311,30 @@ def _bench_batch(
     """Decode ``size`` sequences at once, dense and sparse in turns."""
     # Sequences that differ in their last token route differently from there on.
     prompts = prompt.repeat(size, 1)
-    prompts[:, -1] = torch.arange(size) * 7 % model.config.vocab_size
+    prompts[:, -1] = torch.arange(size) * 7 % run.model.config.vocab_size
     caches = copy.deepcopy(cache)
     caches.batch_repeat_interleave(size)
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}
     for repeat in range(repeats + 1):
-        for name, taken in seconds.items():
-            if name == "sparse":
-                sparsify(model, clusters, config=SparseConfig(check_fingerprint=False))
-            steps = time_decode(model, prompts, caches, new_tokens)
-            if name == "sparse":
-                unsparsify(model)
-            if repeat:
-                taken += steps
+        steps = {"dense": time_decode(run.model, prompts, caches, new_tokens)}
+        with run.sparse() as model:
+            steps["sparse"] = time_decode(model, prompts, caches, new_tokens)
+        if repeat:
+            for name, taken in seconds.items():
+                taken += steps[name]
     medians = {name: statistics.median(taken) for name, taken in seconds.items()}
     return {
         "batch": size,
         **_milliseconds(seconds),
         "speedup": medians["dense"] / medians["sparse"],
     }
+
+
+def _packed_twin(model: Any, bits: int | None, linears: int | None) -> Any:
+    """A packed model beside a float one, which shares the weights that stay float."""
+    tensors = [*model.parameters(), *model.buffers()]
+    twin = copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return pack_model(twin, bits, linears=linears)
 
 
 def sparse_share(model: Any) -> float:
@@ -347,13 +388,19 @@ def _resident_mib() -> float:
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
 
 
-def _memory(memory: dict[str, float], model: nn.Module, clusters: ClusterSet) -> dict[str, float]:
+def _memory(
+    memory: dict[str, float], model: nn.Module, sparse_model: nn.Module, clusters: ClusterSet
+) -> dict[str, float]:
     """Resident memory; ``ratio`` is that of the weights alone, the artifact being loaded in both."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) / 2**20
+    weights, sparse_weights = (
+        sum(p.numel() * p.element_size() for p in m.parameters()) / 2**20
+        for m in (model, sparse_model)
+    )
     growth = memory["sparse_mib"] - memory["dense_mib"]
     return {
         **memory,
         "weights_mib": weights,
+        "sparse_weights_mib": sparse_weights,
         "artifact_mib": clusters.num_bytes / 2**20,
         "ratio": (weights + growth) / weights,
     }

@@ -11,7 +11,7 @@ import io
 import json
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
@@ -20,6 +20,7 @@ from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.text.files import open_text
 from sparse_runtime.clusters.text.records import file_records
+from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
 from sparse_runtime.ffn.counts import count_cost
@@ -88,6 +89,7 @@ def evaluate_tasks(
     clusters: ClusterSet,
     tasks: Sequence[str],
     *,
+    planes: Mapping[str, Any] | None = None,
     limit: int | None = None,
     batch_size: int = 1,
     progress: ProgressReporter | None = None,
@@ -95,11 +97,14 @@ def evaluate_tasks(
     """Run tasks on a dense model, and on the same model with clusters.
 
     Args:
-        model: a dense causal language model; dense again when this returns.
+        model: a dense causal language model; dense again when this returns, except that what ``planes``
+            packs stays packed and sparse.
         tokenizer: its tokenizer.
         clusters: the artifact to judge.
         tasks: names of the harness's tasks, which it reads from the Hub, or ``lambada=FILE`` and
             ``piqa=FILE``.
+        planes: options of ``sparsify`` about weights in planes (``weights``, ``linear_weights``,
+            ``tau``, ``ramp``) for the sparse model.
         limit: documents of each task; all if None.
         batch_size: documents per call. Above 1 padding is counted in the cost share.
         progress: reports one unit per task and model.
@@ -125,7 +130,8 @@ def evaluate_tasks(
             for spec in specs:
                 dense.append(harness.run(model, tokenizer, spec, limit, batch_size))
                 advance(1)
-            sparsify(model, clusters, config=EVALUATION)
+            config = SparseConfig(prefill="sparse", **planes) if planes else EVALUATION
+            sparsify(model, clusters, config=config)
             try:
                 reset_cost(model)
                 for spec, before in zip(specs, dense, strict=True):
@@ -134,7 +140,8 @@ def evaluate_tasks(
                     advance(1)
                 cost = count_cost(sparse_modules(model), element_size=2)
             finally:
-                unsparsify(model)
+                if config.weights is None and config.linear_weights is None:
+                    unsparsify(model)
     return {"rows": rows, "cost_share": cost.cost_share, "limit": limit}
 
 

@@ -69,16 +69,22 @@ def _table(record: dict[str, Any]) -> str:
         )
         for entry in (*record["ours"], *record["peers"])
     ]
-    best = max(entry["decode_tok_s"] for entry in record["ours"])
-    fastest = max(record["peers"], key=lambda entry: entry["decode_tok_s"])
+    ours, peer = (
+        max(record[side], key=lambda entry: float(entry["decode_tok_s"]))
+        for side in ("ours", "peers")
+    )
+    ratio, best = ours["decode_tok_s"] / peer["decode_tok_s"], f"best of ours ({ours['name']})"
+    if ratio > 1:
+        verdict = f"The {best} decodes {ratio:.2f} times as fast as {peer['name']}.\n"
+    else:
+        verdict = f"{peer['name']} decodes {1 / ratio:.2f} times as fast as the {best}.\n"
     header = ("", "decode tokens/s", "range", "prefill tokens/s", "range", "GB per token", "GB/s")
     return (
         f"Prompt of {record['prompt_tokens']} tokens, {record['new_tokens']} new ones, "
         f"{record['rounds']} rounds; cost share of the sparse FFNs {record['cost_share']:.3f}; read "
         f"bandwidth {record['read_gbps']:.1f} GB/s ({_range(record['read_range'])}).\n\n"
         f"{markdown_table(header, rows)}\n"
-        f"{fastest['name']} decodes {fastest['decode_tok_s'] / best:.2f} times as fast as the best of "
-        "ours.\n"
+        f"{verdict}"
     )
 
 

@@ -18,8 +18,14 @@ from sparse_runtime.cli.options import (
     DeviceOption,
     DtypeOption,
     JsonOption,
+    LinearWeightsOption,
+    RampOption,
     RevisionOption,
+    TauOption,
+    WeightsOption,
+    check_stages,
     cuts,
+    plane_options,
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
@@ -51,6 +57,10 @@ def bench(
         str | None,
         typer.Option(help="Densities of --shape's random sets, with commas; 0.5 if not given."),
     ] = None,
+    weights: WeightsOption = None,
+    linear_weights: LinearWeightsOption = None,
+    tau: TauOption = None,
+    ramp: RampOption = None,
     budget: BudgetOption = None,
     verify: Annotated[
         bool | None,
@@ -79,10 +89,13 @@ def bench(
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """FFN, prefill and decode latency, sparse beside dense in one run."""
+    """FFN, prefill and decode latency, sparse beside dense in one run.
+
+    With --weights or --linear-weights the sparse model is packed, the dense one stays float, and all
+    neurons of the packed one are timed as well. Both are in memory.
+    """
     sizes = [] if batches is None else parse_numbers("--batches", batches, int, POSITIVE)
-    options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
-    options |= {"repeats": repeats, "progress": RichProgress(err)}
+    planes = _planes(device, plane_options(weights, linear_weights, tau, ramp))
     if shape is not None:
         if model is not None or clusters is not None or revision is not None:
             raise ConfigError(
@@ -102,20 +115,53 @@ def bench(
                 raise ConfigError(f"{option} is for --shape, and MODEL is given; leave it out")
         loaded, artifact = _of_artifact(model, clusters, revision, budget, verify, dtype, device)
         artifacts = [artifact]
-    record = {"model": shape or model, "clusters": clusters, "budget": budget, "verify": verify}
-    if (device or "cpu").startswith("cpu"):
+    check_stages(loaded, planes)
+    options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
+    options |= {"repeats": repeats, "batches": sizes, "planes": planes}
+    figures = _timed(shape or str(model), loaded, artifacts, device, options)
+    record: dict[str, Any] = {"model": shape or model, "clusters": clusters, "planes": planes}
+    record |= {"budget": budget, "verify": verify}
+    write_figures(json_file, record | figures)
+
+
+def _planes(device: str | None, planes: dict[str, Any]) -> dict[str, Any]:
+    """Options for weights in planes, none on a GPU. Raises ConfigError."""
+    if planes and not _on_cpu(device):
+        raise ConfigError(
+            f"--{next(iter(planes)).replace('_', '-')} is timed on the CPU, and --device is "
+            f"{device!r}; leave one of them out"
+        )
+    return planes
+
+
+def _on_cpu(device: str | None) -> bool:
+    return (device or "cpu").startswith("cpu")
+
+
+def _timed(
+    name: str,
+    model: Any,
+    artifacts: Sequence[ClusterSet],
+    device: str | None,
+    options: dict[str, Any],
+) -> dict[str, Any]:
+    """Figures on a device, printed."""
+    progress = RichProgress(err)
+    if _on_cpu(device):
         from sparse_runtime.eval.latency.bench import bench as bench_cpu
 
-        figures = bench_cpu(loaded, artifacts, batches=sizes, **options)
-        print_bench(shape or str(model), figures)
-    else:
-        from sparse_runtime.eval.latency.gpu import bench_gpu
+        figures = bench_cpu(model, artifacts, progress=progress, **options)
+        print_bench(name, figures)
+        return figures
+    from sparse_runtime.eval.latency.gpu import bench_gpu
 
-        figures = bench_gpu(loaded.to(device), artifacts, batches=sizes or [1, 8], **options)
-        title = f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s"
-        print_rows(title, figures["ffn"])
-        print_rows("decode", figures["decode"])
-    write_figures(json_file, record | figures)
+    del options["planes"]
+    options["batches"] = options["batches"] or [1, 8]
+    figures = bench_gpu(model.to(device), artifacts, progress=progress, **options)
+    title = f"one FFN, on {figures['inputs']}; a copy reaches {figures['copy_gbps']:.0f} GB/s"
+    print_rows(title, figures["ffn"])
+    print_rows("decode", figures["decode"])
+    return figures
 
 
 def _of_shape(

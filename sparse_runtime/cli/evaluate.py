@@ -27,6 +27,7 @@ from sparse_runtime.cli.options import (
     VerifyOption,
     WeightsOption,
     WindowOption,
+    check_stages,
     cuts,
     plane_options,
     resolve_dtype,
@@ -44,6 +45,7 @@ from sparse_runtime.cli.texts import (
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model
+from sparse_runtime.models.ffn_layers import is_packed
 
 if TYPE_CHECKING:
     from sparse_runtime.clusters.text import DataSource
@@ -133,6 +135,7 @@ def evaluate(
     centroids = curves or cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    check_stages(loaded, planes)
     artifact.check_model(loaded)
     texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]
     for source, tokens in texts:
@@ -257,7 +260,7 @@ def _packed_quality(
         prompt_tokens=protocol.prompt_tokens,
         progress=protocol.progress,
     )
-    weights = planes["weights"]
+    weights = planes.get("weights") or next(m.format.bits for m in model.modules() if is_packed(m))
     named = [
         {"weights": weights, "data": source, **result}
         for (source, _), result in zip(texts, results, strict=True)

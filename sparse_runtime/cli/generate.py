@@ -33,6 +33,7 @@ from sparse_runtime.cli.options import (
     TauOption,
     VerifyOption,
     WeightsOption,
+    check_stages,
     cuts,
     plane_options,
     resolve_dtype,
@@ -93,6 +94,7 @@ def generate(
     centroids = cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    check_stages(loaded, planes)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
     sparsify(loaded, artifact, budget=budget, verify=verify, **ways, **planes)

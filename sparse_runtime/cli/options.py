@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 
 from sparse_runtime.cli.figures import check_output_file
 from sparse_runtime.cli.ranges import (
@@ -21,6 +22,7 @@ from sparse_runtime.cli.ranges import (
 )
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import parse_dtype
+from sparse_runtime.models.ffn_layers import is_packed
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'demo' (SmolLM2-135M).")
@@ -130,16 +132,26 @@ def plane_options(
     tau: float | None,
     ramp: float | None,
 ) -> dict[str, Any]:
-    """Options of ``sparsify`` for weights in planes: those that are given.
-
-    Raises:
-        ConfigError: one has no effect.
-    """
-    for name, value in (("--tau", tau), ("--ramp", ramp)):
-        if value is not None and weights is None:
-            raise ConfigError(f"{name} has no effect on float weights; give --weights as well")
+    """Options of ``sparsify`` for weights in planes: those that are given."""
     options = {"weights": weights, "linear_weights": linear_weights, "tau": tau, "ramp": ramp}
     return {name: value for name, value in options.items() if value is not None}
+
+
+def check_stages(model: nn.Module, planes: dict[str, Any]) -> None:
+    """Refuse ``--tau`` and ``--ramp`` on a model whose FFNs are float and stay so.
+
+    Args:
+        model: as it was loaded.
+        planes: as :func:`plane_options` gives them.
+
+    Raises:
+        ConfigError: one of them is given.
+    """
+    if "weights" in planes or any(is_packed(module) for module in model.modules()):
+        return
+    for name in ("tau", "ramp"):
+        if name in planes:
+            raise ConfigError(f"--{name} has no effect on float weights; give --weights as well")
 
 
 def cuts(budget: float | None, verify: bool | None) -> bool:

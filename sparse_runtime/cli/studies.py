@@ -19,16 +19,22 @@ from sparse_runtime.cli.options import (
     DataOption,
     DeviceOption,
     JsonOption,
+    LinearWeightsOption,
     ModelArgument,
     NewBudgetOption,
     PercentileOption,
+    RampOption,
     RevisionOption,
     SeedOption,
+    TauOption,
     TestOption,
     TestTokensOption,
     VerifyOption,
+    WeightsOption,
     WindowOption,
+    check_stages,
     cuts,
+    plane_options,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
@@ -274,6 +280,10 @@ def tasks(
     batch_size: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Documents per call.")
     ] = 1,
+    weights: WeightsOption = None,
+    linear_weights: LinearWeightsOption = None,
+    tau: TauOption = None,
+    ramp: RampOption = None,
     budget: BudgetOption = None,
     revision: RevisionOption = None,
     verify: VerifyOption = None,
@@ -281,15 +291,20 @@ def tasks(
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Downstream tasks by lm-eval, every token sparse beside the dense model."""
+    """Downstream tasks by lm-eval, every token sparse beside the dense model.
+
+    With --weights or --linear-weights that is the float model, and the sparse one is packed.
+    """
     from sparse_runtime.eval.latency.host import host_record
     from sparse_runtime.eval.quality.downstream import check_task, evaluate_tasks
 
     for spec in task:
         check_task(spec)
+    planes = plane_options(weights, linear_weights, tau, ramp)
     cut = cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    check_stages(loaded, planes)
     if cut:
         artifact = recut(loaded, artifact, budget=budget, verify=verify)
     result = evaluate_tasks(
@@ -297,6 +312,7 @@ def tasks(
         tokenizer,
         artifact,
         task,
+        planes=planes,
         limit=limit or None,
         batch_size=batch_size,
         progress=RichProgress(err),
@@ -315,5 +331,5 @@ def tasks(
         )
     out.print(table)
     out.print(f"cost share {result['cost_share']:.3f}; ± is the standard error over documents")
-    record = {"model": model, "clusters": clusters, **result}
+    record = {"model": model, "clusters": clusters, "planes": planes, **result}
     write_figures(json_file, {**record, "host": host_record(loaded.device)})

@@ -214,26 +214,29 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def _print_one_ffn(mlp: dict[str, Any], prediction: dict[str, Any]) -> None:
+    out.print(
+        f"one FFN, one token, density {mlp['density']:.2f}: F.linear {mlp['dense_ms']:.3f} ms, "
+        f"prepacked {mlp['prepacked_ms'] or float('nan'):.3f} ms, sparse {mlp['sparse_ms']:.3f} ms "
+        f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
+        f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of {mlp['read_gbps']:.1f} GB/s)"
+    )
+    rows = (
+        f"{row['name']} {1e3 * row['ms']:.0f} µs ({row['share']:.1%})" for row in prediction["rows"]
+    )
+    out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
+
+
 def print_bench(name: str, result: dict[str, Any]) -> None:
     """Print the figures of ``bench``."""
     for run in result["runs"]:
-        mlp, decode, prefill = run["mlp"], run["decode"], run["prefill"]
+        decode, prefill = run["decode"], run["prefill"]
         out.print(
-            f"[bold]{shown(name)}[/bold], density {mlp['density']:.2f}, cost share "
-            f"{run['cost_share']:.3f}, read bandwidth {mlp['read_gbps']:.1f} GB/s"
+            f"[bold]{shown(name)}[/bold], cost share {run['cost_share']:.3f}, read bandwidth "
+            f"{result['read_gbps']:.1f} GB/s"
         )
-        out.print(
-            f"one FFN, one token: F.linear {mlp['dense_ms']:.3f} ms, prepacked "
-            f"{mlp['prepacked_ms'] or float('nan'):.3f} ms, sparse {mlp['sparse_ms']:.3f} ms "
-            f"({mlp['speedup']:.2f}× the prepacked, {mlp['speedup_over_linear']:.2f}× F.linear; "
-            f"{mlp['gbps']:.1f} GB/s, {mlp['bandwidth_share']:.2f} of the bandwidth)"
-        )
-        prediction = run["prediction"]
-        rows = (
-            f"{row['name']} {1e3 * row['ms']:.0f} µs ({row['share']:.1%})"
-            for row in prediction["rows"]
-        )
-        out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
+        if "mlp" in run:  # FFNs are float
+            _print_one_ffn(run["mlp"], run["prediction"])
         table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
         for variant, gbps in decode["gbps"].items():
             table.add_row(
@@ -259,6 +262,7 @@ def print_bench(name: str, result: dict[str, Any]) -> None:
     memory = result["memory"]
     out.print(
         f"memory: dense {memory['dense_mib']:.0f} MiB, sparse {memory['sparse_mib']:.0f} MiB; "
+        f"weights {memory['weights_mib']:.0f} MiB, sparse {memory['sparse_weights_mib']:.0f} MiB; "
         f"(weights + growth) ÷ weights = {memory['ratio']:.3f}, artifact "
         f"{memory['artifact_mib']:.0f} MiB"
     )

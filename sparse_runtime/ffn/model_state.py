@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
@@ -53,12 +54,13 @@ class ModelState:
     Attributes:
         switch: see :class:`DenseSwitch`.
         fast_linears: linear layers that this ``sparsify`` made fast, for ``unsparsify`` to undo.
-        packed: whether this ``sparsify`` packed weights in planes, likewise.
+        packing: what this ``sparsify`` packed in planes (``ffn/plane_restoring.py``), likewise; None
+            if nothing.
     """
 
     switch: DenseSwitch = field(default_factory=DenseSwitch)
     fast_linears: list[nn.Linear] = field(default_factory=list)
-    packed: bool = False
+    packing: Any = None
     _warned: set[str] = field(default_factory=set)
     _long_calls: int = 0
 

@@ -103,10 +103,12 @@ class PlaneLinear(PlaneModule):
         out_features: N.
         planes: records of the rows [N, R] uint8; R as of :meth:`PlaneFormat.linear_size`.
         bias: [N], or None.
+        by_fast_linear: packed by ``fast_linear``, for ``slow_linear`` to undo.
     """
 
     planes: nn.Parameter
     bias: nn.Parameter | None
+    by_fast_linear = False
 
     def __init__(self, linear: nn.Linear, form: PlaneFormat) -> None:
         """Planes of no value yet for a linear layer, whose bias and device they get."""

@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_config import PlaneConfig
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
     Places,
     check_finite,
+    opened,
+    opened_ffn,
     restore_floats,
     untie,
 )
-from sparse_runtime.ffn.plane_quantizer import PlaneConfig, PlaneQuantizer
+from sparse_runtime.ffn.plane_restoring import Packing, attach, described, planes_config
 from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.fingerprint import kept_fingerprint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -29,6 +34,7 @@ def pack_model(
     linears: int | PlaneFormat | None = None,
     modules_to_not_convert: Sequence[str] = (),
     importance: Mapping[str, Tensor] | None = None,
+    packing: Packing | None = None,
 ) -> ModelT:
     """Pack the weights of a model's FFNs into planes, in place; of attention and head too, if asked.
 
@@ -37,13 +43,15 @@ def pack_model(
     ``save_pretrained`` writes the planes and ``from_pretrained`` reads them.
 
     Args:
-        model: a float causal language model, in memory as a whole.
+        model: a causal language model, in memory as a whole; what is to be packed is float. It may be
+            sparse where the FFNs are not to be packed.
         bits: of the FFNs' weights, or their format; None leaves them in float.
         linears: bits of attention and head, or their format; None leaves them in float. A head that is
             tied to the embedding is packed from the same values, and the embedding stays.
         modules_to_not_convert: see :class:`PlaneConfig`.
         importance: E[x²] of the inputs [H] float32 by an FFN's or a linear layer's name, for some or
             all of them.
+        packing: takes note of what is packed, for it to be undone.
 
     Returns:
         The same model.
@@ -51,9 +59,9 @@ def pack_model(
     Raises:
         ConfigError: the bits are unknown or both None, or ``importance`` names a module that is not
             packed.
-        AlreadySparseError: the model is sparse.
-        UnsupportedArchitectureError: the model is packed, quantized, offloaded or of an unknown type,
-            or a module is more than its weights (adapters, hooks, parametrizations).
+        AlreadySparseError: the FFNs to pack are sparse.
+        UnsupportedArchitectureError: what is to be packed is so already, or quantized, offloaded or of
+            an unknown type, or a module is more than its weights (adapters, hooks, parametrizations).
         NothingMatchedError: a name in ``modules_to_not_convert`` is that of no module.
         ModelError: weights are NaN or infinite; the message names the matrix.
     """
@@ -63,9 +71,15 @@ def pack_model(
         list(modules_to_not_convert),
     )
     places = config.places(model)
+    # That int8 layers compute in.
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     _check_present(places)
     counts = _importance(places, importance or {})
     check_finite(places)
+    packing = Packing() if packing is None else packing
+    before = planes_config(model)
+    if places.ffns:
+        config.fingerprint = kept_fingerprint(find_ffn_layers(model, packed=True, int8=True))
     with torch.inference_mode(False), torch.no_grad():  # what is made here outlives the caller's
         untie(model, places.linears)
         # Popped, so that nothing here holds a module's floats once it is packed.
@@ -73,19 +87,22 @@ def pack_model(
         while places.ffns:
             layer = places.ffns.pop()
             assert config.format is not None
-            packed = PlaneFFN.from_mlp(layer, config.format, counts.get(layer.name))
+            packed = PlaneFFN.from_mlp(opened_ffn(layer), config.format, counts.get(layer.name))
             setattr(layer.parent, layer.attribute, packed)
+            packing.add(model, packed, layer.mlp)
             del layer
         places.linears.reverse()
         while places.linears:
             place = places.linears.pop()
             assert config.linear_format is not None
-            linear = PlaneLinear.from_linear(
-                place.linear, config.linear_format, counts.get(place.name)
-            )
+            floats = opened(place.linear, dtype)
+            linear = PlaneLinear.from_linear(floats, config.linear_format, counts.get(place.name))
             setattr(place.parent, place.attribute, linear)
-            del place
-    _attach(model, config)
+            packing.add(model, linear, place.linear)
+            del place, floats
+    if before is not None:
+        config = described(model, before.fingerprint or config.fingerprint) or config
+    attach(model, config)
     return model
 
 
@@ -100,16 +117,7 @@ def unpack_model(model: ModelT) -> ModelT:
     """
     with torch.inference_mode(False), torch.no_grad():
         restore_floats(model)
-    for part in _pretrained(model):
-        for owner, name in (
-            (part, "hf_quantizer"),
-            (part, "quantization_method"),
-            (part, "is_quantized"),
-            (part.config, "quantization_config"),
-            (part.config, "_is_quantized"),
-        ):
-            if name in vars(owner):
-                delattr(owner, name)
+    attach(model, None)
     return model
 
 
@@ -149,18 +157,3 @@ def _importance(places: Places, given: Mapping[str, Tensor]) -> Mapping[str, Ten
                 f"importance of {name} is {list(counts.shape)}; expected [{sizes[name]}]"
             )
     return given
-
-
-def _attach(model: nn.Module, config: PlaneConfig) -> None:
-    """Tell transformers, so that it saves and loads the model as what it is."""
-    for number, part in enumerate(_pretrained(model)):
-        part.config._is_quantized = True
-        if number == 0:
-            part.config.quantization_config = config
-            part.hf_quantizer = PlaneQuantizer(config, pre_quantized=True)
-            part.quantization_method = config.quant_method
-
-
-def _pretrained(model: nn.Module) -> list[Any]:
-    """The model and those inside it that are transformers' own, the outermost first."""
-    return [m for m in model.modules() if hasattr(m, "get_expanded_tied_weights_keys")]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.kernels.backends import KERNEL_DTYPES
 from sparse_runtime.kernels.linear import FastLinear, call_problem, has_no_hooks
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.int8_linears import float_linear, int8_problem, is_int8
 
 _REMEDY = "Merge or remove adapters, hooks and parametrizations first, or load the float checkpoint"
 
@@ -66,12 +67,12 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
             other (``lm_head``, ``layers.0``, ``self_attn.q_proj``). A projection leaves its FFN whole.
 
     Raises:
-        AlreadySparseError: the model is sparse.
-        UnsupportedArchitectureError: the model is packed or quantized already, its type is not
+        AlreadySparseError: the FFNs are sparse.
+        UnsupportedArchitectureError: what is asked for is packed or quantized already, the type is not
             supported, or a module is more than its weights (adapters, hooks, parametrizations).
         NothingMatchedError: a name in ``leave`` is that of no module, or nothing is left to pack.
     """
-    _refuse_changed(model)
+    _refuse_changed(model, ffns=ffns, linears=linears)
     names = [name for name, _ in model.named_modules()]
     for part in leave:
         if not any(_holds(name, part) for name in names):
@@ -79,8 +80,8 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
                 f"modules_to_not_convert names {part!r}, but no module of this {type(model).__name__} "
                 "has a name with that part; remove it, or correct it (model.named_modules() lists them)"
             )
-    layers = find_ffn_layers(model)
-    inside = {id(module) for layer in layers for module in layer.mlp.modules()}
+    layers = find_ffn_layers(model, packed=True, int8=True)
+    inside = _inside(layers)
     kept = [layer for layer in layers if ffns and not _left(_ffn_names(layer), leave)]
     for layer in kept:
         _check_ffn(layer)
@@ -89,11 +90,26 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
         found = [place for place in _linears(model, inside) if not _left([place.name], leave)]
         for place in found:
             _check_linear(model, place)
+    _refuse_int8_beside(model, kept, found)
     if not kept and not found:
         raise NothingMatchedError(
             f"modules_to_not_convert leaves nothing of this {type(model).__name__} to pack"
         )
     return Places(kept, found)
+
+
+def names_in(model: nn.Module, leave: Sequence[str], prefix: str) -> list[str]:
+    """Those of ``leave`` that name a module of a model, which may be the base model of a folder's."""
+    names = [name for name, _ in model.named_modules()]
+    bare = [part.removeprefix(f"{prefix}.") for part in leave]
+    return [part for part in bare if any(_holds(name, part) for name in names)]
+
+
+def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
+    """Names of FFNs, and of linear layers outside them, that are not packed."""
+    layers = find_ffn_layers(model, packed=True, int8=True)
+    names = [layer.name for layer in layers if ffns and not layer.packed]
+    return names + [p.name for p in _linears(model, _inside(layers)) if linears]
 
 
 def check_finite(places: Places) -> None:
@@ -104,9 +120,20 @@ def check_finite(places: Places) -> None:
     """
     for layer in places.ffns:
         for name, linear in zip(layer.projections, (layer.gate, layer.up, layer.down), strict=True):
-            refuse_infinite(f"{layer.name}.{name}.weight", linear.weight)
+            refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
     for place in places.linears:
-        refuse_infinite(f"{place.name}.weight", place.linear.weight)
+        refuse_infinite(f"{place.name}.weight", opened(place.linear, torch.float32).weight)
+
+
+def opened(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
+    """A linear layer with float weights: itself, or one of the values of its int8 rows in a dtype."""
+    return float_linear(linear, dtype) if is_int8(linear) else linear
+
+
+def opened_ffn(layer: FFNLayer) -> FFNLayer:
+    """An FFN's projections with float weights."""
+    gate, up, down = (opened(linear, layer.dtype) for linear in (layer.gate, layer.up, layer.down))
+    return replace(layer, gate=gate, up=up, down=down)
 
 
 def refuse_infinite(name: str, weight: Tensor) -> None:
@@ -126,28 +153,38 @@ def refuse_infinite(name: str, weight: Tensor) -> None:
         )
 
 
-def restore_floats(model: nn.Module) -> None:
-    """Make every packed module of a model a float module of the packed values.
+def restore_floats(model: nn.Module, modules: Sequence[PlaneModule] | None = None) -> None:
+    """Make packed modules of a model float modules of the packed values.
+
+    Args:
+        model: packed.
+        modules: some of its packed modules, as far as they are still there; none of them a sparse FFN.
+            None: all of them.
 
     Raises:
         AlreadySparseError: the model is sparse.
         NothingMatchedError: it holds no packed module.
     """
-    if any(owners(model)):
+    if modules is None and any(owners(model)):
         raise AlreadySparseError("the model is sparse; call unsparsify(model) first")
-    names = [name for name, module in model.named_modules() if isinstance(module, PlaneModule)]
-    if not names:
+    wanted = {id(module) for module in (model.modules() if modules is None else modules)}
+    names = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, PlaneModule) and id(module) in wanted
+    ]
+    if not names and modules is None:
         raise NothingMatchedError(
             f"this {type(model).__name__} holds no packed weights; call pack_model(model) first"
         )
     for name in names:
         parent_name, _, attribute = name.rpartition(".")
         parent = model.get_submodule(parent_name)
-        packed = getattr(parent, attribute)
-        if isinstance(packed, PlaneFFN):
-            setattr(parent, attribute, packed.to_float())
-        elif isinstance(packed, PlaneLinear):
-            setattr(parent, attribute, packed.to_linear())
+        module = getattr(parent, attribute)
+        if isinstance(module, PlaneFFN):
+            setattr(parent, attribute, module.to_float())
+        elif isinstance(module, PlaneLinear):
+            setattr(parent, attribute, module.to_linear())
 
 
 def untie(model: Any, linears: Sequence[LinearPlace]) -> None:
@@ -183,28 +220,43 @@ def tied_weights(model: Any) -> dict[str, str]:
     return {} if keys is None else keys(all_submodels=True)
 
 
-def _refuse_changed(model: nn.Module) -> None:
-    if any(owners(model)):
+def _refuse_changed(model: nn.Module, *, ffns: bool, linears: bool) -> None:
+    if ffns and any(owners(model)):
         raise AlreadySparseError(
             "the model is sparse; call unsparsify(model), pack it, and sparsify it again"
         )
-    packed = next((n for n, m in model.named_modules() if isinstance(m, PlaneModule)), None)
-    if packed is not None:
-        raise UnsupportedArchitectureError(
-            f"{packed} is packed already; call unpack_model(model) first, or load the float "
-            "checkpoint for other bits"
-        )
+    for name, module in model.named_modules():
+        if (ffns and isinstance(module, PlaneFFN)) or (linears and isinstance(module, PlaneLinear)):
+            raise UnsupportedArchitectureError(
+                f"{name} is packed already, in {module.format.bits} bits; call unpack_model(model) "
+                "first, or load the float checkpoint for other bits"
+            )
     config = getattr(getattr(model, "config", None), "quantization_config", None)
     fields = config if isinstance(config, dict) else vars(config) if config is not None else {}
     method = fields.get("quant_method")
     # A GGUF file that was read into floats still says where it came from, and ours is being made.
     if method is None or fields.get("dequantize") or method == "planes":
         return
+    if any(is_int8(module) for module in model.modules()):  # each module is looked at
+        return
     raise UnsupportedArchitectureError(
         f"the model is quantized already, by {getattr(method, 'value', method)}; expected float "
         "weights: rounding rounded weights again adds up the errors of both. Load the float "
         "checkpoint that it was made of (model.dequantize(), where the method has it, gives floats too)"
     )
+
+
+def _refuse_int8_beside(
+    model: nn.Module, ffns: Sequence[FFNLayer], linears: Sequence[LinearPlace]
+) -> None:
+    """Refuse to leave int8 layers where others are packed: no config.json could say both."""
+    packed = _inside(ffns) | {id(place.linear) for place in linears}
+    for name, module in model.named_modules():
+        if is_int8(module) and id(module) not in packed:
+            raise UnsupportedArchitectureError(
+                f"{name} is int8 and would stay so beside planes, which could not be saved; pack FFNs "
+                "and linear layers both (weights=8, linear_weights=8; pack_model(model, 8, linears=8))"
+            )
 
 
 def _holds(name: str, part: str) -> bool:
@@ -229,8 +281,9 @@ def _check_ffn(layer: FFNLayer) -> None:
             problem = problem or _problem(name, call_problem(module))
         elif not has_no_hooks(module):
             problem = problem or _problem(name, "has hooks, or its forward has been replaced")
-    # What a state dict would lose.
-    others = mlp.state_dict().keys() - {f"{name}.weight" for name in layer.projections}
+    # What a state dict would lose; of int8 rows their scales are no more than the weights.
+    tensors = ("weight", "SCB", "weight_format") if layer.int8 else ("weight",)
+    others = mlp.state_dict().keys() - {f"{p}.{t}" for p in layer.projections for t in tensors}
     if others:
         problem = problem or f"holds {min(others)}, which planes have no place for"
     if problem is not None:
@@ -239,6 +292,10 @@ def _check_ffn(layer: FFNLayer) -> None:
 
 def _problem(name: str, problem: str | None) -> str | None:
     return None if problem is None else f"{name} {problem}".strip()
+
+
+def _inside(layers: Sequence[FFNLayer]) -> set[int]:
+    return {id(module) for layer in layers for module in layer.mlp.modules()}
 
 
 def _linears(model: nn.Module, inside: set[int]) -> Iterator[LinearPlace]:
@@ -252,7 +309,9 @@ def _check_linear(model: nn.Module, place: LinearPlace) -> None:
     linear = place.linear
     weight = linear._parameters.get("weight")
     problem = call_problem(linear)
-    if type(linear) not in (nn.Linear, FastLinear):
+    if is_int8(linear):
+        problem = problem or int8_problem(linear)
+    elif type(linear) not in (nn.Linear, FastLinear):
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         problem = f"is a {kind}; expected a plain torch.nn.Linear"
     elif weight is None:

@@ -1,132 +1,50 @@
 """transformers' side of packed weights: packing while a model is loaded, and loading packed models.
 
 ``from_pretrained(name, quantization_config=PlaneConfig(bits=6))`` reads one FFN's or one linear
-layer's weights at a time and keeps their planes. Importing this module registers both classes under
+layer's weights at a time and keeps their planes. Importing this module registers the two under
 ``planes``, so that ``from_pretrained`` of a packed folder finds them (``ffn/plane_registration.py``).
 """
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AutoHfQuantizer,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from sparse_runtime.errors import ConfigError, ModelError
+from sparse_runtime.errors import ModelError
 from sparse_runtime.ffn.plane_checkpoint import (
     check_float_files,
     check_packed_files,
     release_pages,
 )
+from sparse_runtime.ffn.plane_config import METHOD, PlaneConfig, check_same
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import (
     LinearPlace,
-    Places,
-    find_places,
     refuse_infinite,
     restore_floats,
     tied_weights,
     untie,
 )
-from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.printable import printable
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.fingerprint import kept_fingerprint, kept_samples
 
-METHOD = "planes"
-#: Of the planes on disk (``kernels/planes.py``).
-FORMAT_VERSION = 1
 # Bytes of weights read, after which their pages are let go; asking takes some milliseconds.
 _RELEASED_AT = 1 << 25
 
 
-@register_quantization_config(METHOD)
-class PlaneConfig(QuantizationConfigMixin):
-    """Weights in planes, for ``from_pretrained(name, quantization_config=PlaneConfig(bits=6))``.
-
-    Attributes:
-        bits: of the FFNs' weights: 3, 4, 5, 6, 7 or 8; None leaves them in float.
-        linear_bits: of attention and head; None leaves them in float. By default 6 where ``bits`` is
-            less than that, else 8. A head that is tied to the embedding is packed, and the embedding
-            stays.
-        modules_to_not_convert: names of modules to leave in float: whole names, or some of their parts
-            that follow each other (``lm_head``, ``layers.0``, ``self_attn.q_proj``).
-        format_version: of the planes on disk.
-
-    Raises:
-        ConfigError: a field is unknown or has a value that cannot work.
-    """
-
-    def __init__(
-        self,
-        bits: int | None = 6,
-        linear_bits: int | Literal["default"] | None = "default",
-        modules_to_not_convert: list[str] | None = None,
-        format_version: int = FORMAT_VERSION,
-        **unknown: Any,
-    ) -> None:
-        method = unknown.pop("quant_method", METHOD)
-        if unknown or method != METHOD:
-            field = printable(next(iter(unknown), "quant_method"))
-            raise ConfigError(
-                f"PlaneConfig has no field {field!r} for {printable(str(method))!r}; expected bits, "
-                f"linear_bits and modules_to_not_convert, of quant_method {METHOD!r}"
-            )
-        if format_version != FORMAT_VERSION:
-            raise ConfigError(
-                f"these planes are of format version {format_version!r}; this sparse_runtime reads "
-                f"{FORMAT_VERSION}. Install the version that wrote them, or pack the float "
-                "checkpoint again"
-            )
-        if linear_bits == "default":
-            linear_bits = 6 if isinstance(bits, int) and bits < 6 else 8
-        for name, value in (("bits", bits), ("linear_bits", linear_bits)):
-            if value is not None:
-                _check_bits(name, value)
-        if bits is None and linear_bits is None:
-            raise ConfigError("bits and linear_bits are both None; expected one of them, or both")
-        leave = [] if modules_to_not_convert is None else modules_to_not_convert
-        if isinstance(leave, str) or not all(isinstance(part, str) and part for part in leave):
-            raise ConfigError(
-                f"modules_to_not_convert is {printable(leave)}; expected a list of names, such as "
-                "['lm_head']"
-            )
-        self.quant_method = METHOD
-        self.bits = bits
-        self.linear_bits = linear_bits
-        self.modules_to_not_convert = list(leave)
-        self.format_version = format_version
-
-    @property
-    def format(self) -> PlaneFormat | None:
-        """Of the FFNs, or None."""
-        return None if self.bits is None else PlaneFormat.of_bits(self.bits)
-
-    @property
-    def linear_format(self) -> PlaneFormat | None:
-        """Of attention and head, or None."""
-        return None if self.linear_bits is None else PlaneFormat.of_bits(self.linear_bits)
-
-    def places(self, model: nn.Module) -> Places:
-        """What of a model is packed by it; errors as of ``find_places``."""
-        return find_places(
-            model,
-            ffns=self.bits is not None,
-            linears=self.linear_bits is not None,
-            leave=self.modules_to_not_convert,
-        )
-
-
-def _check_bits(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ConfigError(f"{name} is {printable(repr(value))}; expected a whole number, such as 6")
-    try:
-        PlaneFormat.of_bits(value)
-    except ConfigError as error:
-        raise ConfigError(f"{name} is {value}: {error}") from None
+# Here and not on the class, whose module must not import a table that imports this one when filled.
+register_quantization_config(METHOD)(PlaneConfig)
 
 
 @register_quantizer(METHOD)
@@ -144,13 +62,17 @@ class PlaneQuantizer(HfQuantizer):
         self._problem: ModelError | None = None
         self._files: list[str] = []
         self._unreleased = 0
+        self._positions: dict[str, int] = {}
+        self._samples: dict[str, Tensor] = {}
 
     def _process_model_before_weight_loading(
         self, model: Any, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
         config = self.quantization_config
         with torch.device("cpu"):  # around us new tensors have no values
-            places = config.places(model)
+            places = config.places(model, saved=self.pre_quantized)
+            layers = find_ffn_layers(model)
+        self._positions = {layer.name: position for position, layer in enumerate(layers)}
         if self.pre_quantized:
             untie(model, places.linears)
         tied = tied_weights(model)
@@ -225,6 +147,8 @@ class PlaneQuantizer(HfQuantizer):
             for plane, data in module.own_planes().items()
         }
         if self._problem is None:
+            if name in self._positions:
+                self._samples[name] = kept_samples(self._positions[name], *weights)
             module.round_into(planes, *weights)
             self._unreleased += sum(weight.nbytes for weight in weights)
             if self._unreleased >= _RELEASED_AT:
@@ -267,7 +191,10 @@ class PlaneQuantizer(HfQuantizer):
             model._weight_conversions = [c for c in conversions if c not in self._conversions]
         if not self.pre_quantized:
             release_pages(self._files)
-        self._late, self._conversions, self._files = [], [], []
+            if self._samples:
+                layers = find_ffn_layers(model, packed=True)
+                self.quantization_config.fingerprint = kept_fingerprint(layers, self._samples)
+        self._late, self._conversions, self._files, self._samples = [], [], [], {}
         # What is asked for this flag refuses half() and float(), which do no harm here.
         model.is_quantized = False
         return model
@@ -330,6 +257,30 @@ class PlaneQuantizer(HfQuantizer):
     def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
         restore_floats(model)
         return model if dtype is None else model.to(dtype)
+
+
+def _check_when_merging() -> None:
+    """Have ``from_pretrained`` of a packed folder refuse another config.
+
+    transformers goes on by the folder's with a warning, as for its own methods, whose configs may also
+    say how to load; ours says only what is in memory. It has no hook for a method to tell it so.
+    """
+    merge = getattr(AutoHfQuantizer, "merge_quantization_configs", None)
+    if merge is None:
+        return
+
+    @functools.wraps(merge)
+    def checked(quantization_config: Any, quantization_config_from_args: Any) -> Any:
+        found, asked = quantization_config, quantization_config_from_args
+        if isinstance(asked, PlaneConfig) and dict(found).get("quant_method") == METHOD:
+            check_same(found if isinstance(found, PlaneConfig) else PlaneConfig(**found), asked)
+            asked = None
+        return merge(found, asked)
+
+    AutoHfQuantizer.merge_quantization_configs = staticmethod(checked)
+
+
+_check_when_merging()
 
 
 def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:

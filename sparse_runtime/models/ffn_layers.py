@@ -14,6 +14,7 @@ from torch import nn
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.kernels.linear import weight_problem
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
+from sparse_runtime.models.int8_linears import int8_problem, is_int8
 
 #: ``hidden_act`` of a transformers config -> activation name of the kernels.
 ACTIVATIONS = {
@@ -77,6 +78,11 @@ class FFNLayer:
         return is_packed(self.mlp)
 
     @property
+    def int8(self) -> bool:
+        """Whether some of its projections are int8 rows with scales."""
+        return not self.packed and any(map(is_int8, (self.gate, self.up, self.down)))
+
+    @property
     def hidden_size(self) -> int:
         """H."""
         return self.mlp.hidden_size if self.packed else self.gate.in_features  # type: ignore[return-value]
@@ -93,8 +99,12 @@ class FFNLayer:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights, or of those that planes stand for."""
-        return self.mlp.dtype if self.packed else self.gate.weight.dtype  # type: ignore[return-value]
+        """Of the weights, or of those that planes or int8 rows stand for."""
+        if self.packed:
+            return self.mlp.dtype  # type: ignore[return-value]
+        if self.int8:  # of the decoder layer's norms
+            return next(p.dtype for p in self.parent.parameters() if p.is_floating_point())
+        return self.gate.weight.dtype
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -120,7 +130,9 @@ def architecture_of(model: nn.Module) -> FFNArchitecture:
     return ARCHITECTURES[model_type]
 
 
-def find_ffn_layers(model: nn.Module, *, packed: bool = False) -> list[FFNLayer]:
+def find_ffn_layers(
+    model: nn.Module, *, packed: bool = False, int8: bool = False
+) -> list[FFNLayer]:
     """Find the gated FFNs of a model, in layer order.
 
     Wrappers around the model (PEFT, ``torch.compile``) are looked through: a module counts when its
@@ -129,6 +141,7 @@ def find_ffn_layers(model: nn.Module, *, packed: bool = False) -> list[FFNLayer]
     Args:
         model: a causal language model.
         packed: also FFNs whose weights are in planes, which have no projections.
+        int8: also FFNs with projections of int8 rows (``models/int8_linears.py``).
 
     Raises:
         UnsupportedArchitectureError: the model type has no row, or an FFN has biases, an unknown
@@ -155,7 +168,7 @@ def find_ffn_layers(model: nn.Module, *, packed: bool = False) -> list[FFNLayer]
                     "values"
                 )
             continue
-        _check_layer(layer)
+        _check_layer(layer, int8=int8)
         _check_activation(layer, architecture.act)
         _check_forward(layer)
     return sorted(layers, key=lambda layer: layer.index)
@@ -270,13 +283,18 @@ def _check_forward(layer: FFNLayer) -> None:
         )
 
 
-def _check_layer(layer: FFNLayer) -> None:
+def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
     for role in ("gate", "up", "down"):
-        problem = weight_problem(getattr(layer, role))
+        linear = getattr(layer, role)
+        rounded = is_int8(linear)
+        problem = int8_problem(linear) if int8 and rounded else weight_problem(linear)
+        if int8 and rounded and linear.bias is not None:
+            problem = "has a bias, which the sparse FFN operation does not compute"
         if problem is not None:
+            packing = "sparsify(…, weights=8) packs its int8 rows; or load" if rounded else "Load"
             raise UnsupportedArchitectureError(
-                f"{layer.name}: the {role} projection {problem}. Load the model unquantized, and merge "
-                "or remove adapters and parametrizations first"
+                f"{layer.name}: the {role} projection {problem}. {packing} the model unquantized, and "
+                "merge or remove adapters and parametrizations first"
             )
     weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
     present = [weight for weight in weights if weight.device.type != "meta"]  # not offloaded

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sparse_runtime.errors import ModelError
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 #: Weights sampled of each gate, up and down matrix: one from each of so many equal bands of rows and
@@ -26,8 +27,14 @@ _COLUMN_STEP = 27
 _ROUNDING = 2**-8 + 2**-11
 _RELATIVE_TOLERANCE = 2 * _ROUNDING / (1 - _ROUNDING)
 _ABSOLUTE_TOLERANCE = 4 * 2**-25
+# Of a packed model every so many of them are kept: of 32 layers 1,536, or 4 KB in its config.json.
+_KEPT_STEP = 4
 # Format 1: evenly spaced in the flattened matrix, hashed.
 _SAMPLES_IN_FORMAT_1 = 256
+
+
+_KEPT_FIELD = "quantization_config.fingerprint of the model's config.json"
+_KEPT_REMEDY = "Download or pack the model again, or put null there: clusters are not compared then"
 
 
 def model_fingerprint(model: nn.Module) -> dict[str, Any]:
@@ -44,10 +51,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     """
     layers = find_ffn_layers(model)
     samples = _samples(layers)
-    weights = None
-    if samples is not None:
-        raw = samples.view(torch.int16).numpy().astype("<i2").tobytes()
-        weights = base64.b64encode(raw).decode("ascii")
+    weights = None if samples is None else _encoded(samples)
     return {**_structure(model, layers), "weights": weights}
 
 
@@ -61,11 +65,11 @@ def fingerprint_mismatch(
     that with a probability of 7 %, so it is told apart; scaling all weights by less than 0.9 % is not.
 
     Args:
-        model: a dense causal language model.
+        model: a dense causal language model, in float or packed.
         expected: as :func:`model_fingerprint` gives it, or with ``weights_sha256`` in place of
             ``weights``, as an artifact of format 1 has it.
-        weights: also compare the weights, where neither side lacks them: offloaded and packed ones are
-            not there to compare.
+        weights: also compare the weights, where neither side lacks them: offloaded and int8 ones are
+            not compared. For packed ones stand samples of the floats (:func:`kept_fingerprint`).
 
     Returns:
         What is found and what was expected; None if nothing differs.
@@ -73,7 +77,7 @@ def fingerprint_mismatch(
     Raises:
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
     """
-    layers = find_ffn_layers(model, packed=True)
+    layers = find_ffn_layers(model, packed=True, int8=True)
     found = _structure(model, layers)
     for name in ("model_type", "hidden_size", "activation"):
         if found[name] != expected[name]:
@@ -92,17 +96,54 @@ def fingerprint_mismatch(
                 f"intermediate_size of layer {index} is {size} in this model, {expected_size} in the "
                 "artifact"
             )
-    return _weight_mismatch(layers, expected) if weights else None
+    return _weight_mismatch(model, layers, expected) if weights else None
 
 
-def decode_weights(text: str) -> Tensor:
-    """Samples [matrices, 64] bfloat16 of a fingerprint's ``weights``.
+def decode_weights(text: str, columns: int = SAMPLES_PER_MATRIX) -> Tensor:
+    """Samples [matrices, columns] bfloat16 of a fingerprint's ``weights``.
 
     Raises:
         ValueError: not base64, or not a whole number of matrices.
     """
     values = np.frombuffer(base64.b64decode(text, validate=True), "<i2").astype(np.int16)
-    return torch.from_numpy(values).view(torch.bfloat16).view(-1, SAMPLES_PER_MATRIX)
+    return torch.from_numpy(values.reshape(-1, columns)).view(torch.bfloat16)
+
+
+def kept_samples(position: int, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Samples [3, 16] bfloat16 of an FFN that is about to be packed, for :func:`kept_fingerprint`.
+
+    Args:
+        position: of the FFN among the model's.
+        gate, up: [I, H], float.
+        down: [H, I].
+    """
+    matrices = enumerate((gate, up, down), 3 * position)
+    return torch.stack([_sampled(matrix, number)[::_KEPT_STEP] for number, matrix in matrices])
+
+
+def kept_fingerprint(
+    layers: Sequence[FFNLayer], taken: Mapping[str, Tensor] | None = None
+) -> str | None:
+    """What a packed model keeps of its float weights, to be told apart by: a base64 text.
+
+    Args:
+        layers: all of the model's.
+        taken: samples of some of them by name, taken before they were packed; the others are float.
+
+    Returns:
+        :func:`kept_samples` of all layers; None where some cannot be read.
+    """
+    taken = taken or {}
+    rows = []
+    for position, layer in enumerate(layers):
+        samples = taken.get(layer.name)
+        if samples is None:
+            matrices = _matrices([layer])
+            if matrices is None:
+                return None
+            samples = kept_samples(position, *matrices)
+        rows.append(samples)
+    return _encoded(torch.cat(rows))
 
 
 def _structure(model: nn.Module, layers: Sequence[FFNLayer]) -> dict[str, Any]:
@@ -122,7 +163,7 @@ def _listed(indices: Sequence[int]) -> str:
 
 
 def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
-    if any(layer.packed for layer in layers):
+    if any(layer.packed or layer.int8 for layer in layers):
         return None
     matrices = [
         linear.weight.detach() for layer in layers for linear in (layer.gate, layer.up, layer.down)
@@ -130,16 +171,21 @@ def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
     return None if any(matrix.device.type == "meta" for matrix in matrices) else matrices
 
 
-def _weight_mismatch(layers: Sequence[FFNLayer], expected: dict[str, Any]) -> str | None:
+def _weight_mismatch(
+    model: nn.Module, layers: Sequence[FFNLayer], expected: dict[str, Any]
+) -> str | None:
     if expected.get("weights_sha256") is not None:
         digest = _weights_sha256(layers)
         if digest in (None, expected["weights_sha256"]):
             return None
         return "the sampled FFN weights have another sha256 than the artifact says"
-    samples = _samples(layers)
+    packed = any(layer.packed for layer in layers)
+    samples = _kept(model, len(layers)) if packed else _samples(layers)
     if samples is None or expected.get("weights") is None:
         return None
     stored = decode_weights(expected["weights"])
+    if packed:
+        stored = stored[:, ::_KEPT_STEP]
     if stored.shape != samples.shape:
         return f"the artifact samples {len(stored)} matrices, this model has {len(samples)}"
     same = torch.isclose(
@@ -166,11 +212,37 @@ def _samples(layers: Sequence[FFNLayer]) -> Tensor | None:
     matrices = _matrices(layers)
     if matrices is None:
         return None
-    rows = []
-    for number, matrix in enumerate(matrices):
-        index = torch.tensor(_positions(*matrix.shape, seed=number), device=matrix.device)
-        rows.append(matrix[index[0], index[1]].to(torch.bfloat16).cpu())
-    return torch.stack(rows)
+    return torch.stack([_sampled(matrix, number) for number, matrix in enumerate(matrices)])
+
+
+def _sampled(matrix: Tensor, number: int) -> Tensor:
+    """Samples [64] bfloat16 of the matrix of a number."""
+    index = torch.tensor(_positions(*matrix.shape, seed=number), device=matrix.device)
+    return matrix.detach()[index[0], index[1]].to(torch.bfloat16).cpu()
+
+
+def _encoded(samples: Tensor) -> str:
+    raw = samples.contiguous().view(torch.int16).numpy().astype("<i2").tobytes()
+    return base64.b64encode(raw).decode("ascii")
+
+
+def _kept(model: nn.Module, num_layers: int) -> Tensor | None:
+    """What a packed model says of its float weights [3 · layers, 16] bfloat16; None if nothing."""
+    config = getattr(model.config, "quantization_config", None)
+    text = getattr(config, "fingerprint", None)
+    if text is None:
+        return None
+    try:
+        samples = decode_weights(text, SAMPLES_PER_MATRIX // _KEPT_STEP)
+    except ValueError as error:
+        raise ModelError(
+            f"{_KEPT_FIELD} is no base64 of samples ({error}). {_KEPT_REMEDY}"
+        ) from error
+    if len(samples) != 3 * num_layers:
+        raise ModelError(
+            f"{_KEPT_FIELD} samples {len(samples)} matrices; expected {3 * num_layers}. {_KEPT_REMEDY}"
+        )
+    return samples
 
 
 def _positions(rows: int, columns: int, *, seed: int) -> tuple[list[int], list[int]]:

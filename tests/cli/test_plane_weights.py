@@ -1,9 +1,12 @@
 """``--weights`` of the commands that run a model."""
 
 import json
+import shutil
 
 import pytest
 from helpers import needs_library, random_cluster_set
+
+from sparse_runtime.ffn.plane_packing import pack_model
 
 pytestmark = needs_library
 
@@ -50,6 +53,131 @@ def test_eval_shows_packed_and_sparse(run, files, tmp_path):
         8.25 * 64 / 32
     )  # H = 32 of a group of 64
     assert record["looked"] == record["counted"] == record["refined"] == pytest.approx(0.5, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("options", "packed"), [(("--linear-weights", 6), False), (("--weights", 5), True)]
+)
+def test_generate_with_one_of_them(run, files, tmp_path, options, packed):
+    folder, clusters = files
+    figures = tmp_path / "figures.json"
+    code, _, err = run(
+        *(
+            "generate",
+            folder,
+            "--clusters",
+            clusters,
+            "--prompt",
+            "alpha",
+            "--raw",
+            "--json",
+            figures,
+        ),
+        *("--max-new-tokens", 4, "--dtype", "float32", *options),
+    )
+    assert code == 0, err
+    record = json.loads(figures.read_text())["sparse"]
+    assert record["sparse_tokens"] == 3
+    assert (record["cost_share"] < 0.3) == packed  # half of the neurons, in 5 bits or in 32
+
+
+def test_tau_on_a_packed_folder(run, files, tmp_path, tiny_model):
+    folder, clusters = files
+    packed, text = tmp_path / "packed", tmp_path / "text.txt"
+    shutil.copytree(folder, packed)
+    pack_model(tiny_model, 5).save_pretrained(packed)
+    text.write_text("alpha beta gamma " * 400)
+    for command in (
+        ("generate", packed, "--clusters", clusters, "--prompt", "alpha", "--max-new-tokens", 4),
+        (
+            "eval",
+            packed,
+            "--clusters",
+            clusters,
+            "--data",
+            text,
+            "--window",
+            64,
+            "--max-tokens",
+            128,
+        ),
+    ):
+        code, out, err = run(*command, "--tau", 3, "--ramp", 0.5, "--dtype", "float32")
+        assert code == 0, err
+    assert "5 bits" in out
+
+
+def test_tasks_run_on_planes(run, files, tmp_path):
+    pytest.importorskip("lm_eval")
+    folder, clusters = files
+    lines, figures = tmp_path / "passages.jsonl", tmp_path / "figures.json"
+    texts = ("the cat sat on the mat", "one two three four", "an apple a day keeps")
+    lines.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    records = []
+    for options in ((), ("--weights", 3, "--linear-weights", 4, "--tau", 3, "--ramp", 0.5)):
+        code, _, err = run(
+            *("tasks", folder, "--clusters", clusters, "--task", f"lambada={lines}", *options),
+            *("--dtype", "float32", "--json", figures),
+        )
+        assert code == 0, err
+        assert "warning" not in err
+        records.append(json.loads(figures.read_text()))
+    floats, planes = (record["rows"][0] for record in records)
+    assert floats["metric"] == planes["metric"] == "perplexity"
+    assert planes["dense"] == floats["dense"]  # of the float model
+    assert planes["sparse"] != floats["sparse"]
+    assert records[1]["cost_share"] < 0.6 * records[0]["cost_share"]
+    assert records[1]["planes"] == {"weights": 3, "linear_weights": 4, "tau": 3.0, "ramp": 0.5}
+
+
+@pytest.mark.parametrize(
+    "options", [("--weights", 6), ("--linear-weights", 4), ("--weights", 4) * 2]
+)
+def test_bench_runs_on_planes_beside_floats(run, files, tmp_path, options):
+    folder, clusters = files
+    figures = tmp_path / "figures.json"
+    if len(options) == 4:
+        options = (*options[:2], "--linear-weights", 8, "--tau", 3, "--batches", 2)
+    code, out, err = run(
+        *("bench", folder, "--clusters", clusters, "--prompt-tokens", 12, "--new-tokens", 3),
+        *("--repeats", 1, "--json", figures, *options),
+    )
+    assert code == 0, err
+    record = json.loads(figures.read_text())
+    decode, memory = record["decode"], record["memory"]
+    assert set(decode["gbps"]) == {"dense", "dense_fast", "packed", "sparse", "sparse_fast"}
+    assert "packed" in out
+    assert memory["sparse_weights_mib"] < memory["weights_mib"]
+    assert ("mlp" in record) == ("--weights" not in options)
+    read = {name: gbps * decode[f"{name}_ms"] for name, gbps in decode["gbps"].items()}
+    assert read["sparse"] < read["packed"] < read["dense"]
+    assert decode["ceiling"] == pytest.approx(read["dense"] / read["sparse"])
+    if "--batches" in options:
+        assert record["batches"][0]["batch"] == 2
+
+
+def test_bench_of_a_packed_folder(run, files, tmp_path, tiny_model):
+    folder, clusters = files
+    packed, figures = tmp_path / "packed", tmp_path / "figures.json"
+    shutil.copytree(folder, packed)
+    pack_model(tiny_model, 5).save_pretrained(packed)
+    code, _, err = run(
+        *("bench", packed, "--clusters", clusters, "--prompt-tokens", 12, "--new-tokens", 3),
+        *("--repeats", 1, "--json", figures),
+    )
+    assert code == 0, err
+    record = json.loads(figures.read_text())
+    assert set(record["decode"]["gbps"]) == {"dense", "dense_fast", "sparse", "sparse_fast"}
+    assert "mlp" not in record
+
+
+def test_bench_on_a_gpu_takes_none(run, files):
+    folder, clusters = files
+    code, _, err = run(
+        *("bench", folder, "--clusters", clusters, "--device", "cuda", "--linear-weights", 6)
+    )
+    assert code == 2
+    assert "--linear-weights is timed on the CPU, and --device is 'cuda'" in err
 
 
 @pytest.mark.parametrize(

@@ -132,7 +132,8 @@ def test_bytes_written_anew_are_read(clusters):
     [
         ({"weights": 2}, "weights is 2; expected one of 3, 4, 5, 6, 7, 8, or None"),
         ({"weights": True}, "weights is True"),
-        ({"linear_weights": 8}, "linear_weights is 8 without weights"),
+        ({"keep_float": True}, "keep_float is True without weights or linear_weights"),
+        ({"keep_float": 1, "weights": 6}, "keep_float is 1; expected True or False"),
         ({"linear_weights": 16}, "linear_weights is 16"),
         ({"tau": 0.5}, "tau is 0.5; expected a number of 1 or more"),
         ({"tau": math.nan}, "tau is nan"),

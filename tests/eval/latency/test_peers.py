@@ -101,7 +101,12 @@ def test_both_are_timed_in_turns_and_the_page_shows_them(
     peers_markdown.main()
     text = page.read_text()
     assert text.count("| llama.cpp Q4_0 | 50.00 | 50–50 | 100.0 |") == 3
-    assert "llama.cpp Q4_0 decodes" in text
+    for speed, sentence in (
+        (1e6, "\nllama.cpp Q4_0 decodes "),
+        (1e-6, " as fast as llama.cpp Q4_0."),
+    ):
+        other = {**own, "peers": [{**peer, "decode_tok_s": speed}]}
+        assert sentence in peers_markdown.report(other)
 
 
 def test_what_did_not_run_is_no_figure(tiny_model, stand_in):
