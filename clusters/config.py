@@ -30,8 +30,8 @@ class BuildConfig:
         allocation: how the budget is spent. ``global`` (default with ``awc``) cuts all sets at one
             price of a neuron (see ``sparse_runtime.bands``); ``uniform`` gives every set the same
             size, as ``awc-paper`` always does.
-        verify: leave neurons that are needed by some of a cluster's tokens only to a look at low-bit
-            copies; needs, and is the default with, allocation ``global``.
+        verify: leave neurons that are needed by some of a cluster's tokens only to a look; needs,
+            and is the default with, allocation ``global``.
         fisher_tokens: calibration tokens of the backward passes that estimate the loss's
             sensitivity (default 8,192; importance ``fisher`` only).
         loop_weights: weigh layers by what they leave out of the sparse model, see

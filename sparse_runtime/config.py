@@ -33,7 +33,7 @@ class SparseConfig:
             memory's speed; see :func:`sparse_runtime.fast_linear`.
         budget: mean cost share over all layers, cut from the artifact's centroids; None keeps the
             artifact's own sets.
-        verify: with or without the band of neurons that low-bit copies decide on; None keeps what the
+        verify: with or without the band of neurons that looks decide on; None keeps what the
             artifact has. The copies take 17 % of the FFN's memory.
         layer_budgets: layer index -> cost share of its own, 1 for dense; the others share what these
             leave of the budget.

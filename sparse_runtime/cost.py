@@ -24,6 +24,8 @@ def packed_size(num_neurons: int) -> int:
 
 #: Weights that share one scale.
 GROUP = 64
+#: Bits of the planes that float weights are looked at by.
+LOOK_BITS = 4
 
 
 def num_groups(size: int) -> int:
@@ -56,11 +58,6 @@ def refine_size(hidden_size: int, residual: int) -> int:
     return 3 * plane_size(hidden_size, residual)
 
 
-def record_size(hidden_size: int) -> int:
-    """Bytes of one neuron's low-bit copy: 68·⌈H/64⌉ (``kernels/low_bit.py``)."""
-    return look_size(hidden_size, 4)
-
-
 @dataclass(frozen=True)
 class FFNCost:
     """Bytes that one layer's FFN reads for one token.
@@ -70,7 +67,7 @@ class FFNCost:
         intermediate_size: I.
         extra_elements: elements read per token besides the neurons: router and compensation.
         element_size: bytes per weight (2 for bfloat16).
-        verified: a second band of neurons is looked at in low-bit copies.
+        verified: a second band of neurons is looked at.
         clustered: sets are read as bitmaps; False for methods that have none.
     """
 
@@ -93,8 +90,8 @@ class FFNCost:
 
     @property
     def look_bytes(self) -> int:
-        """Bytes of one neuron's low-bit copy."""
-        return record_size(self.hidden_size)
+        """Bytes of one neuron's look record."""
+        return look_size(self.hidden_size, LOOK_BITS)
 
     @property
     def refine_bytes(self) -> int:

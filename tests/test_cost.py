@@ -6,7 +6,7 @@ from sparse_runtime.cost import FFNCost
 
 
 def test_bytes_of_a_token():
-    # SmolLM2-135M's FFN in bfloat16: a neuron has 3 · 576 weights of 2 bytes, its low-bit copy nine
+    # SmolLM2-135M's FFN in bfloat16: a neuron has 3 · 576 weights of 2 bytes, its look record nine
     # groups of 64 along H, each 2 · 32 bytes of codes and 2 · 2 of scales; a bitmap has 1536 bits.
     plain = FFNCost(576, 1536, extra_elements=1000)
     looks = FFNCost(576, 1536, extra_elements=1000, verified=True)

@@ -1,7 +1,7 @@
 """A sparse model that can be differentiated: what distillation trains.
 
 Each FFN is computed in full and masked, so nothing is saved; the masks are those of the run time, but
-that looks see the exact activation instead of its low-bit copy.
+that looks see the exact activation instead of its look record.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ ONE_TOKEN: dict[str, Sequence[int]] = {
 }
 LOOKS: dict[str, Sequence[int]] = {
     "look_rows": (4, 8, 16, 32),
-    "look_groups": (2, 4, 8, 16),
+    "look_groups": (4, 8, 16),
     "look_warps": (2, 4, 8),
 }
 SEVERAL: dict[str, Sequence[int]] = {

@@ -63,7 +63,7 @@ def evaluate_quality(
         Of the sparse run, ``kl`` (to the dense model, in nats per token), ``top1`` (share of the
         tokens with the dense model's likeliest next token), ``ratio`` (perplexity ÷ dense) and
         ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
-        dtype (beside larger weights low-bit copies would seem cheaper); of each run (``dense``,
+        dtype (beside larger weights looks would seem cheaper); of each run (``dense``,
         ``sparse``, ``oracle_ids``, ``static``) ``perplexity`` and, but for ``dense``,
         ``divergence`` (KL) and ``agreement`` (top-1); ``nll`` (of each run, the windows' negative
         log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,

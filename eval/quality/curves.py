@@ -135,7 +135,7 @@ def evaluate_curves(
         clusters: the artifact, with centroids.
         texts: names and tokens [n] int64 of held-out texts.
         budgets: mean cost shares, in (0, 1].
-        verify: with looks at low-bit copies, without them, or both in turn.
+        verify: with looks, without them, or both in turn.
         baselines: names out of ``BASELINES``, or ``all``.
         calibration: windows that the baselines are fitted on [W, window] int64.
         protocol: windows and prompts.

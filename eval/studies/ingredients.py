@@ -33,7 +33,7 @@ class Ingredients:
 
     Args:
         one_price: cut all layers at one price of a neuron.
-        looks: leave neurons in between to a look at low-bit copies.
+        looks: leave neurons in between to a look.
         bias: add, for each cluster, the mean of what its set leaves out.
         loop_weights: weigh layers in the sparse model before they are cut; with ``one_price``.
         distill: tune shifts of the biases against the dense model's predictions; with ``bias``.

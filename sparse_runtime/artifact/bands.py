@@ -6,7 +6,7 @@ compute it, at a price of λ per neuron. With q the bytes of a look over those o
 
     never:  E[e²]                      the neuron is skipped
     sure:   λ                          it is computed
-    maybe:  q·λ + E[min(e², λ)]        its low-bit copy decides, token by token: compute if e² > λ
+    maybe:  q·λ + E[min(e², λ)]        a look decides, token by token: compute if e² > λ
 
 The cheapest band wins, and one λ for all layers and clusters is bisected to the budget. Without
 verification there is no third band, and a neuron is computed where E[e²] > λ.
@@ -65,7 +65,7 @@ class Bands:
 
     Attributes:
         sure: computed, bool [K, I].
-        maybe: computed if the low-bit copy says so, bool [K, I]; None without verification.
+        maybe: computed if a look says so, bool [K, I]; None without verification.
         left_out: expected h of what a token's neurons leave out [K, I].
         computed: neurons computed per token, mean over clusters.
         looked: neurons looked at per token, mean over clusters.

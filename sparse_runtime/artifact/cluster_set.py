@@ -154,7 +154,7 @@ class ClusterSet:
 
     @property
     def verified(self) -> bool:
-        """Whether a layer has neurons that low-bit copies decide on."""
+        """Whether a layer has neurons that looks decide on."""
         return any(layer.maybe_sets is not None for layer in self.layers.values())
 
     @property

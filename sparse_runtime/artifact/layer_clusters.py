@@ -35,9 +35,9 @@ class LayerClusters:
         left_out: share of the importance Σ e² that the sets are expected to leave out, which
             ``bias_shift`` and ``correction_up`` go with when sets are cut for another budget; None
             where sets were not cut at a price.
-        maybe_sets: neurons of each cluster that low-bit copies decide on, bitmaps [K, ⌈I/8⌉] uint8, or
+        maybe_sets: neurons of each cluster that looks decide on, bitmaps [K, ⌈I/8⌉] uint8, or
             None.
-        factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its low-bit copy
+        factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its look record
             [I]; None without ``maybe_sets``.
         centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
     """

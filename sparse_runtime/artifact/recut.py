@@ -41,7 +41,7 @@ def recut(
         model: the model that the artifact was built for.
         clusters: with the layers' centroids.
         budget: mean cost share over all layers, in (0, 1]; the artifact's own if None.
-        verify: with or without a band of neurons that low-bit copies decide on; as the artifact is
+        verify: with or without a band of neurons that looks decide on; as the artifact is
             if None.
         layer_budgets: layer index -> cost share of its own (1: dense). The other layers share what
             these leave of ``budget``; if there are none, the shares' mean is the budget.
@@ -91,7 +91,7 @@ def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: 
         model: the model that the artifact was built for.
         clusters: with the layers' centroids; layers that are not in it play no part.
         budget: mean cost share of its layers.
-        verify: with or without a band of neurons that low-bit copies decide on.
+        verify: with or without a band of neurons that looks decide on.
 
     Raises:
         ConfigError: the budget cannot be met.

@@ -65,8 +65,8 @@ def bench(
     verify: Annotated[
         bool | None,
         typer.Option(
-            help="With or without looks at low-bit copies, whatever the artifact has; of --shape: also "
-            "sets that low-bit copies decide on."
+            help="With or without looks, whatever the artifact has; of --shape: also "
+            "sets that looks decide on."
         ),
     ] = None,
     prompt_tokens: Annotated[

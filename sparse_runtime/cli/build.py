@@ -50,7 +50,7 @@ _Allocation = Annotated[
 ]
 _Verify = Annotated[
     bool | None,
-    typer.Option(help="Leave some neurons to a look at low-bit copies; default if global."),
+    typer.Option(help="Leave some neurons to a look; default if global."),
 ]
 _LoopWeights = Annotated[
     bool | None,

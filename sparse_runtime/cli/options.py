@@ -76,7 +76,7 @@ BudgetOption = Annotated[
 ]
 VerifyOption = Annotated[
     bool | None,
-    typer.Option(help="With or without looks at low-bit copies, whatever the artifact has."),
+    typer.Option(help="With or without looks, whatever the artifact has."),
 ]
 WeightsOption = Annotated[
     int | None,

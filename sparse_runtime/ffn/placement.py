@@ -60,7 +60,7 @@ def placed(
         clusters: of the layer.
         device: of the weights.
         dtype: of the weights; router, bias and correction take it.
-        looks: with the band of neurons that low-bit copies decide on.
+        looks: with the band of neurons that looks decide on.
     """
     floats: dict[str, Tensor | None] = {name: getattr(clusters, name) for name in _FLOATS}
     tensors = {

@@ -34,7 +34,7 @@ from sparse_runtime.ffn.projections import Seen, projection_problem
 from sparse_runtime.ffn.rule import TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
 from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed, needs_gradient
-from sparse_runtime.kernels.low_bit import quantize_rows
+from sparse_runtime.kernels.looks import look_records
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     FFNWeights,
@@ -238,9 +238,9 @@ class SparseFFN(FFNBuffers):
 
     @property
     def weights(self) -> FFNWeights:
-        """The projections' weights and their low-bit copies."""
+        """The projections' weights, and what they are looked at by."""
         gate, up, down = self._projection_weights()
-        return FFNWeights(gate, up, down.t(), self.activation, self._buffers["low_bit"])
+        return FFNWeights(gate, up, down.t(), self.activation, self._buffers["look"])
 
     def _own_cost(self, layer: FFNLayer) -> FFNCost:
         return FFNCost(
@@ -312,7 +312,7 @@ class SparseFFN(FFNBuffers):
                 self.release()  # it has been replaced, and goes back as it was
             if not self._try_to_place(gate.device, gate.dtype):
                 self.release()
-                self._buffers["low_bit"] = None
+                self._buffers["look"] = None
                 return None
             lay_out(down, transposed=True)
             self._transposed = (down,)
@@ -401,7 +401,7 @@ class SparseFFN(FFNBuffers):
         looks = clusters.maybe_sets is not None and self.backend != "dense"
         tensors = placed(clusters, device, dtype, looks=looks)
         tensors |= counters(clusters.num_clusters, self._stages, device, self._buffers)
-        tensors["low_bit"] = None
+        tensors["look"] = None
         bound = config.max_sparse_tokens
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
@@ -419,12 +419,12 @@ class SparseFFN(FFNBuffers):
         self._most_sparse_values = most * self._hidden_size
 
     def _derive(self) -> None:
-        """Make the low-bit copies of gate and up, if clusters leave neurons to a look."""
+        """Make the look records of gate and up, if clusters leave neurons to a look."""
         if self._buffers["maybe_sets"] is None:
             return
         gate, up, _ = self._projection_weights()
-        records = quantize_rows(gate.detach(), up.detach())
-        before = self._buffers["low_bit"]
+        records = look_records(gate.detach(), up.detach())
+        before = self._buffers["look"]
         if before is not None and not torch.equal(before, records):
             self.state.warn_once(
                 "changed weights",
@@ -432,7 +432,7 @@ class SparseFFN(FFNBuffers):
                 "anew. The clusters are still those of the weights before: build them again if the "
                 "change is more than a small one",
             )
-        self._buffers["low_bit"] = records
+        self._buffers["look"] = records
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at its own projections.

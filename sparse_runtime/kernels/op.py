@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_runtime.cost import packed_size, record_size
+from sparse_runtime.cost import LOOK_BITS, look_size, packed_size
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
@@ -39,7 +39,7 @@ def sparse_ffn(
     y_t = Σ_{i ∈ S_t} h_i(x_t) · down_t[i],    h_i(x) = act(gate[i]·x) · (up[i]·x)
 
     S_t is ``active_sets[cluster_ids[t]]``, plus the neurons i of ``maybe_sets[cluster_ids[t]]`` whose
-    low-bit copy gives |h̃_i|·factors[i] > 1.
+    look record gives |h̃_i|·factors[i] > 1.
 
     Args:
         x: hidden states [n, H], of the weights' dtype.
@@ -55,7 +55,7 @@ def sparse_ffn(
 
     Raises:
         ValueError: shapes, dtypes, devices or the activation do not fit together, or there are
-            ``maybe_sets`` without ``factors`` or low-bit copies.
+            ``maybe_sets`` without ``factors`` or look records.
         IndexError: a cluster id is out of range (CPU only; on a GPU it is not checked).
     """
     _check_arguments(x, weights, tables, cluster_ids, row_counts)
@@ -76,7 +76,7 @@ def sparse_ffn(
         cluster_ids,
         weights.activation,
         tables.maybe_sets,
-        weights.low_bit if looks else None,
+        weights.look if looks else None,
         tables.factors,
         # Never None: torch 2.10 cannot mutate an argument that is left at its default.
         x.new_zeros(2, dtype=torch.int64) if row_counts is None else row_counts,
@@ -131,7 +131,7 @@ def routed_ffn(
         counters.clusters,
         weights.activation,
         tables.maybe_sets,
-        weights.low_bit if looks else None,
+        weights.look if looks else None,
         tables.factors,
         counters.rows,
         compensation.correction_down,
@@ -159,13 +159,13 @@ def _sparse_ffn(
     cluster_ids: Tensor,
     activation: str,
     maybe_sets: Tensor | None,
-    low_bit: Tensor | None,
+    look: Tensor | None,
     factors: Tensor | None,
     row_counts: Tensor,
 ) -> Tensor:
     return sparse_ffn_reference(
         x,
-        FFNWeights(w_gate, w_up, w_down_t, activation, low_bit),
+        FFNWeights(w_gate, w_up, w_down_t, activation, look),
         ClusterTables(sets, maybe_sets, factors),
         cluster_ids,
         row_counts,
@@ -197,7 +197,7 @@ def _check_arguments(
     neurons, hidden_size = weights.gate.shape
     clusters = tables.active_sets.shape[0]
     bitmaps = (clusters, packed_size(neurons))
-    records = (neurons, record_size(hidden_size))
+    records = (neurons, look_size(hidden_size, LOOK_BITS))
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
         "x": (x, (x.shape[0], hidden_size), x.dtype),
         "gate": (weights.gate, (neurons, hidden_size), x.dtype),
@@ -208,10 +208,10 @@ def _check_arguments(
         "row_counts": (row_counts, (2,), torch.int64),
         "maybe_sets": (tables.maybe_sets, bitmaps, torch.uint8),
         "factors": (tables.factors, (neurons,), torch.float32),
-        "low_bit": (weights.low_bit, records, torch.uint8),
+        "look": (weights.look, records, torch.uint8),
     }
     if tables.maybe_sets is not None or tables.factors is not None:
-        band = {name: expected[name][0] for name in ("maybe_sets", "factors", "low_bit")}
+        band = {name: expected[name][0] for name in ("maybe_sets", "factors", "look")}
         missing = [name for name, tensor in band.items() if tensor is None]
         if missing:
             given = next(name for name in band if name not in missing)

@@ -20,15 +20,14 @@ class FFNWeights:
         up: up projection [I, H].
         down_t: transposed down projection [I, H].
         activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
-        low_bit: records [I, R] uint8 of :func:`sparse_runtime.kernels.low_bit.quantize_rows` for
-            looks, or None.
+        look: records [I, R] uint8 of :func:`sparse_runtime.kernels.looks.look_records`, or None.
     """
 
     gate: Tensor
     up: Tensor
     down_t: Tensor
     activation: str = "silu"
-    low_bit: Tensor | None = None
+    look: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,8 +36,8 @@ class ClusterTables:
 
     Attributes:
         active_sets: bitmaps [K, ⌈I/8⌉] uint8 (see :mod:`sparse_runtime.kernels.bitmaps`).
-        maybe_sets: bitmaps [K, ⌈I/8⌉] uint8 of the neurons that a look at their low-bit copies
-            decides on, or None. Neurons that are in ``active_sets`` too are computed.
+        maybe_sets: bitmaps [K, ⌈I/8⌉] uint8 of the neurons that a look decides on, or
+            None. Neurons that are in ``active_sets`` too are computed.
         factors: such a neuron is computed where |h̃|·factor > 1 [I] float32; None without
             ``maybe_sets``.
     """

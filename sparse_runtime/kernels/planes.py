@@ -29,6 +29,8 @@ far as the neuron matters:
     refine  gate residual | up residual | down residual
 
 A linear layer's row is one record:  base | residual | scales [G].
+
+Float weights are looked at by the same records: :data:`LOOK_FORMAT`.
 """
 
 from __future__ import annotations
@@ -40,7 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime import cost
-from sparse_runtime.cost import GROUP, num_groups, plane_size, scales_size
+from sparse_runtime.cost import GROUP, LOOK_BITS, num_groups, plane_size, scales_size
 from sparse_runtime.errors import ConfigError
 
 _UNIT = 4
@@ -118,6 +120,8 @@ _BY_BITS = {
 
 #: What formats go by.
 PLANE_BITS = tuple(_BY_BITS)
+#: Of the look records that float weights have beside them.
+LOOK_FORMAT = PlaneFormat(LOOK_BITS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -225,7 +229,8 @@ def _unpack_units(data: Tensor, bits: int, u: int) -> Tensor:
 
 def pack_linear(rounded: Rounded) -> Tensor:
     """Records [N, R] uint8 of a linear layer's rows; R as of :meth:`PlaneFormat.linear_size`."""
-    return torch.cat([*_planes(rounded), _bytes(rounded.scales)], dim=1)
+    base = pack_plane(rounded.hi, rounded.format.base)
+    return torch.cat([base, _residual_plane(rounded), _bytes(rounded.scales)], dim=1)
 
 
 def linear_parts(
@@ -265,11 +270,10 @@ class NeuronPlanes:
     def parts(self, rows: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Base planes, residual planes and scales of gate, up and transposed down, as views."""
         size, form = self.hidden_size, self.format
-        base, scales = plane_size(size, form.base), scales_size(size)
-        gate, up, gate_scales, up_scales = self.look[rows].split(
-            [base, base, scales, scales], dim=1
+        gate, up, gate_scales, up_scales = _look_parts(self.look[rows], form, size)
+        down, down_scales = self.count[rows].split(
+            [plane_size(size, form.base), scales_size(size)], dim=1
         )
-        down, down_scales = self.count[rows].split([base, scales], dim=1)
         residuals = self.refine[rows].split([plane_size(size, form.residual)] * 3, dim=1)
         return list(
             zip((gate, up, down), residuals, (gate_scales, up_scales, down_scales), strict=True)
@@ -283,25 +287,46 @@ class NeuronPlanes:
         return gate, up, down
 
 
+def pack_look(gate: Rounded, up: Rounded) -> Tensor:
+    """Look records [I, :meth:`PlaneFormat.look_size`] uint8 of rows [I, H] of one format."""
+    bases = [pack_plane(part.hi, part.format.base) for part in (gate, up)]
+    return torch.cat([*bases, _bytes(gate.scales), _bytes(up.scales)], dim=1)
+
+
+def unpack_look(look: Tensor, form: PlaneFormat, hidden_size: int) -> tuple[Tensor, Tensor]:
+    """Base values of gate and up [I, H] float32, of look records [I, bytes]."""
+    gate, up, gate_scales, up_scales = _look_parts(look, form, hidden_size)
+    base = PlaneFormat(form.base)
+    gates, ups = (
+        Rounded.unpack(plane, plane[:, :0], scales, base, hidden_size).values()
+        for plane, scales in ((gate, gate_scales), (up, up_scales))
+    )
+    return gates, ups
+
+
+def _look_parts(look: Tensor, form: PlaneFormat, size: int) -> tuple[Tensor, ...]:
+    """Base planes of gate and up, and their scales, as views."""
+    base, scales = plane_size(size, form.base), scales_size(size)
+    return look.split([base, base, scales, scales], dim=1)
+
+
 def pack_neurons(gate: Rounded, up: Rounded, down_t: Rounded, activation: str) -> NeuronPlanes:
     """An FFN's neurons, of rows [I, H] of one format."""
-    (gate_base, gate_rest), (up_base, up_rest) = _planes(gate), _planes(up)
-    down_base, down_rest = _planes(down_t)
     return NeuronPlanes(
-        torch.cat([gate_base, up_base, _bytes(gate.scales), _bytes(up.scales)], dim=1),
-        torch.cat([down_base, _bytes(down_t.scales)], dim=1),
-        torch.cat([gate_rest, up_rest, down_rest], dim=1),
+        pack_look(gate, up),
+        torch.cat([pack_plane(down_t.hi, down_t.format.base), _bytes(down_t.scales)], dim=1),
+        torch.cat([_residual_plane(part) for part in (gate, up, down_t)], dim=1),
         gate.format,
         gate.hi.shape[1],
         activation,
     )
 
 
-def _planes(rounded: Rounded) -> tuple[Tensor, Tensor]:
-    base = pack_plane(rounded.hi, rounded.format.base)
+def _residual_plane(rounded: Rounded) -> Tensor:
+    """Of no width without a residual."""
     if not rounded.format.residual:
-        return base, base[:, :0]
-    return base, pack_plane(rounded.lo, rounded.format.residual)
+        return rounded.lo[:, :0].view(torch.uint8)
+    return pack_plane(rounded.lo, rounded.format.residual)
 
 
 def _bytes(scales: Tensor) -> Tensor:

@@ -9,13 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.kernels.bitmaps import unpack_bits
-from sparse_runtime.kernels.low_bit import dequantize_rows, rounded_tokens
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
     FFNWeights,
     RouterWeights,
 )
+from sparse_runtime.kernels.planes import LOOK_FORMAT, unpack_look
 
 ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
@@ -40,9 +40,9 @@ def sparse_ffn_reference(
     chosen = unpack_bits(tables.active_sets[cluster_ids], neurons)
     maybe = torch.zeros_like(chosen)
     if tables.maybe_sets is not None and tables.factors is not None:
-        assert weights.low_bit is not None
+        assert weights.look is not None
         maybe = unpack_bits(tables.maybe_sets[cluster_ids], neurons) & ~chosen
-        chosen |= maybe & confirmed(x, weights.low_bit, tables.factors, weights.activation)
+        chosen |= maybe & confirmed(x, weights.look, tables.factors, weights.activation)
     if row_counts is not None:
         row_counts += torch.stack([chosen.sum(), maybe.sum()])
     if x.shape[0] > _GATHER_MAX_TOKENS:
@@ -73,13 +73,12 @@ def activations(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATION_FUNCTIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 
-def confirmed(x: Tensor, low_bit: Tensor, factors: Tensor, activation: str) -> Tensor:
-    """Neurons that a look at their low-bit copies finds needed, not |h̃|·factor ≤ 1, bool [n, I].
+def confirmed(x: Tensor, look: Tensor, factors: Tensor, activation: str) -> Tensor:
+    """Neurons that a look at their records finds needed, not |h̃|·factor ≤ 1, bool [n, I].
 
-    h̃ is the activation of 4-bit gate and up and of an 8-bit x, in float32.
+    h̃ is the activation by the records' values, in float32.
     """
-    gate, up = dequantize_rows(low_bit, x.shape[1])
-    h = activations(rounded_tokens(x), gate, up, activation)
+    h = activations(x.float(), *unpack_look(look, LOOK_FORMAT, x.shape[1]), activation)
     return ~(h.abs() * factors <= 1)  # so that NaN is computed, not skipped
 
 

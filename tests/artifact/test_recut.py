@@ -123,7 +123,7 @@ def test_measured_share_follows_the_bands(tiny_model, clusters):
         for module in sparse_modules(tiny_model):
             module(x.unsqueeze(0))
     report = cost_report(tiny_model)
-    # float32 doubles the neurons' bytes against those of the low-bit copies.
+    # float32 doubles the neurons' bytes against those of the look records.
     assert 0.4 < report.cost_share < 0.75
 
 
@@ -155,7 +155,7 @@ def test_sparsify_cuts_from_a_folder(tiny_model, clusters, tmp_path):
     sparsify(tiny_model, str(tmp_path), budget=0.4, verify=True)
     module = sparse_modules(tiny_model)[1]
     assert module.maybe_sets is not None
-    assert module.low_bit.shape == (44, 68)
+    assert module.look.shape == (44, 68)
     unsparsify(tiny_model)
     loaded = ClusterSet.from_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"without centroids.*centroids=True"):

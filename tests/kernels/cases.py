@@ -9,7 +9,8 @@ from torch import Tensor
 
 from sparse_runtime.kernels import ClusterTables, FFNWeights, sparse_ffn, sparse_ffn_reference
 from sparse_runtime.kernels.bitmaps import pack_bits
-from sparse_runtime.kernels.low_bit import dequantize_rows, quantize_rows, rounded_tokens
+from sparse_runtime.kernels.looks import look_records
+from sparse_runtime.kernels.planes import LOOK_FORMAT, unpack_look
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 #: Hidden size, neurons, clusters.
@@ -31,9 +32,9 @@ def flat(operation):
 
     def call(
         x, w_gate, w_up, w_down_t, sets, cluster_ids, activation="silu",
-        maybe_sets=None, low_bit=None, factors=None, row_counts=None, **options,
+        maybe_sets=None, look=None, factors=None, row_counts=None, **options,
     ):  # fmt: skip
-        weights = FFNWeights(w_gate, w_up, w_down_t, activation, low_bit)
+        weights = FFNWeights(w_gate, w_up, w_down_t, activation, look)
         tables = ClusterTables(sets, maybe_sets, factors)
         return operation(x, weights, tables, cluster_ids, row_counts=row_counts, **options)
 
@@ -62,7 +63,7 @@ class Case:
     ids: Tensor
     activation: str
     maybe: Tensor
-    low_bit: Tensor
+    records: Tensor
     factors: Tensor
     above: Tensor  # bool [n, I]: a look would confirm the neuron
     looks: bool
@@ -73,8 +74,8 @@ class Case:
 
     @property
     def band(self) -> list[Tensor | None]:
-        """maybe_sets, low_bit, factors."""
-        return [pack_bits(self.maybe), self.low_bit, self.factors] if self.looks else [None] * 3
+        """maybe_sets, look, factors."""
+        return [pack_bits(self.maybe), self.records, self.factors] if self.looks else [None] * 3
 
     @property
     def arguments(self) -> tuple:
@@ -119,13 +120,31 @@ def case(n, shape, dtype, *, activation="silu", density=0.5, looks=False, seed=0
     if density > 0:
         sure[:, 0] = True
     ids = torch.randint(0, clusters, (n,), generator=g)
-    low_bit = quantize_rows(*weights[:2])
-    gate, up = (part.double() for part in dequantize_rows(low_bit, hidden))
-    rounded = rounded_tokens(x).double()
-    h = ACTIVATION_FUNCTIONS[activation](rounded @ gate.t()) * (rounded @ up.t())
+    records = look_records(*weights[:2])
+    gate, up = (part.double() for part in unpack_look(records, LOOK_FORMAT, hidden))
+    h = ACTIVATION_FUNCTIONS[activation](x.double() @ gate.t()) * (x.double() @ up.t())
     factors = _beside(h.abs()) if n == 1 else _in_the_widest_gap(h.abs())
     above = h.abs() * factors > 1
-    return Case(x, weights, sure, ids, activation, maybe, low_bit, factors, above, looks)
+    return Case(x, weights, sure, ids, activation, maybe, records, factors, above, looks)
+
+
+def close_calls(n, hidden, neurons):
+    """Arguments of sparse_ffn, up to the factors, in which rounding decides about some neurons.
+
+    Each neuron's bound is what float32 gives for one of the tokens. Output k of a token is zero where
+    it left out neuron k.
+    """
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, hidden, generator=g)
+    gate, up = torch.randn(2, neurons, hidden, generator=g)
+    records = look_records(gate, up)
+    gates, ups = unpack_look(records, LOOK_FORMAT, hidden)
+    h = ACTIVATION_FUNCTIONS["silu"](x @ gates.t()) * (x @ ups.t())
+    factors = 1 / h.abs()[torch.arange(neurons) % n, torch.arange(neurons)]
+    sure, maybe = torch.rand(2, 4, neurons, generator=g)
+    sets, band = pack_bits(sure < 0.2), pack_bits(maybe < 0.8)
+    ids = torch.randint(0, 4, (n,), generator=g)
+    return x, gate, up, torch.eye(neurons, hidden), sets, ids, "silu", band, records, factors
 
 
 def _beside(h):
@@ -136,8 +155,10 @@ def _beside(h):
 
 
 def _in_the_widest_gap(h):
-    ends = h.new_full((1, h.shape[1]), 1e-4), h.amax(0, keepdim=True) * 10 + 1
-    ordered = torch.cat([ends[0], h, ends[1]]).sort(dim=0).values.clamp_min(1e-6).log()
+    largest = h.amax(0, keepdim=True)
+    # What is smaller than a thousandth of that is not told apart.
+    ordered = torch.cat([h, 1.5 * largest]).clamp_min(1e-3 * largest.clamp_min(1))
+    ordered = ordered.sort(dim=0).values.log()
     widest = ordered.diff(dim=0).argmax(0, keepdim=True)
     middle = (ordered.gather(0, widest) + ordered.gather(0, widest + 1)).squeeze(0) / 2
     return (-middle).exp().float()

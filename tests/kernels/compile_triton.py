@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_runtime.kernels.triton import kernels, plane_kernels
+from sparse_runtime.kernels.triton import kernels, look_kernel, plane_kernels
 from sparse_runtime.kernels.triton.config import TritonConfig
 
 CONFIG = TritonConfig()
@@ -21,7 +21,7 @@ CONFIG = TritonConfig()
 POINTERS = {
     "ids": "*i64", "cluster_counts": "*i64", "row_counts": "*i64", "rows": "*i32", "count": "*i32",
     "counters": "*i32", "counter": "*i32", "projected": "*fp32", "partial": "*fp32",
-    "factors": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "low_bit": "*u8", "member": "*u8",
+    "factors": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "member": "*u8",
     "finer_parts": "*fp32", "look": "*u8", "count_records": "*u8", "refine": "*u8", "records": "*u8",
     "tau": "fp32", "width": "fp32",
 }  # fmt: skip
@@ -44,9 +44,13 @@ ROUTE = [
     for flags in variants(CORRECTION=[0, 16], LISTED=[False, True], COUNTED=[True])
 ]  # fmt: skip
 LOOK = [
-    {**flags, "BLOCK_I": CONFIG.look_rows, "BLOCK_G": CONFIG.look_groups}
+    {**flags, "BASE": 4, "BLOCK_I": CONFIG.look_rows, "UNITS": 2}
     for flags in variants(
-        VERIFY=[False, True], LISTED=[False, True], COUNTED=[True], ACTIVATION=["silu"]
+        H=[4096, 896],
+        VERIFY=[False, True],
+        LISTED=[False, True],
+        COUNTED=[True],
+        ACTIVATION=["silu"],
     )
 ]
 FINISH = {"BIASED": True, "CORRECTION": 16}
@@ -101,7 +105,8 @@ KERNELS = {
 
 
 def compile_kernel(name, constants, dtype, target):
-    kernel = getattr(plane_kernels if name in PLANE_KERNELS else kernels, name)
+    module = next(m for m in (look_kernel, plane_kernels, kernels) if hasattr(m, name))
+    kernel = getattr(module, name)
     wide = name in PLANE_KERNELS or name.endswith("one_kernel")
     signature, attributes = {}, {}
     for position, parameter in enumerate(kernel.arg_names):

@@ -85,8 +85,8 @@ def check_ffn(
     sets = placed(given.sets)
     if layout == "spaced" and given.sure.shape[1] % 8:
         sets[:, -1] |= 255 << given.sure.shape[1] % 8 & 255  # padding bits may hold anything
-    maybe, low_bit, factors = given.band
-    band = (placed(maybe), placed(low_bit), factors)
+    maybe, look, factors = given.band
+    band = (placed(maybe), placed(look), factors)
     down, router, offsets = map(placed, (down, router, offsets))
     low, high = (None, None) if ranks is None else map(placed, ranks)
     counts, routed_counts = torch.tensor([[5, 7], [5, 7]])

@@ -1,4 +1,4 @@
-"""Looks at low-bit copies within a model: factors stay in float32, and bytes looked at are paid for."""
+"""Looks within a model: factors stay in float32, and bytes looked at are paid for."""
 
 import pytest
 import torch
@@ -33,6 +33,26 @@ def test_factors_stay_in_float32(tiny_model, backend, change):
     with torch.inference_mode():
         assert tiny_model(IDS).logits.isfinite().all()
     assert all(module.row_counts.all() for module in sparse_modules(tiny_model))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_answers_do_not_depend_on_batching(tiny_model, backend):
+    """One call and calls of three tokens: nothing is decided by what tokens are rounded beside."""
+    sparse(tiny_model, backend)
+    ids = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        together = tiny_model(ids).logits
+        counts = torch.stack([module.row_counts for module in sparse_modules(tiny_model)])
+        reset_cost(tiny_model)
+        cache, parts = None, []
+        for part in ids.split(3, dim=1):
+            output = tiny_model(part, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            parts.append(output.logits)
+    assert torch.equal(
+        torch.stack([module.row_counts for module in sparse_modules(tiny_model)]), counts
+    )
+    torch.testing.assert_close(torch.cat(parts, dim=1), together, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

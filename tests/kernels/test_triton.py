@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernels.cases import ACCUMULATION, SHAPES, case, flat_reference
+from kernels.cases import ACCUMULATION, SHAPES, case, close_calls, flat_reference
 from kernels.cases import assert_close as assert_within
 from kernels.covering import covering, name_of
 
@@ -80,6 +80,21 @@ def test_looks_at_what_is_not_finite():
     assert counts.tolist() == expected.tolist()
     assert y[0].isnan().all()
     assert not y[1:].isnan().any()
+
+
+def test_decisions_do_not_depend_on_other_tokens():
+    x, *weights, sets, ids, activation, band, records, factors = moved(*close_calls(5, 200, 40))
+
+    def run(tokens):
+        counts = torch.zeros(2, dtype=torch.int64, device=DEVICE)
+        call = x[tokens], *weights, sets, ids[tokens], activation, band, records, factors
+        return triton_ffn.triton_sparse_ffn(*call, counts)[:, :40] != 0
+
+    together = run(slice(None))
+    for size in (1, 2):
+        parts = [run(slice(first, first + size)) for first in range(0, 5, size)]
+        assert torch.equal(torch.cat(parts), together)
+    assert 0.2 < together.float().mean() < 0.8
 
 
 @pytest.fixture

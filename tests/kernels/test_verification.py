@@ -1,15 +1,16 @@
-"""Neurons that low-bit copies confirm: the copies themselves, the reference, the C++ library."""
+"""Neurons that looks confirm: the records, the reference, the C++ library."""
 
 import math
-import struct
 
 import pytest
 import torch
-from kernels.cases import TOLERANCE, assert_close, case, flat_sparse_ffn
+from kernels.cases import TOLERANCE, assert_close, case, close_calls, flat_sparse_ffn
 
-from sparse_runtime.cost import record_size
+from sparse_runtime.cost import look_size
 from sparse_runtime.kernels import load_cpu_library
-from sparse_runtime.kernels.low_bit import dequantize_rows, quantize_rows, rounded_tokens
+from sparse_runtime.kernels.looks import look_records
+from sparse_runtime.kernels.planes import LOOK_FORMAT, PlaneFormat, pack_neurons, unpack_look
+from sparse_runtime.kernels.rounding import round_rows
 
 HAS_LIBRARY = load_cpu_library()
 ops = torch.ops.sparse_runtime
@@ -24,52 +25,49 @@ def isa(request):
     ops.cpu_force_isa("")
 
 
-@pytest.mark.parametrize("hidden", [1, 63, 64, 65, 200])
-def test_records_hold_what_the_layout_says(hidden):
+@pytest.mark.parametrize("hidden", [1, 63, 64, 65, 200, 576])
+def test_records_are_those_of_planes(hidden):
     g = torch.Generator().manual_seed(0)
-    gate, up = torch.randn(2, 5, hidden, generator=g)
-    records = quantize_rows(gate, up)
-    groups = math.ceil(hidden / 64)
-    assert records.shape == (5, record_size(hidden)) == (5, 68 * groups)
-    for row, weights in enumerate(zip(gate, up, strict=True)):
-        record = bytes(records[row].tolist())
-        for part, original in enumerate(weights):
-            found = []
-            for group in range(groups):
-                (bits,) = struct.unpack_from(
-                    "<H", record, 64 * groups + 2 * (part * groups + group)
-                )
-                (scale,) = struct.unpack("<f", struct.pack("<I", bits << 16))
-                codes = record[32 * (part * groups + group) :][:32]
-                found += [(code & 15, scale) for code in codes]
-                found += [(code >> 4, scale) for code in codes]
-            values = torch.tensor([(code - 8) * scale for code, scale in found])
-            assert torch.equal(values[:hidden], dequantize_rows(records, hidden)[part][row])
-            assert not values[hidden:].any()
-            # Half a step, or the part of the side with seven codes that is cut off.
-            steps = torch.tensor([abs(scale) for _, scale in found])[:hidden]
-            assert ((values[:hidden] - original).abs() <= 1.3 * steps).all()
+    gate, up, down = torch.randn(3, 5, hidden, generator=g)
+    records = look_records(gate, up)
+    assert records.shape == (5, look_size(hidden, 4)) == (5, 68 * math.ceil(hidden / 64))
+    rounded = [round_rows(weight, PlaneFormat(4)) for weight in (gate, up, down)]
+    assert torch.equal(records, pack_neurons(*rounded, "silu").look)
+    for values, part in zip(unpack_look(records, LOOK_FORMAT, hidden), rounded[:2], strict=True):
+        assert torch.equal(values, part.values())
 
 
-def test_the_copies_are_accurate():
+def test_records_of_bases_only():
+    """Of planes with residuals, too, a look is by base values."""
+    weights = torch.randn(3, 5, 70, generator=torch.Generator().manual_seed(0))
+    gate, up, down = (round_rows(weight, PlaneFormat(3, 2)) for weight in weights)
+    found = unpack_look(pack_neurons(gate, up, down, "silu").look, PlaneFormat(3, 2), 70)
+    for values, part in zip(found, (gate, up), strict=True):
+        assert torch.equal(values, part.values(base=True))
+        assert not torch.equal(values, part.values())
+
+
+def test_records_are_accurate():
     weight = torch.randn(256, 576, generator=torch.Generator().manual_seed(0))
-    for copy in dequantize_rows(quantize_rows(weight, weight.bfloat16().float()), 576):
-        assert ((copy - weight).square().sum() / weight.square().sum()) < 0.01
-    assert not dequantize_rows(quantize_rows(*torch.zeros(2, 3, 70)), 70)[0].any()
+    records = look_records(weight, weight.bfloat16())
+    for values in unpack_look(records, LOOK_FORMAT, 576):
+        assert ((values - weight).square().sum() / weight.square().sum()) < 0.009
+    assert not unpack_look(look_records(*torch.zeros(2, 3, 70)), LOOK_FORMAT, 70)[0].any()
 
 
-def test_rounded_tokens():
-    x = torch.randn(4, 150, generator=torch.Generator().manual_seed(0))
-    x[1, 64:128] = 0
-    x[2, 5] = float("nan")
-    x[3, 130] = float("inf")
-    rounded = rounded_tokens(x)
-    steps = x[0].split(64)[0].abs().max() / 127
-    assert (rounded[0] - x[0]).abs()[:64].max() <= steps / 2 + 1e-6
-    assert not rounded[1, 64:128].any()
-    assert rounded[2, :64].isnan().all()
-    assert rounded[3, 128:].isnan().all()
-    assert rounded[3, :128].isfinite().all()
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_weights_that_cannot_be_rounded(value):
+    """Their groups are NaN in the records, others as if there were no such weight."""
+    gate, up = torch.randn(2, 5, 150, generator=torch.Generator().manual_seed(0))
+    clean = gate.clone()
+    clean[2, 140] = 0
+    expected, other = unpack_look(look_records(clean, up), LOOK_FORMAT, 150)
+    gate[2, 140] = value
+    found, same = unpack_look(look_records(gate, up), LOOK_FORMAT, 150)
+    assert found[2, 128:].isnan().all()
+    expected[2, 128:] = found[2, 128:] = 0
+    assert torch.equal(found, expected)
+    assert torch.equal(same, other)
 
 
 @pytest.mark.parametrize("n", [1, 3, 20])
@@ -84,21 +82,21 @@ def test_reference(n, shape):
 
 
 def band_of(given):
-    return dict(zip(("maybe_sets", "low_bit", "factors"), given.band, strict=True))
+    return dict(zip(("maybe_sets", "look", "factors"), given.band, strict=True))
 
 
 @needs_library
 @pytest.mark.parametrize("isa", ISAS, indirect=True)
 def test_bands_at_their_ends(isa):
     given = case(5, (70, 60, 3), torch.float32, looks=True)
-    x, gate, up, down, sets, ids, act, _, low_bit, factors = given.arguments
+    x, gate, up, down, sets, ids, act, _, look, factors = given.arguments
     none, everything = torch.zeros_like(sets), torch.full_like(sets, 255)
     dense = ops.cpu_dense_ffn(x, gate, up, down, act)
 
     def run(sure, band, factor):
         counts = torch.zeros(2, dtype=torch.int64)
         full = torch.full_like(factors, factor)
-        y = ops.cpu_sparse_ffn(x, gate, up, down, sure, ids, act, band, low_bit, full, counts)
+        y = ops.cpu_sparse_ffn(x, gate, up, down, sure, ids, act, band, look, full, counts)
         return y, counts.tolist()
 
     y, counts = run(none, everything, math.inf)  # everything is confirmed
@@ -146,10 +144,10 @@ def test_a_neuron_at_its_bound_is_left_out(isa):
     neurons = 24
     gate, up = torch.randn(2, neurons, 64, generator=torch.Generator().manual_seed(0))
     x = torch.zeros(1, 64)
-    x[0, 0] = 127.0  # rounded to 127 steps of 1
-    low_bit = quantize_rows(gate, up)
-    low_gate, low_up = (part[:, 0] * 127 for part in dequantize_rows(low_bit, 64))
-    h = (low_gate.relu() * low_up).abs()
+    x[0, 0] = 127.0  # rounded to 127 · 128 steps of 2⁻⁷
+    look = look_records(gate, up)
+    base_gate, base_up = (part[:, 0] * 127 for part in unpack_look(look, LOOK_FORMAT, 64))
+    h = (base_gate.relu() * base_up).abs()
     at = 1 / h
     usable = (h * at == 1) & at.isfinite()
     beyond = torch.nextafter(at, at.new_tensor(math.inf))
@@ -161,8 +159,24 @@ def test_a_neuron_at_its_bound_is_left_out(isa):
         counts = torch.zeros(2, dtype=torch.int64)
         ids = torch.zeros(1, dtype=torch.int64)
         none = torch.zeros_like(band)
-        ops.cpu_sparse_ffn(x, gate, up, gate, none, ids, "relu", band, low_bit, factors, counts)
+        ops.cpu_sparse_ffn(x, gate, up, gate, none, ids, "relu", band, look, factors, counts)
         assert counts.tolist() == [confirmed, neurons]
+
+
+@needs_library
+@pytest.mark.parametrize("isa", ISAS, indirect=True)
+def test_decisions_do_not_depend_on_other_tokens(isa):
+    x, *weights, sets, ids, activation, band, records, factors = close_calls(23, 200, 96)
+
+    def run(tokens):
+        call = x[tokens], *weights, sets, ids[tokens], activation, band, records, factors
+        return ops.cpu_sparse_ffn(*call)[:, :96] != 0
+
+    together = run(slice(None))
+    for size in (1, 5, 8):
+        parts = [run(slice(first, first + size)) for first in range(0, 23, size)]
+        assert torch.equal(torch.cat(parts), together)
+    assert 0.2 < together.float().mean() < 0.8
 
 
 @needs_library
@@ -174,7 +188,7 @@ def test_opcheck():
 
 WRONG = {
     "maybe_sets": [None, lambda t: t[:-1], lambda t: t[:, :-1], lambda t: t.short()],
-    "low_bit": [None, lambda t: t[:-1], lambda t: t[:, :-1], lambda t: t.char(), lambda t: t[0]],
+    "look": [None, lambda t: t[:-1], lambda t: t[:, :-1], lambda t: t.char(), lambda t: t[0]],
     "factors": [None, lambda t: t[:-1], lambda t: t.double(), lambda t: t.unsqueeze(0)],
     "row_counts": [lambda t: t[:1], lambda t: t.int(), lambda t: t.unsqueeze(0)],
 }
@@ -188,10 +202,10 @@ def test_arguments_that_do_not_fit(name, change):
     arguments, extra = given.arguments, band_of(given)
     extra["row_counts"] = torch.zeros(2, dtype=torch.int64)
     extra[name] = None if change is None else change(extra[name])
-    with pytest.raises(ValueError, match=r"maybe_sets|low_bit|factors|row_counts"):
+    with pytest.raises(ValueError, match=r"maybe_sets|look|factors|row_counts"):
         flat_sparse_ffn(*arguments[:7], **extra)
     if HAS_LIBRARY:
-        with pytest.raises(ValueError, match=r"maybe_sets|low_bit|factors|row_counts"):
+        with pytest.raises(ValueError, match=r"maybe_sets|look|factors|row_counts"):
             ops.cpu_sparse_ffn(*arguments[:7], *extra.values())
 
 
@@ -199,7 +213,7 @@ def test_arguments_that_do_not_fit(name, change):
 @pytest.mark.parametrize(
     ("name", "change"),
     [
-        ("low_bit", lambda t: torch.cat([t, t], dim=1)[:, 1 : t.shape[1] + 1]),
+        ("look", lambda t: torch.cat([t, t], dim=1)[:, 1 : t.shape[1] + 1]),
         ("factors", lambda t: torch.stack([t, t], dim=1)[:, 0]),
         ("row_counts", lambda t: torch.stack([t, t], dim=1)[:, 0]),
         ("maybe_sets", lambda t: t.t().contiguous().t()),

@@ -30,7 +30,7 @@ class TritonConfig:
         route_clusters: logits per step of the program that picks.
         route_warps: of these programs.
         look_rows: neurons that one program looks at.
-        look_groups: groups of 64 elements of their copies per step.
+        look_groups: groups of 64 elements of their records per step, four at least.
         look_warps: of these programs.
         gate_rows: neurons of gate and up per program, for one token.
         gate_hidden: elements of their rows per step.

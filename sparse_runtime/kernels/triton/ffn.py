@@ -1,6 +1,6 @@
 """The Triton backend: the sparse FFN on GPUs, in few launches and without host synchronization.
 
-One token takes three launches, or four with looks at low-bit copies:
+One token takes three launches, or four with looks:
 
     route (router, cluster, list of its neurons) → [look] → gate and up → down
 
@@ -22,7 +22,7 @@ import torch
 import triton
 from torch import Tensor
 
-from sparse_runtime.cost import record_size
+from sparse_runtime.cost import LOOK_BITS
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
@@ -32,11 +32,14 @@ from sparse_runtime.kernels.operands import (
 )
 from sparse_runtime.kernels.triton import kernels
 from sparse_runtime.kernels.triton.config import TritonConfig, config_for
+from sparse_runtime.kernels.triton.look_kernel import look_kernel
 
 #: Whether the interpreter runs the kernels, as it was when they were defined.
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 #: Calls of more tokens are cut in parts: activations and partial sums are kept for all of a part.
 MAX_TOKENS = 64
+#: Elements of a unit of planes: 4 groups of 64.
+UNIT_SIZE = 256
 # Places of the counters: one for each token while routing, one for looks, then one for each block of
 # outputs.
 _LOOK_COUNTER = MAX_TOKENS
@@ -67,7 +70,7 @@ def triton_routed_ffn(
     cluster_counts: Tensor,
     activation: str,
     maybe_sets: Tensor | None,
-    low_bit: Tensor | None,
+    look: Tensor | None,
     factors: Tensor | None,
     row_counts: Tensor | None,
     correction_down: Tensor | None,
@@ -89,7 +92,7 @@ def triton_routed_ffn(
         cluster_counts: incremented for every token [K] int64.
         activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
         maybe_sets: bitmaps [K, ⌈I/8⌉] uint8, or None, as the next two.
-        low_bit: records [I, R] uint8.
+        look: records [I, R] uint8 in ``LOOK_FORMAT``.
         factors: [I] float32.
         row_counts: incremented by the neurons computed and looked at [2] int64, or None.
         correction_down: [c, H] or None, as the next.
@@ -101,7 +104,7 @@ def triton_routed_ffn(
     """
     outputs = []
     for tokens in x.contiguous().split(MAX_TOKENS):
-        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, low_bit, factors)
+        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
         call.counts = row_counts
         call.counters = counters
         call.bias = cluster_bias
@@ -127,7 +130,7 @@ def triton_sparse_ffn(
     cluster_ids: Tensor,
     activation: str,
     maybe_sets: Tensor | None,
-    low_bit: Tensor | None,
+    look: Tensor | None,
     factors: Tensor | None,
     row_counts: Tensor,
 ) -> Tensor:
@@ -136,7 +139,7 @@ def triton_sparse_ffn(
     outputs = []
     parts = x.contiguous().split(MAX_TOKENS), cluster_ids.contiguous().split(MAX_TOKENS)
     for tokens, ids in zip(*parts, strict=True):
-        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, low_bit, factors)
+        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
         call.counts = row_counts
         call.counters = counters
         with torch.cuda.device_of(x):
@@ -179,7 +182,7 @@ class _Call:
         sets: Tensor,
         activation: str,
         maybe_sets: Tensor | None,
-        low_bit: Tensor | None,
+        look: Tensor | None,
         factors: Tensor | None,
     ) -> None:
         self.x, self.weights, self.sets, self.activation = (
@@ -189,8 +192,8 @@ class _Call:
             activation,
         )
         self.look = None
-        if maybe_sets is not None and low_bit is not None and factors is not None:
-            self.look = (maybe_sets, low_bit, factors)
+        if maybe_sets is not None and look is not None and factors is not None:
+            self.look = (maybe_sets, look, factors)
         self.tokens, self.hidden_size = x.shape
         self.neurons = w_gate.shape[0]
         self.config = _config(str(x.device), self.hidden_size, self.neurons, x.dtype)
@@ -247,17 +250,15 @@ class _Call:
 
     def _look(self) -> None:
         config, verify = self.config, self.look is not None
-        maybe_sets, low_bit, factors = self.look or (self.sets, self.sets, self.x)
+        maybe_sets, look, factors = self.look or (self.sets, self.sets, self.x)
         self.member = self.x.new_empty(self.tokens, self.neurons, dtype=torch.uint8)
-        groups = -(-self.hidden_size // 64)
-        kernels.look_kernel[(-(-self.neurons // config.look_rows), self.tokens)](
-            self.x, self.ids, self.sets, maybe_sets, low_bit, factors, self.member, self.rows,
+        look_kernel[(-(-self.neurons // config.look_rows), self.tokens)](
+            self.x, self.ids, self.sets, maybe_sets, look, factors, self.member, self.rows,
             self.count, self.count if self.counts is None else self.counts,
-            self.counters[_LOOK_COUNTER:], self.hidden_size, self.neurons, self.sets.shape[1],
-            record_size(self.hidden_size),
-            VERIFY=verify, LISTED=self.tokens == 1, COUNTED=self.counts is not None,
-            ACTIVATION=self.activation, BLOCK_I=config.look_rows,
-            BLOCK_G=min(config.look_groups, triton.next_power_of_2(groups)),
+            self.counters[_LOOK_COUNTER:], self.neurons, self.sets.shape[1],
+            H=self.hidden_size, BASE=LOOK_BITS, VERIFY=verify, LISTED=self.tokens == 1,
+            COUNTED=self.counts is not None, ACTIVATION=self.activation, BLOCK_I=config.look_rows,
+            UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             num_warps=config.look_warps,
         )  # fmt: skip
 
@@ -313,6 +314,11 @@ class _Call:
 def _block(wanted: int, size: int) -> int:
     """A block of at most ``wanted`` that is no larger than it needs to be."""
     return min(wanted, int(triton.next_power_of_2(size)))
+
+
+def units_at_a_time(wanted: int, size: int) -> int:
+    """Units of planes that are read at a time: so many elements, and no more than a row has."""
+    return max(1, min(wanted, int(triton.next_power_of_2(size))) // UNIT_SIZE)
 
 
 @contextmanager

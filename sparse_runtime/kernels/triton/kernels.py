@@ -16,8 +16,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-# Adding and taking it away rounds a float32 below 2**22 to a whole number, halves to even.
-_ROUNDER = tl.constexpr(12582912.0)
 #: Neurons decoded at a time by the program that makes the list.
 _LIST_BLOCK = tl.constexpr(2048)
 
@@ -141,71 +139,6 @@ def route_kernel(
             written = _write_list(sets + best_id * set_bytes, rows, count, neurons, True)
             if COUNTED:
                 tl.atomic_add(row_counts, written.to(tl.int64))
-
-
-@triton.jit
-def look_kernel(
-    x, ids, sets, maybe_sets, low_bit, factors, member, rows, count, row_counts, counter,
-    H, neurons, set_bytes, record_bytes,
-    VERIFY: tl.constexpr, LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_I: tl.constexpr, BLOCK_G: tl.constexpr,
-):  # fmt: skip
-    """Tell the neurons that each token computes, by their low-bit copies. Grid (I / BLOCK_I, n)."""
-    block, token = tl.program_id(0), tl.program_id(1)
-    cluster = tl.load(ids + token)
-    i = block * BLOCK_I + tl.arange(0, BLOCK_I)
-    valid = i < neurons
-    computed = _in_set(sets + cluster * set_bytes, i, valid) & valid
-    if VERIFY:
-        looked = _in_set(maybe_sets + cluster * set_bytes, i, valid) & valid & (computed == 0)
-        groups = (H + 63) // 64
-        gate = tl.zeros([BLOCK_I], tl.float32)
-        up = tl.zeros([BLOCK_I], tl.float32)
-        record = low_bit + i.to(tl.int64)[:, None] * record_bytes
-        byte = tl.arange(0, 32)
-        for start in range(0, groups, BLOCK_G):
-            g = start + tl.arange(0, BLOCK_G)
-            # The token in 8 bits: a group's largest magnitude is 127.
-            low_h = g[:, None] * 64 + byte[None, :]
-            low_x = tl.load(x + token * H + low_h, mask=low_h < H, other=0).to(tl.float32)
-            high_h = low_h + 32
-            high_x = tl.load(x + token * H + high_h, mask=high_h < H, other=0).to(tl.float32)
-            largest = tl.maximum(tl.max(tl.abs(low_x), 1), tl.max(tl.abs(high_x), 1))
-            inverse = tl.where(largest <= 1e-30, 0.0, 127 / largest)
-            low_x = (low_x * inverse[:, None] + _ROUNDER) - _ROUNDER
-            high_x = (high_x * inverse[:, None] + _ROUNDER) - _ROUNDER
-            step = largest / 127
-            wanted = looked[:, None] & (g < groups)[None, :]
-            codes = record[:, :, None] + (g[:, None] * 32 + byte[None, :])[None, :, :]
-            scales = (record + 64 * groups + 2 * g[None, :]).to(tl.pointer_type(tl.uint16))
-            gate += _looked_dot(codes, scales, wanted, low_x, high_x, step)
-            up += _looked_dot(codes + 32 * groups, scales + groups, wanted, low_x, high_x, step)
-        factor = tl.load(factors + i, mask=valid, other=0)
-        h = _activate(gate, ACTIVATION) * up
-        # Not "above one": NaN is computed, not skipped.
-        computed = computed | (looked & ((tl.abs(h) * factor <= 1) == 0))
-        if COUNTED:
-            tl.atomic_add(row_counts + 1, tl.sum(looked.to(tl.int64), 0))
-    tl.store(member + token * neurons + i, computed.to(tl.uint8), mask=valid)
-    if COUNTED:
-        tl.atomic_add(row_counts, tl.sum(computed.to(tl.int64), 0))
-    # Not one condition: the counter is for calls that make a list.
-    if LISTED:  # noqa: SIM102
-        if _is_last(counter, tl.num_programs(0)):
-            _write_list(member, rows, count, neurons, False)
-
-
-@triton.jit
-def _looked_dot(codes, scales, wanted, low_x, high_x, step):
-    """Products [BLOCK_I] of 4-bit rows with an 8-bit token over some groups."""
-    code = tl.load(codes, mask=wanted[:, :, None], other=0x88)
-    low = (code & 0x0F).to(tl.float32) - 8
-    high = (code >> 4).to(tl.float32) - 8
-    dots = tl.sum(low * low_x[None, :, :] + high * high_x[None, :, :], 2)
-    bits = tl.load(scales, mask=wanted, other=0).to(tl.uint32) << 16  # bfloat16
-    scale = bits.to(tl.float32, bitcast=True) * step[None, :]
-    # Where nothing is wanted the sum is not used, whatever the token holds.
-    return tl.sum(tl.where(wanted, dots * scale, 0.0), 1)
 
 
 @triton.jit

@@ -27,12 +27,12 @@ from sparse_runtime.kernels.triton.ffn import (
     _FORCED,
     _LOOK_COUNTER,
     MAX_TOKENS,
+    UNIT_SIZE,
     _Call,
     num_counters,
+    units_at_a_time,
 )
 
-# Lanes of a unit and outputs of a unit: 4 groups of 64, in 4 code vectors.
-_UNIT_SIZE = 256
 # Rows that a program unpacks: from 16 on the compiler loads 16 bytes at a time.
 _VALUE_ROWS = 16
 
@@ -174,7 +174,7 @@ def triton_plane_linear(
             plane_kernels.plane_linear_kernel[(-(-rows // block),)](
                 tokens, records, records if bias is None else bias, outputs, len(tokens), rows,
                 H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None, BLOCK_R=block,
-                UNITS=_units(config.gate_hidden, size),
+                UNITS=units_at_a_time(config.gate_hidden, size),
                 **_tokens(tokens, config.gate_warps, config),
             )  # fmt: skip
     return y
@@ -215,7 +215,7 @@ def triton_plane_values(
     if y.numel() == 0:
         return y
     with torch.cuda.device_of(y):
-        grid = -(-rows // _VALUE_ROWS), -(-length // _UNIT_SIZE)
+        grid = -(-rows // _VALUE_ROWS), -(-length // UNIT_SIZE)
         plane_kernels.plane_values_kernel[grid](
             base_planes, residual_planes, scales, y, rows,
             base_planes.stride(0), residual_planes.stride(0), scales.stride(0),
@@ -293,14 +293,14 @@ class _PlaneCall(_Call):
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
             ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
             RAMP=width > 0, BLOCK_I=block,
-            UNITS=_units(64 * config.look_groups, self.hidden_size),
+            UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             **_tokens(self.x, config.look_warps, config),
         )  # fmt: skip
 
     def _down(self, activations: Tensor, finer: Tensor) -> Tensor:
         config, n = self.config, self.tokens
         _, count, refine = self.weights
-        y, units = torch.empty_like(self.x), -(-self.hidden_size // _UNIT_SIZE)
+        y, units = torch.empty_like(self.x), -(-self.hidden_size // UNIT_SIZE)
         splits = config.down_splits if n == 1 else config.many_splits
         # A row has 64 lanes in a unit of 256 outputs: one token's programs take more rows at a time.
         block = 2 * config.down_rows if n == 1 else max(16, config.many_rows)
@@ -341,8 +341,3 @@ def _tokens(x: Tensor, warps: int, config: TritonConfig) -> dict[str, Any]:
     ):  # sums of more tokens do not fit into the registers of the same number of threads
         warps = config.many_warps * (2 if exact or padded > 16 else 1)
     return {"TOKENS": padded, "PRECISION": "ieee" if exact else "tf32", "num_warps": warps}
-
-
-def _units(wanted: int, size: int) -> int:
-    """Units read at a time: so many elements, and no more than a row has."""
-    return max(1, min(wanted, triton.next_power_of_2(size)) // _UNIT_SIZE)

@@ -102,23 +102,6 @@ inline V load_natural(const bf16* p, int64_t count) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16));
 }
 
-constexpr int kLookRecords = 4;
-inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
-  const __m512i twice = _mm512_broadcast_i64x4(
-      _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes)));
-  const __m512i shifts = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi16(4), 1);
-  const __m512i unpacked =
-      _mm512_and_si512(_mm512_srlv_epi16(twice, shifts), _mm512_set1_epi8(15));
-#ifdef __AVX512VNNI__
-  const __m512i sum =
-      _mm512_dpbusd_epi32(_mm512_setzero_si512(), unpacked, _mm512_loadu_si512(x));
-#else
-  const __m512i pairs = _mm512_maddubs_epi16(unpacked, _mm512_loadu_si512(x));
-  const __m512i sum = _mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
-#endif
-  return madd(_mm512_cvtepi32_ps(sum), set1(scale), sums);
-}
-
 // Planes: see planes.h.
 using Bytes = __m512i;
 using Ints = __m512i;

@@ -51,7 +51,7 @@ constexpr float kLeastMagnitude = 1e-30f;
 
 // A group of a token's elements, zeros past its end, that is to be rounded.
 struct TokenGroup {
-  float values[kLookGroup];
+  float values[kPlaneGroup];
   float largest;
   bool finite;
   bool zero;  // or not finite: no code but zero
@@ -59,12 +59,12 @@ struct TokenGroup {
 
 inline TokenGroup load_group(const float* x, int64_t length, int64_t g) {
   TokenGroup group = {};
-  const int64_t left = length - g * kLookGroup;
-  memcpy(group.values, x + g * kLookGroup,
-         size_t(left < kLookGroup ? left : kLookGroup) * sizeof(float));
+  const int64_t left = length - g * kPlaneGroup;
+  memcpy(group.values, x + g * kPlaneGroup,
+         size_t(left < kPlaneGroup ? left : kPlaneGroup) * sizeof(float));
   // By sixteens: in the order of a sum compilers make no vectors.
   float largest[16] = {}, total[16] = {};
-  for (int64_t k = 0; k < kLookGroup; k += 16)
+  for (int64_t k = 0; k < kPlaneGroup; k += 16)
     for (int64_t i = 0; i < 16; ++i) {
       const float magnitude = fabsf(group.values[k + i]);
       largest[i] = magnitude > largest[i] ? magnitude : largest[i];

@@ -1,5 +1,7 @@
 #include "checks.h"
 
+#include "pass.h"
+
 namespace sparse_ffn {
 
 namespace {
@@ -47,6 +49,18 @@ const float* factors_of(Argument& factors, int64_t neurons) {
   factors.expect_size(0, neurons, "I");
   factors.expect_contiguous();
   return static_cast<const float*>(factors.data());
+}
+
+Stream stream_of(Argument& records, const char* name, int64_t rows, int64_t bytes) {
+  records.inspect(2);
+  records.expect_dtype(aoti_torch_dtype_uint8(), "uint8");
+  if (rows >= 0) records.expect_size(0, rows, "I");
+  records.expect_size(1, bytes, "the bytes of a record");
+  records.expect_rows();
+  const int64_t stride = records.size(0) > 1 ? records.stride(0) : bytes;
+  if (bytes > 0 && (reinterpret_cast<uintptr_t>(records.data()) | uintptr_t(stride)) % 2 != 0)
+    fail(std::string(name) + " has records at odd addresses, where scales cannot be read; clone() it");
+  return {static_cast<const uint8_t*>(records.data()), stride};
 }
 
 int64_t* counts_of(Argument& counts, int64_t size, const char* letter) {
@@ -116,28 +130,18 @@ Clusters clusters_of(Argument& sets, int64_t neurons) {
 }
 
 void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
-  if (maybe_sets.given() != low_bit.given() || maybe_sets.given() != factors.given())
-    fail("maybe_sets, low_bit and factors go together: all of them or none");
+  if (maybe_sets.given() != look.given() || maybe_sets.given() != factors.given())
+    fail("maybe_sets, look and factors go together: all of them or none");
   clusters.row_counts = counts_of(row_counts, 2, "the number of counts");
   if (!maybe_sets.given()) return;
-  const int64_t groups = (ffn.hidden_size + kLookGroup - 1) / kLookGroup;
-  for (Argument* bytes : {&maybe_sets, &low_bit}) {
-    bytes->inspect(2);
-    bytes->expect_dtype(aoti_torch_dtype_uint8(), "uint8");
-  }
+  maybe_sets.inspect(2);
+  maybe_sets.expect_dtype(aoti_torch_dtype_uint8(), "uint8");
   maybe_sets.expect_size(0, clusters.count, "K");
   maybe_sets.expect_size(1, (ffn.num_neurons + 7) / 8, "ceil(I / 8)");
   maybe_sets.expect_rows();
-  low_bit.expect_size(0, ffn.num_neurons, "I");
-  low_bit.expect_size(1, 68 * groups, "68 * ceil(H / 64)");
-  low_bit.expect_rows();
-  const int64_t stride = low_bit.size(0) > 1 && groups > 0 ? low_bit.stride(0) : 0;
-  if ((reinterpret_cast<uintptr_t>(low_bit.data()) | uintptr_t(stride)) % 2 != 0)
-    fail("low_bit has records at odd addresses, where their scales cannot be read; clone() it");
-  const float* const checked = factors_of(factors, ffn.num_neurons);
   clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
-                           static_cast<const uint8_t*>(low_bit.data()), low_bit.stride(0),
-                           checked};
+                           stream_of(look, "look", ffn.num_neurons, look_bytes(ffn.hidden_size)),
+                           factors_of(factors, ffn.num_neurons)};
 }
 
 Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias) {

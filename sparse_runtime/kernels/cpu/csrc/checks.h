@@ -16,11 +16,11 @@ Clusters clusters_of(Argument& sets, int64_t neurons);
 
 // The optional last arguments of both sparse operations.
 struct VerificationArguments {
-  Argument maybe_sets, low_bit, factors, row_counts;
+  Argument maybe_sets, look, factors, row_counts;
 
   explicit VerificationArguments(const StableIValue* stack)
       : maybe_sets("maybe_sets", Argument::optional_handle(stack[0])),
-        low_bit("low_bit", Argument::optional_handle(stack[1])),
+        look("look", Argument::optional_handle(stack[1])),
         factors("factors", Argument::optional_handle(stack[2])),
         row_counts("row_counts", Argument::optional_handle(stack[3])) {}
 
@@ -42,6 +42,9 @@ const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char*
 
 // Factors of looks [I] in float32.
 const float* factors_of(Argument& factors, int64_t neurons);
+
+// Records of bytes, whose scales stand at even addresses; any number of them where `rows` is below zero.
+Stream stream_of(Argument& records, const char* name, int64_t rows, int64_t bytes);
 
 // Counters of `size`, or null where they are not given.
 int64_t* counts_of(Argument& counts, int64_t size, const char* letter);

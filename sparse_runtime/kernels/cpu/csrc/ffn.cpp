@@ -7,7 +7,7 @@
 
 #include "parallel.h"
 #include "pass.h"
-#include "scratch.h"
+#include "plane_tokens.h"
 #include "tokens.h"
 
 namespace sparse_ffn {
@@ -20,8 +20,6 @@ constexpr int64_t kHeldValues = 32 * 1024;
 // than another parallel region.
 constexpr int64_t kLastThreadSums = 64 * 1024;
 
-int64_t num_groups(const Ffn& ffn) { return (ffn.hidden_size + kLookGroup - 1) / kLookGroup; }
-int64_t look_stride(int64_t groups) { return round_up(groups, 16); }
 int64_t set_bytes(const Ffn& ffn) { return (ffn.num_neurons + 7) / 8; }
 
 int64_t threads_for_rows(const Ffn& ffn, int64_t rows) {
@@ -33,39 +31,47 @@ struct Inputs {
   char* packed;     // [tokens, packed_stride]
   uint8_t* joined;  // [ceil(I / 8)]
   int32_t* rows;    // [I + 16]
-  // With verification:
-  float* wide;      // [H]
-  int8_t* codes;    // [tokens, groups, kLookGroup]
-  float* scales;    // [tokens, look_stride]
-  float* offsets;   // [tokens, look_stride]
+  TokenMemory tokens;  // with verification
 };
+
+// What a part looks with.
+int64_t looker_size(int64_t tokens) {
+  return Scratch::size<Prefetch>(1) + 6 * Scratch::size<float>(tokens * kStepRows) +
+         Scratch::size<float>(2 * tokens * kStepRows);
+}
+
+void take_looker(Scratch& memory, int64_t tokens, PlanePart& looker) {
+  looker.prefetch = new (memory.take<Prefetch>(1)) Prefetch;
+  for (PlaneStep& step : looker.steps)
+    for (float** array : {&step.gate, &step.up, &step.looks})
+      *array = memory.take<float>(tokens * kStepRows);
+  looker.dots = memory.take<float>(2 * tokens * kStepRows);
+  looker.counts[0] = looker.counts[1] = 0;
+}
 
 // Takes the memory of a pass, for whatever rows it will have: all of them at most.
 Inputs take_memory(Pass& pass, int64_t tokens, int64_t most_parts) {
   const Ffn& ffn = *pass.ffn;
-  const int64_t neurons = ffn.num_neurons, groups = num_groups(ffn);
+  const int64_t neurons = ffn.num_neurons;
   pass.sum_stride =
       round_up(ffn.hidden_size, pass.kernels->block) + kSkewBytes / int64_t(sizeof(float));
   pass.held_rows =
-      round_up(at_most(at_least(kHeldValues / tokens, kLookRows), neurons + kLookRows), 8);
+      round_up(at_most(at_least(kHeldValues / tokens, kLeastHeldRows), neurons + kLeastHeldRows), 8);
   pass.row_stride = pass.held_rows + kSkewBytes / int64_t(sizeof(float));
 
   const int64_t packed = tokens * packed_stride(*pass.kernels, ffn.hidden_size);
   const int64_t values = most_parts * tokens * pass.row_stride;
   const int64_t sums = most_parts * tokens * pass.sum_stride;
   const int64_t masks = most_parts * pass.held_rows;
-  const int64_t verified = pass.clusters.verification.maybe_sets ? 1 : 0;
-  const int64_t wide = verified * ffn.hidden_size;
-  const int64_t codes = verified * tokens * groups * kLookGroup;
-  const int64_t scales = verified * tokens * look_stride(groups);
-  const int64_t kept = verified * masks;
+  const int64_t lookers = pass.clusters.verification.maybe_sets ? most_parts : 0;
+  const int64_t kept = lookers * pass.held_rows;
   Scratch& memory = scratch();
   memory.reserve(Scratch::size<char>(packed) + Scratch::size<uint8_t>(set_bytes(ffn)) +
                  Scratch::size<int32_t>(neurons + 16) + 2 * Scratch::size<float>(values) +
                  Scratch::size<float>(sums) + Scratch::size<uint64_t>(masks) +
-                 Scratch::size<int32_t>(kept) + Scratch::size<int64_t>(2 * most_parts) +
-                 Scratch::size<float>(wide) + Scratch::size<int8_t>(codes) +
-                 2 * Scratch::size<float>(scales));
+                 Scratch::size<int32_t>(kept) + Scratch::size<PlanePart>(lookers) +
+                 lookers * looker_size(tokens) +
+                 (lookers ? TokenMemory::size(tokens, ffn.hidden_size) : 0));
   Inputs inputs;
   inputs.packed = memory.take<char>(packed);
   inputs.joined = memory.take<uint8_t>(set_bytes(ffn));
@@ -75,11 +81,9 @@ Inputs take_memory(Pass& pass, int64_t tokens, int64_t most_parts) {
   pass.sums = memory.take<float>(sums);
   pass.masks = memory.take<uint64_t>(masks);
   pass.kept = memory.take<int32_t>(kept);
-  pass.counts = memory.take<int64_t>(2 * most_parts);
-  inputs.wide = memory.take<float>(wide);
-  inputs.codes = memory.take<int8_t>(codes);
-  inputs.scales = memory.take<float>(scales);
-  inputs.offsets = memory.take<float>(scales);
+  pass.lookers = memory.take<PlanePart>(lookers);
+  for (int64_t p = 0; p < lookers; ++p) take_looker(memory, tokens, pass.lookers[p]);
+  if (lookers) inputs.tokens.take(memory, tokens, ffn.hidden_size);
   return inputs;
 }
 
@@ -102,20 +106,20 @@ void list_rows(Pass& pass, const Inputs& inputs) {
   pass.rows = inputs.rows;
 }
 
-// The tokens' low-bit form, for the whole call to look with.
-LookTokens round_tokens(const Pass& pass, Tokens x, const Inputs& inputs) {
-  const int64_t groups = num_groups(*pass.ffn);
-  const int64_t stride = look_stride(groups), size = pass.ffn->element_size;
-  for (int64_t t = 0; t < x.count; ++t) {
-    pass.kernels->widen(static_cast<const char*>(x.data) + t * x.stride * size,
-                        pass.ffn->hidden_size, inputs.wide);
-    float* const scales = inputs.scales + t * stride;
-    float* const offsets = inputs.offsets + t * stride;
-    pass.isa->common.round_token(inputs.wide, pass.ffn->hidden_size,
-                                 inputs.codes + t * groups * kLookGroup, scales, offsets);
-    for (int64_t g = groups; g < stride; ++g) scales[g] = offsets[g] = 0;
-  }
-  return {inputs.codes, inputs.scales, inputs.offsets, groups * kLookGroup, stride, x.count};
+// What the parts look with, and at.
+void prepare_looks(Pass& pass, Tokens x, const TokenMemory& memory) {
+  const Ffn& ffn = *pass.ffn;
+  const Verification& band = pass.clusters.verification;
+  const Stream none = {nullptr, 0};
+  pass.planes = {ffn.dtype,   ffn.element_size, ffn.hidden_size, ffn.num_neurons, kLookFormat,
+                 band.look,   none,             none,            ffn.activation};
+  pass.look = {};
+  pass.look.ffn = &pass.planes;
+  pass.look.isa = pass.isa;
+  pass.look.stages.factors = band.factors;
+  pass.look.x = round_tokens(*pass.isa, ffn.dtype, ffn.element_size, x, ffn.hidden_size, memory);
+  pass.look.step_rows =
+      at_least(at_most(kStepBytes / at_least(look_bytes(ffn.hidden_size), 1), kStepRows), kPlaneRows);
 }
 
 // Runs the parts. Their sums, together with the compensation, become rows of y.
@@ -164,8 +168,8 @@ void count_rows(const Pass& pass) {
   int64_t computed = 0, looked = 0;
   if (clusters.verification.maybe_sets) {
     for (int64_t p = 0; p < pass.num_parts; ++p) {
-      computed += pass.counts[2 * p];
-      looked += pass.counts[2 * p + 1];
+      computed += pass.lookers[p].counts[0];
+      looked += pass.lookers[p].counts[1];
     }
   } else {
     for (int64_t g = 0; g < pass.groups.count; ++g)
@@ -192,7 +196,7 @@ void run_pass(const Ffn& ffn, Tokens x, const Clusters& clusters, const int64_t*
   const Inputs inputs = take_memory(pass, x.count, most_parts);
   pass.x = pack(*pass.kernels, x, ffn.element_size, ffn.hidden_size, inputs.packed);
   list_rows(pass, inputs);
-  if (clusters.verification.maybe_sets) pass.low_bit = round_tokens(pass, x, inputs);
+  if (clusters.verification.maybe_sets) prepare_looks(pass, x, inputs.tokens);
   pass.num_parts = at_most(threads_for_rows(ffn, pass.num_rows), most_parts);
   run_parts(pass, ids, y);
   if (clusters.row_counts) count_rows(pass);

@@ -21,12 +21,20 @@ struct Tokens {
   int64_t count;
 };
 
-// A band of neurons that low-bit copies confirm before they are computed.
+// Records of bytes, one for each row.
+struct Stream {
+  const uint8_t* data;
+  int64_t stride;  // bytes
+};
+
+// Of the records that float weights are looked at by.
+constexpr PlaneFormat kLookFormat = {4, 0};
+
+// A band of neurons that a look confirms before they are computed.
 struct Verification {
   const uint8_t* maybe_sets;  // as Clusters::sets; null: there is no such band
   int64_t stride;             // bytes
-  const uint8_t* records;     // [I] low-bit copies
-  int64_t record_stride;      // bytes
+  Stream look;                // [I] in kLookFormat
   const float* factors;       // [I]
 };
 

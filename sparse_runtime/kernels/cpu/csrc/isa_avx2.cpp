@@ -85,20 +85,6 @@ inline V load_natural(const bf16* p, int64_t count) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(halves), 16));
 }
 
-constexpr int kLookRecords = 2;
-inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
-  const __m256i packed = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(codes));
-  const __m256i mask = _mm256_set1_epi8(15);
-  const __m256i* const tokens = reinterpret_cast<const __m256i*>(x);
-  // At most 4 * 15 * 127 in 16 bits.
-  const __m256i low =
-      _mm256_maddubs_epi16(_mm256_and_si256(packed, mask), _mm256_loadu_si256(tokens));
-  const __m256i high = _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(packed, 4), mask),
-                                            _mm256_loadu_si256(tokens + 1));
-  const __m256i sum = _mm256_madd_epi16(_mm256_add_epi16(low, high), _mm256_set1_epi16(1));
-  return madd(_mm256_cvtepi32_ps(sum), set1(scale), sums);
-}
-
 // Planes: see planes.h.
 using Bytes = __m256i;
 using Ints = __m256i;
@@ -180,6 +166,5 @@ uint64_t read(const void* data, int64_t num_words) {
 namespace sparse_ffn {
 const Isa kAvx2Isa = {"avx2",
                       {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                      {activate, decode_bits, round_token, look,
-                         round_plane_token, plane_dots, plane_down, read}};
+                      {activate, decode_bits, round_plane_token, plane_dots, plane_down, read}};
 }

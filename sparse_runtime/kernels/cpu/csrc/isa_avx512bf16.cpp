@@ -30,6 +30,5 @@
 namespace sparse_ffn {
 const Isa kAvx512Bf16Isa = {"avx512bf16",
                             {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                            {activate, decode, round_token, look,
-                         round_plane_token, plane_dots, plane_down, read}};
+                            {activate, decode, round_plane_token, plane_dots, plane_down, read}};
 }

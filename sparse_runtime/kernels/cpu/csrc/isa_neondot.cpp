@@ -6,6 +6,5 @@
 namespace sparse_ffn {
 const Isa kNeonDotIsa = {"neondot",
                          {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                         {activate, decode_bits, round_token, look,
-                         round_plane_token, plane_dots, plane_down, read_words}};
+                         {activate, decode_bits, round_plane_token, plane_dots, plane_down, read_words}};
 }

@@ -44,13 +44,6 @@ inline void store2(T* p, V a, V b) {
   p[1] = from_float<T>(b);
 }
 
-constexpr int kLookRecords = 2;
-inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
-  int32_t total = 0;
-  for (int k = 0; k < 32; ++k) total += (codes[k] & 15) * x[k] + (codes[k] >> 4) * x[k + 32];
-  return sums + scale * float(total);
-}
-
 // Planes: see planes.h. Vectors of the compiler's own, which any machine has instructions for, or loops.
 typedef uint8_t Bytes __attribute__((vector_size(16)));
 typedef int32_t Ints __attribute__((vector_size(16)));
@@ -151,6 +144,5 @@ inline void sum4(Lanes a, Lanes b, Lanes c, Lanes d, float* out) {
 namespace sparse_ffn {
 const Isa kScalarIsa = {"scalar",
                         {kernels_for<bf16>(), kernels_for<fp16>(), kernels_for<float>()},
-                        {activate, decode_bits, round_token, look,
-                         round_plane_token, plane_dots, plane_down, read_words}};
+                        {activate, decode_bits, round_plane_token, plane_dots, plane_down, read_words}};
 }

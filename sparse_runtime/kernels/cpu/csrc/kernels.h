@@ -41,28 +41,8 @@ struct PackedTokens {
   int64_t count;
 };
 
-// Tokens rounded to 8 bits for the low-bit copies, in groups of kLookGroup elements with one scale
-// each; see low_bit.py. `offsets` are 8 * scale * sum of a group's codes: what the bias of the 4-bit
-// codes adds to a dot product. Both are zero from the last group on to the next multiple of 16.
-struct LookTokens {
-  const int8_t* codes;   // [count, code_stride]
-  const float* scales;   // [count, group_stride]
-  const float* offsets;  // [count, group_stride]
-  int64_t code_stride;
-  int64_t group_stride;
-  int64_t count;
-};
-constexpr int64_t kLookGroup = 64;
-
-// The low-bit copies of neurons' gate and up rows, layout in low_bit.py.
-struct Records {
-  const uint8_t* data;
-  int64_t stride;  // bytes
-  int64_t groups;
-};
-
 // Weights in planes: see planes.py for the layout.
-constexpr int64_t kPlaneGroup = kLookGroup;
+constexpr int64_t kPlaneGroup = 64;
 constexpr int kPlaneRows = 4;          // rows of a pass of dot products
 constexpr int64_t kDownBlock = 64;     // most rows of a pass of down
 SPARSE_FFN_INLINE int64_t plane_groups(int64_t length) {
@@ -169,12 +149,6 @@ struct CommonKernels {
   void (*activate)(Activation activation, float* gate, const float* up, int64_t count);
   // Positions of the ones among the first num_bits bits. `rows` has room for num_bits + 16.
   int64_t (*decode)(const uint8_t* bitmap, int64_t num_bits, int32_t* rows);
-  // One token as LookTokens has it: `groups` of codes, scales and offsets from `length` elements.
-  void (*round_token)(const float* x, int64_t length, int8_t* codes, float* scales,
-                      float* offsets);
-  // Kernels::gate_up by the low-bit copies of the neurons rows.index. Values of tokens that do not
-  // want a neuron are left as they are.
-  void (*look)(Records records, Rows rows, LookTokens x, float* gate, float* up, int64_t ld);
   // Rounds one token for planes; its codes are zero before, its groups a multiple of 16.
   void (*round_plane_token)(const float* x, int64_t length, int8_t* high, int8_t* low,
                             float* scales, int32_t* sums, int64_t padded_groups);

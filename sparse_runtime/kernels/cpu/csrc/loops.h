@@ -11,8 +11,6 @@
 //   store2(p, a, b)             the inverse, rounded to nearest even
 //   load_natural(p, n)          the first n bf16 at p, kWidth at most, in their order; zeros after them
 //   decode, read                see CommonKernels
-//   kLookRecords, look_group    low-bit copies per pass, and sums + scale * (dot product of 64 4-bit
-//                               codes with 64 8-bit ones), spread over the lanes in any way
 //
 // load2 may spread the elements over a and b in any order that is its own; store2 undoes it. For
 // bf16 the even and the odd elements of a 64-byte line go to a and b: one shift and one mask widen
@@ -28,7 +26,6 @@
 #include "blocks.h"
 #include "dot.h"
 #include "down.h"
-#include "look.h"
 #include "output.h"
 #include "plane_down.h"
 #include "plane_dots.h"

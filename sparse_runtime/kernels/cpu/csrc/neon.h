@@ -81,22 +81,6 @@ inline V load_natural(const bf16* p, int64_t count) {
   return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(&p->bits), 16));
 }
 
-constexpr int kLookRecords = 4;
-inline V look_group(const uint8_t* codes, const int8_t* x, float scale, V sums) {
-  int16x8_t total = vdupq_n_s16(0);  // at most 8 * 15 * 127
-  for (int k = 0; k < 32; k += 16) {
-    const uint8x16_t packed = vld1q_u8(codes + k);
-    const int8x16_t low = vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(15)));
-    const int8x16_t high = vreinterpretq_s8_u8(vshrq_n_u8(packed, 4));
-    const int8x16_t a = vld1q_s8(x + k), b = vld1q_s8(x + k + 32);
-    total = vmlal_s8(total, vget_low_s8(low), vget_low_s8(a));
-    total = vmlal_high_s8(total, low, a);
-    total = vmlal_s8(total, vget_low_s8(high), vget_low_s8(b));
-    total = vmlal_high_s8(total, high, b);
-  }
-  return vfmaq_n_f32(sums, vcvtq_f32_s32(vpaddlq_s16(total)), scale);
-}
-
 // Planes: see planes.h.
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;

@@ -16,7 +16,7 @@ using namespace sparse_ffn;
 
 const char* const kSparseFfn =
     "cpu_sparse_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
-    "Tensor cluster_ids, str activation, Tensor? maybe_sets=None, Tensor? low_bit=None, "
+    "Tensor cluster_ids, str activation, Tensor? maybe_sets=None, Tensor? look=None, "
     "Tensor? factors=None, Tensor(a!)? row_counts=None) -> Tensor";
 
 void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
@@ -74,7 +74,7 @@ const char* const kRoutedFfn =
     "cpu_routed_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
     "Tensor? router_down, Tensor router_up, Tensor? router_bias, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
-    "Tensor? low_bit=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
+    "Tensor? look=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
     "Tensor? correction_down=None, Tensor? correction_up=None) -> Tensor";
 
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {

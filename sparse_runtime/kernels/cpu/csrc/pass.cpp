@@ -1,5 +1,6 @@
 #include "pass.h"
 
+#include <math.h>
 #include <string.h>
 
 #include "parallel.h"
@@ -75,83 +76,87 @@ void compute_slice(const Pass& pass, int64_t part) {
 
 namespace {
 
-// The neurons a step of verification looks at.
-struct Step {
-  int64_t count = 0;
-  int32_t index[kLookRows];
-  uint64_t maybe[kLookRows];  // tokens whose cluster leaves the neuron to a look
-  uint64_t sure[kLookRows];   // tokens that compute it anyway
+// The neurons that a part will compute, and the tokens that want them.
+struct Kept {
+  int32_t* index;
+  uint64_t* tokens;
+  int64_t count;
+  int64_t pairs;  // of neurons and tokens, so far
+
+  void add(int64_t neuron, uint64_t wanted) {
+    index[count] = int32_t(neuron);
+    tokens[count++] = wanted;
+    pairs += __builtin_popcountll(wanted);
+  }
 };
 
-// Looks at a step's neurons and appends those that a token wants; returns the new number of kept.
-int64_t verify(const Pass& pass, const Part& own, const Step& step, int64_t num_kept,
-               int64_t* counts) {
+// Sorts the rows of a step from `first` on: what some token leaves to a look goes into the step, and is
+// fetched, with the tokens that compute it anyway as `counted`; the others are kept.
+void choose(const Pass& pass, int64_t first, PlanePart& looker, PlaneStep& step, Kept& kept) {
   const Verification& band = pass.clusters.verification;
-  const int64_t tokens = pass.x.count, ld = pass.row_stride;
-  const Rows rows = {step.index, 0, step.count, tokens > 1 ? step.maybe : nullptr};
-  // The values that gate and up will hold are not there yet.
-  pass.isa->common.look({band.records, band.record_stride, (pass.ffn->hidden_size + 63) / 64}, rows,
-                        pass.low_bit, own.gate, own.up, ld);
-  for (int64_t t = 0; t < tokens; ++t)
-    pass.isa->common.activate(pass.ffn->activation, own.gate + t * ld, own.up + t * ld, step.count);
-  for (int64_t r = 0; r < step.count; ++r) {
-    const float factor = band.factors[step.index[r]];
-    uint64_t wanted = step.sure[r];
-    for (uint64_t left = step.maybe[r]; left; left &= left - 1) {
-      const int64_t t = __builtin_ctzll(left);
-      const float h = own.gate[t * ld + r];
-      // Not below the bound, so that NaN is computed.
-      if (!((h < 0 ? -h : h) * factor <= 1.0f)) wanted |= uint64_t(1) << t;
+  const int64_t end = at_most(first + pass.look.step_rows, pass.num_rows);
+  step.count = 0;
+  for (int64_t r = first; r < end; ++r) {
+    const int64_t i = pass.rows[r];
+    const uint64_t sure = wanting(pass.groups, pass.clusters.sets, pass.clusters.stride, i);
+    const uint64_t maybe = wanting(pass.groups, band.maybe_sets, band.stride, i) & ~sure;
+    if (!maybe) {
+      kept.add(i, sure);
+      continue;
     }
-    counts[1] += __builtin_popcountll(step.maybe[r]);
-    if (!wanted) continue;
-    counts[0] += __builtin_popcountll(wanted);
-    own.kept[num_kept] = step.index[r];
-    own.masks[num_kept] = wanted;
-    ++num_kept;
+    step.index[step.count] = int32_t(i);
+    step.wanted[step.count] = maybe;
+    step.counted[step.count] = sure;
+    ++step.count;
+    looker.prefetch->add(band.look.data + i * band.look.stride,
+                         look_bytes(pass.ffn->hidden_size));
   }
-  return num_kept;
+}
+
+// Looks at a step's neurons and keeps those that a token wants.
+void verify(const Pass& pass, PlanePart& looker, PlaneStep& step, Kept& kept) {
+  look(pass.look, looker, step);
+  for (int64_t r = 0; r < step.count; ++r) {
+    const float factor = pass.look.stages.factors[step.index[r]];
+    for (uint64_t left = step.wanted[r]; left; left &= left - 1) {
+      const int64_t t = __builtin_ctzll(left);
+      // Not below the bound, so that NaN is computed.
+      if (!(fabsf(step.looks[t * kStepRows + r]) * factor <= 1.0f))
+        step.counted[r] |= uint64_t(1) << t;
+    }
+    looker.counts[1] += __builtin_popcountll(step.wanted[r]);
+    if (step.counted[r]) kept.add(step.index[r], step.counted[r]);
+  }
 }
 
 }  // namespace
 
 void verify_and_compute(const Pass& pass, int64_t part) {
   const Part own = part_of_pass(pass, part);
-  const Verification& band = pass.clusters.verification;
+  PlanePart& looker = pass.lookers[part];
   correct(pass, own, part);
-  int64_t* const counts = pass.counts + 2 * part;
-  counts[0] = counts[1] = 0;
-  int64_t num_kept = 0;
+  Kept kept = {own.kept, own.masks, 0, 0};
   const auto compute_kept = [&] {
-    const Rows rows = {own.kept, 0, num_kept, pass.x.count > 1 ? own.masks : nullptr};
-    if (num_kept > 0) compute_rows(pass, own, rows);
-    num_kept = 0;
+    const Rows rows = {kept.index, 0, kept.count, pass.x.count > 1 ? kept.tokens : nullptr};
+    if (kept.count > 0) compute_rows(pass, own, rows);
+    kept.count = 0;
   };
-  Step step;
-  for (int64_t first = part * kLookRows; first < pass.num_rows;
-       first += pass.num_parts * kLookRows) {
-    if (num_kept + kLookRows > pass.held_rows) compute_kept();
-    const int64_t end = at_most(first + kLookRows, pass.num_rows);
-    step.count = 0;
-    for (int64_t r = first; r < end; ++r) {
-      const int64_t i = pass.rows[r];
-      const uint64_t sure = wanting(pass.groups, pass.clusters.sets, pass.clusters.stride, i);
-      const uint64_t maybe = wanting(pass.groups, band.maybe_sets, band.stride, i) & ~sure;
-      if (maybe) {
-        step.index[step.count] = int32_t(i);
-        step.maybe[step.count] = maybe;
-        step.sure[step.count] = sure;
-        ++step.count;
-      } else {
-        own.kept[num_kept] = int32_t(i);
-        own.masks[num_kept] = sure;
-        counts[0] += __builtin_popcountll(sure);
-        ++num_kept;
-      }
-    }
-    if (step.count > 0) num_kept = verify(pass, own, step, num_kept, counts);
+  // Parts take steps in turns, so that a part's share of confirmed neurons is that of the others,
+  // whatever their order. The records of a step are fetched during the one before.
+  const int64_t stride = pass.num_parts * pass.look.step_rows;
+  PlaneStep* now = &looker.steps[0];
+  PlaneStep* next = &looker.steps[1];
+  choose(pass, part * pass.look.step_rows, looker, *now, kept);
+  for (int64_t first = part * pass.look.step_rows; first < pass.num_rows; first += stride) {
+    if (kept.count + kLeastHeldRows > pass.held_rows) compute_kept();
+    choose(pass, first + stride, looker, *next, kept);
+    if (now->count > 0) verify(pass, looker, *now, kept);
+    PlaneStep* const free = now;
+    now = next;
+    next = free;
   }
   compute_kept();
+  looker.counts[0] = kept.pairs;
 }
 
 }  // namespace sparse_ffn

@@ -3,12 +3,17 @@
 
 #include "ffn.h"
 #include "groups.h"
+#include "plane_pass.h"
 
 namespace sparse_ffn {
 
-// Neurons per step of verification. Parts take steps in turns, so that a part's share of confirmed
-// neurons is that of the others, whatever their order.
-constexpr int64_t kLookRows = 128;
+// Of a neuron's look record.
+inline int64_t look_bytes(int64_t hidden_size) {
+  return 2 * (plane_bytes(hidden_size, kLookFormat.base) + 2 * plane_groups(hidden_size));
+}
+
+// Room for neurons that a part computes together: those of two steps of looks at least.
+constexpr int64_t kLeastHeldRows = 2 * kStepRows;
 
 // One pass: up to kMaxTokens tokens over the union of their sets, so that a row is read once
 // however many tokens want it.
@@ -20,7 +25,6 @@ struct Pass {
   const Compensation* compensation;
   Groups groups;
   PackedTokens x;
-  LookTokens low_bit;   // with verification
   const int32_t* rows;  // null: all neurons; with verification, of both bands
   int64_t num_rows;
   int64_t num_parts;
@@ -31,8 +35,11 @@ struct Pass {
   float* up;
   float* sums;          // [parts, tokens, sum_stride]
   uint64_t* masks;      // [parts, held_rows], used where tokens have different neurons
-  int32_t* kept;        // [parts, held_rows], with verification: what is computed
-  int64_t* counts;      // [parts, 2], with verification: as Clusters::row_counts
+  // With verification:
+  PlaneFfn planes;      // what is looked at
+  PlanePass look;       // of these: tokens and rows of a step
+  PlanePart* lookers;   // [parts]; counts are those of Clusters::row_counts
+  int32_t* kept;        // [parts, held_rows]: what is computed
 };
 
 // A part's slice of the rows, added up in the part's own sums.

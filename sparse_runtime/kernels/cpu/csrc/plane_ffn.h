@@ -5,12 +5,6 @@
 
 namespace sparse_ffn {
 
-// Records of bytes, one for each row.
-struct Stream {
-  const uint8_t* data;
-  int64_t stride;  // bytes
-};
-
 struct PlaneFfn {
   DType dtype;  // of tokens and outputs
   int64_t element_size;

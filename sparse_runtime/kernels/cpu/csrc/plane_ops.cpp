@@ -26,19 +26,6 @@ PlaneFormat format_of(StableIValue base, StableIValue residual) {
 
 int64_t scale_bytes(int64_t length) { return 2 * plane_groups(length); }
 
-// Records of bytes, whose scales stand at even addresses.
-Stream stream_of(Argument& records, const char* name, int64_t rows, int64_t bytes) {
-  records.inspect(2);
-  records.expect_dtype(aoti_torch_dtype_uint8(), "uint8");
-  if (rows >= 0) records.expect_size(0, rows, "I");
-  records.expect_size(1, bytes, "the bytes of a record");
-  records.expect_rows();
-  const int64_t stride = records.size(0) > 1 ? records.stride(0) : bytes;
-  if (bytes > 0 && (reinterpret_cast<uintptr_t>(records.data()) | uintptr_t(stride)) % 2 != 0)
-    fail(std::string(name) + " has records at odd addresses, where scales cannot be read; clone() it");
-  return {static_cast<const uint8_t*>(records.data()), stride};
-}
-
 }  // namespace
 
 const char* const kPlaneFfn =

@@ -59,6 +59,8 @@ struct Pairs {
   }
 };
 
+}  // namespace
+
 // Where nothing is decided the look is by all bits, and nothing is left to refine.
 void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
@@ -78,6 +80,8 @@ void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     pass.isa->common.activate(ffn.activation, looks, up, step.count);
   }
 }
+
+namespace {
 
 void fetch_refine(const PlanePass& pass, PlanePart& own, int64_t neuron, int64_t first,
                   int64_t end) {

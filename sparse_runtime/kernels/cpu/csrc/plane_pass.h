@@ -51,6 +51,10 @@ struct PlanePart {
   int64_t counts[3];
 };
 
+// Gate, up and their activation of a step's neurons, by base planes, or by all bits where nothing is
+// decided.
+void look(const PlanePass& pass, PlanePart& own, PlaneStep& step);
+
 // A part's steps, added up in the part's own sums.
 void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part);
 
