@@ -37,7 +37,7 @@ def test_factors_stay_in_float32(tiny_model, backend, change):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_answers_do_not_depend_on_batching(tiny_model, backend):
-    """One call and calls of three tokens: nothing is decided by what tokens are rounded beside."""
+    """One call and calls of three tokens read the same neurons, and give the same logits."""
     sparse(tiny_model, backend)
     ids = torch.randint(0, 250, (1, 60), generator=torch.Generator().manual_seed(1))
     with torch.inference_mode():

@@ -43,7 +43,8 @@ const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char*
 // Factors of looks [I] in float32.
 const float* factors_of(Argument& factors, int64_t neurons);
 
-// Records of bytes, whose scales stand at even addresses; any number of them where `rows` is below zero.
+// Records of bytes, whose scales stand at even addresses; any number of them where `rows` is below
+// zero.
 Stream stream_of(Argument& records, const char* name, int64_t rows, int64_t bytes);
 
 // Counters of `size`, or null where they are not given.
