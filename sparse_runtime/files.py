@@ -68,7 +68,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 def atomic_folder(path: Path) -> Iterator[Path]:
     """Give a temporary folder beside ``path``; on leaving, flush its files and rename it to ``path``.
 
-    If anything is raised inside, the temporary folder is removed and ``path`` stays as it was.
+    If anything is raised inside, the temporary folder is removed and ``path`` stays as it was. Modes
+    follow the umask.
 
     Args:
         path: new, or an empty folder.
@@ -81,11 +82,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
+        mode = stat.S_IMODE(temporary.stat().st_mode) & 0o666
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 with open(file, "rb+") as stream:
                     os.fsync(stream.fileno())
+                os.chmod(file, mode)
         os.replace(temporary, path)
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)

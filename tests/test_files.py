@@ -213,7 +213,11 @@ def test_a_folder_is_whole_or_not_there(tmp_path):
     with atomic_folder(path) as temporary:
         (temporary / "inside").mkdir()
         (temporary / "inside" / "file").write_text("whole")
+        (temporary / "inside" / "file").chmod(0o600)  # as safetensors leaves it
         assert not path.exists()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((path / "inside" / "file").stat().st_mode) == 0o666 & ~umask
     assert (path / "inside" / "file").read_text() == "whole"
     assert [entry.name for entry in path.parent.iterdir()] == ["folder"]
     empty = tmp_path / "empty"
