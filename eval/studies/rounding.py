@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from sparse_runtime.progress import ProgressReporter
 #: Name of a rounding -> options of ``pack_calibrated``; None is ``pack_model``.
 ROUNDINGS: dict[str, dict[str, Any] | None] = {
     "plain": None,
-    "mean squares": {"compensate": False},
+    "mean-squares": {"compensate": False},
     "compensated": {"compensate": True},
 }
 
@@ -28,17 +29,19 @@ def compare_roundings(
     tokens: Tensor,
     *,
     bits: Sequence[int],
+    roundings: Sequence[str] = tuple(ROUNDINGS),
     linears: int | None = None,
     window: int = 512,
     progress: ProgressReporter | None = None,
 ) -> list[dict[str, Any]]:
-    """Pack a model by each rounding of ``ROUNDINGS`` and measure it.
+    """Pack a model by each rounding and measure it.
 
     Args:
         load: gives the float model, anew on every call: packing takes it.
         windows: calibration windows [W, window] int64.
         tokens: held-out text [n] int64.
         bits: of the FFNs' weights, one or more.
+        roundings: names of ``ROUNDINGS``.
         linears: bits of attention and head; None leaves them in float.
         window: tokens per window of the held-out text.
         progress: reports one unit per window of each run.
@@ -48,11 +51,16 @@ def compare_roundings(
         ``top1``, ``ratio`` (perplexity ÷ float) and ``seconds`` that packing took.
     """
     options: dict[str, Any] = {"window": window, "progress": progress}
-    reference = score_text(load(), tokens, description="float", keep=True, **options)
+
+    def load_alone() -> Any:
+        gc.collect()  # models refer to themselves: two would be in memory
+        return load()
+
+    reference = score_text(load_alone(), tokens, description="float", keep=True, **options)
     rows = []
     for number in bits:
-        for name, calibrated in ROUNDINGS.items():
-            model, started = load(), time.perf_counter()
+        for name in roundings:
+            model, calibrated, started = load_alone(), ROUNDINGS[name], time.perf_counter()
             if calibrated is None:
                 pack_model(model, number, linears=linears)
             else:

@@ -147,8 +147,7 @@ def evaluate(
     artifact.check_model(loaded)
     floats = _float_model(against, loaded, planes, curves)
     texts = [(name, held_out(text, tokenizer, max_tokens, loaded)) for name, text in sources]
-    for source, tokens in texts:
-        warn_of_overlap(source, tokens, within(artifact.build, "data"))
+    _warn_of_overlaps(texts, within(artifact.build, "data"))
     protocol = Protocol(window, stride or None, prompt_tokens, RichProgress(err))
     record: dict[str, Any] = {"model": model, "clusters": clusters}
     record["dtype"] = str(loaded.dtype).removeprefix("torch.")
@@ -162,8 +161,8 @@ def evaluate(
             windows, record["calibration"] = _calibration(
                 artifact, calibration or [], tokenizer, *limits, loaded
             )
-            for source, tokens in texts if calibration else ():
-                warn_of_overlap(source, tokens, record["calibration"])
+            if calibration:
+                _warn_of_overlaps(texts, record["calibration"])
         record |= _curves(
             loaded,
             artifact,
@@ -175,6 +174,11 @@ def evaluate(
             protocol=protocol,
         )
     write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _warn_of_overlaps(texts: Sequence[tuple[str, Tensor]], calibration: Any) -> None:
+    for source, tokens in texts:
+        warn_of_overlap(source, tokens, calibration)
 
 
 def _check_options(

@@ -46,6 +46,9 @@ def rounding(
     data: DataOption = None,
     test: TestOption = None,
     weights: Annotated[str, typer.Option(help="Bits of the FFNs, with commas.")] = "4,5,6",
+    roundings: Annotated[
+        str, typer.Option(help="Some of plain, mean-squares, compensated, with commas.")
+    ] = "plain,mean-squares,compensated",
     linear_weights: LinearWeightsOption = None,
     max_tokens: CalibrationTokensOption = 16_384,
     test_tokens: TestTokensOption = 4096,
@@ -57,9 +60,12 @@ def rounding(
 ) -> None:
     """Plain and calibrated rounding in planes side by side, by distance from the float model."""
     from sparse_runtime.eval.latency.host import host_record
-    from sparse_runtime.eval.studies.rounding import compare_roundings
+    from sparse_runtime.eval.studies.rounding import ROUNDINGS, compare_roundings
 
-    bits = parse_numbers("--weights", weights, int, PLANE_BITS)
+    bits, names = parse_numbers("--weights", weights, int, PLANE_BITS), roundings.split(",")
+    for name in names:
+        if name not in ROUNDINGS:
+            raise ConfigError(f"--roundings has {name!r}; expected some of {', '.join(ROUNDINGS)}")
     first, text, tokens, _ = fit_and_test(
         model, data, test, max_tokens, test_tokens, window, seed, dtype, device
     )
@@ -78,6 +84,7 @@ def rounding(
         text.windows,
         tokens,
         bits=bits,
+        roundings=names,
         linears=linear_weights,
         window=window,
         progress=RichProgress(err),

@@ -183,6 +183,12 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
         ("ingredients", ["--test", "none.txt"], 1, "there is no such file"),
         ("ingredients", ["--test-tokens", 100], 2, "--test-tokens is 100"),
         ("ingredients", ["--test", "pydoc,weight=2"], 2, "weight is 2.0"),
+        (
+            "rounding",
+            ["--roundings", "plain,best"],
+            2,
+            "--roundings has 'best'; expected some of plain",
+        ),
         ("rounding", ["--test", "none.txt"], 1, "there is no such file"),
         ("ramp", ["--backends", "cpu,gpu"], 2, "--backends has 'gpu'"),
         ("ramp", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),

@@ -54,7 +54,7 @@ class TestRounding:
             *("--max-tokens", 320, "--test-tokens", 128, "--dtype", "float32", "--json", figures),
         )
         assert code == 0, err
-        assert "mean squares" in out
+        assert "mean-squares" in out
         record = json.loads(figures.read_text())
         assert [row["rounding"] for row in record["rows"]] == list(ROUNDINGS)
         assert record["test_tokens"] == 128
