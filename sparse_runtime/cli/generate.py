@@ -88,12 +88,15 @@ def generate(
 
     Where the tokenizer has a chat template, the prompt is a user's message in it.
     """
+    from sparse_runtime.attention import fast_attention
+
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
     planes = plane_options(weights, linear_weights, tau, ramp)
     centroids = cuts(budget, verify)
     artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    fast_attention(loaded)
     check_stages(loaded, planes)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
