@@ -285,10 +285,13 @@ void append(std::vector<uint8_t>& stream, const std::vector<uint8_t>& record) {
   stream.insert(stream.end(), record.begin(), record.end());
 }
 
-// A bound that no rounding crosses, for evidence of some tokens: above all, or in one of the gaps.
+// A bound that no rounding crosses, for evidence of some tokens: above all, in one of the gaps, or below
+// all. The rounding of tokens to 15 bits changes evidence, some tens for most, by thousandths.
 double bound_of(std::vector<double> evidence) {
-  for (double& value : evidence) value = fmax(value, 1e-6);
-  evidence.push_back(1e-7);
+  constexpr double floor = 0.1;
+  const bool all = std::all_of(evidence.begin(), evidence.end(), [](double v) { return v > floor; });
+  if (all) evidence.push_back(0.01);
+  for (double& value : evidence) value = fmax(value, all ? 0.01 : floor);
   std::sort(evidence.begin(), evidence.end());
   std::vector<double> bounds = {evidence.back() * 2};
   for (size_t i = 1; i < evidence.size(); ++i)
