@@ -12,7 +12,8 @@ import json
 import shutil
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -39,6 +40,7 @@ from sparse_runtime.clusters.layer_build import (
 )
 from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
+from sparse_runtime.clusters.plane_layers import base_error, packed
 from sparse_runtime.clusters.router_choice import choose_router, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.text import (
@@ -207,14 +209,30 @@ class _Build:
             self.progress,
             self.times,
         )
+        if settings.weights is None:
+            return self._fit(context, fingerprint, record)
+        with ExitStack() as stack:
+            with timed(self.times, "pack"):
+                fit_windows = context.fit_windows
+                stack.enter_context(
+                    packed(self.model, fit_windows, settings.weights, self.progress)
+                )
+                context = _of_packed(context)
+            return self._fit(context, fingerprint, record)
+
+    def _fit(
+        self, context: BuildContext, fingerprint: dict[str, Any], record: dict[str, Any]
+    ) -> ClusterSet:
+        """The stages after the capture."""
+        settings = context.config
         with timed(self.times, "router choice"):
             rank = choose_router(context)
         with timed(self.times, "layers"):
             fitted = _fit_layers(context, rank)
         clusters = ClusterSet(
             layers={
-                layer.index: uncut_layer(layer, settings, one)
-                for layer, one in zip(self.layers, fitted, strict=True)
+                layer.index: uncut_layer(layer, settings, one, context.base_error(position))
+                for position, (layer, one) in enumerate(zip(context.layers, fitted, strict=True))
             },
             fingerprint=fingerprint,
             budget=settings.budget,
@@ -254,6 +272,18 @@ class _Build:
             write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
         saved = load_file(file)
         return [saved[str(position)] for position in range(len(saved))], settings, {}
+
+
+def _of_packed(context: BuildContext) -> BuildContext:
+    """The same build by a model that has been packed."""
+    layers = find_ffn_layers(context.model, packed=True)
+    errors = [
+        base_error(
+            layer, context.states.layer(position, context.num_fit), context.fisher_of(position)
+        )
+        for position, layer in enumerate(layers)
+    ]
+    return replace(context, layers=layers, base_errors=errors)
 
 
 def _fit_layers(context: BuildContext, rank: int | None) -> list[FittedLayer]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_packing import pack_model
+from sparse_runtime.ffn.plane_restoring import Packing
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
@@ -32,6 +33,7 @@ def pack_calibrated(
     linears: int | PlaneFormat | None = None,
     modules_to_not_convert: Sequence[str] = (),
     compensate: bool = True,
+    packing: Packing | None = None,
     progress: ProgressReporter | None = None,
 ) -> ModelT:
     """Pack a model's weights into planes in place, rounded by statistics of their inputs over text.
@@ -41,7 +43,7 @@ def pack_calibrated(
     Args:
         model: a float causal language model, in memory as a whole.
         windows: token ids of calibration text [W, window] int64.
-        bits, linears, modules_to_not_convert: as of
+        bits, linears, modules_to_not_convert, packing: as of
             :func:`sparse_runtime.ffn.plane_packing.pack_model`.
         compensate: measure E[x xᵀ] and let later inputs make up for the rounding of earlier ones
             (GPTQ, arXiv 2210.17323), which takes three float32 [K, K] and about 2·K operations a weight
@@ -69,6 +71,7 @@ def pack_calibrated(
             linears=linears,
             modules_to_not_convert=modules_to_not_convert,
             statistics=_ByLayer(model, layers, windows, compensate, advance),
+            packing=packing,
         )
 
 

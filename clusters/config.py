@@ -8,9 +8,12 @@ from typing import Any, Literal
 
 from sparse_runtime.clusters.importance import IMPORTANCE_KINDS
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.planes import PLANE_BITS
 
 METHODS = ("awc", "awc-paper")
 MAX_CLUSTERS = 16_384
+# What the default budget of planes is of their bytes.
+_PLANES_SHARE = 0.64
 
 
 @dataclass(frozen=True)
@@ -46,8 +49,11 @@ class BuildConfig:
         cluster_bias: add, for each cluster, the mean of what its set leaves out (``awc`` only, where
             it is the default).
         num_clusters: K, 1 to 16,384.
+        weights: bits of the planes (3 to 8) that clusters are built for, and that the FFNs' weights are
+            packed in meanwhile; None for float weights. Needs allocation ``global`` and ``verify``.
         budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
-            the dense FFN's. The density follows from it.
+            those of the dense FFN in bfloat16. A sixteenth for each bit per FFN weight and token. The
+            density follows from it. Default 0.5, with ``weights`` 2/3 of what these take.
         router: ``auto`` tries several kinds on three layers and takes the one with the least estimated
             loss on held-out tokens at this budget; ``linear``; or the rank of a low-rank router.
         router_rounds: reassign–recompute rounds after the first training (``awc`` only, default 1).
@@ -80,7 +86,8 @@ class BuildConfig:
     correction_rank: int | None = None
     cluster_bias: bool | None = None
     num_clusters: int = 256
-    budget: float = 0.5
+    weights: int | None = None
+    budget: float | None = None
     router: str = "auto"
     router_rounds: int | None = None
     max_tokens: int | None = 65_536
@@ -104,8 +111,9 @@ class BuildConfig:
         for name, (valid, expected) in _ranges(self).items():
             if not valid:
                 raise ConfigError(f"{name} is {getattr(self, name)!r}; expected {expected}")
-        # On disk a budget is a float; 1 is as good as 1.0 to the user.
-        object.__setattr__(self, "budget", float(self.budget))
+        if self.budget is not None:
+            # On disk a budget is a float; 1 is as good as 1.0 to the user.
+            object.__setattr__(self, "budget", float(self.budget))
         self.resolved()
 
     def resolved(self) -> BuildSettings:
@@ -144,6 +152,12 @@ class BuildConfig:
         settle("verify", True, cuts, reason, False)
         settle("loop_weights", True, cuts, reason, False)
         reason = "cluster_bias False" if cuts else reason
+        settle(
+            "weights", None, cuts and values["verify"], f"{reason} and verify {values['verify']}"
+        )
+        if values["budget"] is None:
+            bits = values["weights"]
+            values["budget"] = 0.5 if bits is None else (bits + 0.25) / 16 * _PLANES_SHARE
         settle("distill", 60, cuts and values["cluster_bias"], reason, 0)
         settle("correction_rank", 0, values["distill"] > 0, f"distill {values['distill']}", 0)
         return BuildSettings(**values)
@@ -163,6 +177,7 @@ class BuildSettings:
     correction_rank: int
     cluster_bias: bool
     num_clusters: int
+    weights: int | None
     budget: float
     router: str
     router_rounds: int
@@ -225,7 +240,14 @@ def _ranges(config: BuildConfig) -> dict[str, tuple[bool, str]]:
 
     return {
         "num_clusters": (1 <= config.num_clusters <= MAX_CLUSTERS, f"1 to {MAX_CLUSTERS}"),
-        "budget": (0 < config.budget <= 1, "a cost share above 0 and at most 1"),
+        "weights": (
+            config.weights is None or config.weights in PLANE_BITS,
+            f"one of {', '.join(map(str, PLANE_BITS))}, or None",
+        ),
+        "budget": (
+            config.budget is None or 0 < config.budget <= 1,
+            "a cost share above 0 and at most 1",
+        ),
         "router_rounds": at_least("router_rounds", 0, "0 or more"),
         "window": at_least("window", 2, "2 or more"),
         "max_tokens": at_least(

@@ -23,7 +23,7 @@ class BuildContext:
     """A build after its capture.
 
     Attributes:
-        model: dense.
+        model: dense, or packed in the planes that the build is for.
         windows: token ids [W, window] int64, held-out ones last.
         states: of these windows.
         layers: the model's FFNs.
@@ -33,6 +33,7 @@ class BuildContext:
         work: folder of intermediate results.
         progress: draws bars.
         times: seconds of each stage.
+        base_errors: ρ² of each layer's base planes; None for float weights.
     """
 
     model: Any
@@ -45,6 +46,7 @@ class BuildContext:
     work: Path
     progress: ProgressReporter
     times: dict[str, float]
+    base_errors: list[float] | None = None
 
     @property
     def fit_windows(self) -> Tensor:
@@ -59,6 +61,10 @@ class BuildContext:
     def fisher_of(self, position: int) -> Tensor | None:
         """Fisher weights of a layer [I], if the build has them."""
         return None if self.fisher is None else self.fisher[position]
+
+    def base_error(self, position: int) -> float | None:
+        """ρ² of a layer's base planes; None for float weights."""
+        return None if self.base_errors is None else self.base_errors[position]
 
     @contextmanager
     def layer(self, position: int) -> Iterator[LayerData]:

@@ -47,18 +47,19 @@ class ImportanceScorer:
 
 
 def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> ImportanceScorer:
-    """Make the scorer of a layer from its weights.
+    """Make the scorer of a layer from its weights, or the full values of its planes.
 
     Args:
         layer: an FFN found by ``find_ffn_layers``.
         neuron_weights: [I], as of ``fisher_weights``; ‖down_i‖₂ (``norm``) if None.
     """
+    gate, up, down_t = layer.rows()
     if neuron_weights is None:
-        neuron_weights = layer.down.weight.detach().float().norm(dim=0)
+        neuron_weights = down_t.float().norm(dim=1)
     return ImportanceScorer(
-        gate=layer.gate.weight.detach().float(),
-        up=layer.up.weight.detach().float(),
-        neuron_weights=neuron_weights.to(layer.gate.weight.device),
+        gate=gate.float(),
+        up=up.float(),
+        neuron_weights=neuron_weights.to(layer.device),
         activation=layer.activation,
     )
 

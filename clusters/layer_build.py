@@ -230,13 +230,15 @@ def layer_centroids(
     return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights)
 
 
-def uncut_layer(layer: FFNLayer, config: BuildSettings, fitted: FittedLayer) -> LayerClusters:
+def uncut_layer(
+    layer: FFNLayer, config: BuildSettings, fitted: FittedLayer, base_error: float | None = None
+) -> LayerClusters:
     """The artifact's layer with sets of equal size, before a price cuts better ones."""
     size = fitted.sets.sum(-1).float().mean().item()
     bias = None
     if config.cluster_bias:
         left_out = fitted.centroids.mean_activations.masked_fill(fitted.sets, 0)
-        bias = left_out @ layer.down.weight.detach().float().cpu().t()
+        bias = left_out @ layer.rows()[2].float().cpu()
     state = {name: tensor.detach() for name, tensor in fitted.router.state_dict().items()}
     return LayerClusters(
         active_sets=pack_bits(fitted.sets),
@@ -245,6 +247,8 @@ def uncut_layer(layer: FFNLayer, config: BuildSettings, fitted: FittedLayer) -> 
         router_up=state["up"],
         router_bias=state["bias"],
         cluster_bias=bias,
+        weights=config.weights,
+        base_error=base_error,
         centroids=fitted.centroids,
     )
 

@@ -12,9 +12,10 @@ from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns, percentile_threshold
-from sparse_runtime.cost import FFNCost, router_parameter_count
+from sparse_runtime.cost import FFNCost, PlaneCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
+from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 _CHUNK_TOKENS = 4096
@@ -62,10 +63,14 @@ class LayerData:
 def layer_cost(
     layer: FFNLayer, config: BuildSettings, rank: int | None, correction_rank: int = 0
 ) -> FFNCost:
-    """Cost of a layer with a router of this rank, in the runtime's default bfloat16."""
+    """Cost of a layer with a router of this rank, in the format that the build is for."""
     extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
     extra += (config.cluster_bias + 2 * correction_rank) * layer.hidden_size
-    return FFNCost(layer.hidden_size, layer.intermediate_size, extra)
+    sizes = (layer.hidden_size, layer.intermediate_size, extra)
+    if config.weights is None:
+        return FFNCost(*sizes, verified=config.verify)
+    form = PlaneFormat.of_bits(config.weights)
+    return PlaneCost(*sizes, base=form.base, residual=form.residual)
 
 
 def set_size_for(
@@ -114,7 +119,7 @@ def load_layer(
         spill_file=work / "importance.bin",
     )
     scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
-    device = layer.gate.weight.device
+    device = layer.device
     for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
         matrix.values[rows] = scorer(hidden_states[rows].to(device)).to("cpu", torch.bfloat16)
     if config.percentile is not None:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sparse_runtime.artifact.bands import cut_bands
+from sparse_runtime.artifact.bands import StageCosts, cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import price_for
 from sparse_runtime.clusters.awc import top_sets
@@ -107,8 +107,9 @@ def choose_router(context: BuildContext) -> int | None:
             scorer = importance_scorer(layer, context.fisher_of(position))
             loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
         else:
-            cost = replace(layer_cost(layer, config, rank), verified=config.verify)
-            loss[rank] += priced_loss(states, fitted, layer, cost, price)
+            cost = layer_cost(layer, config, rank)
+            stages = StageCosts.of(cost, context.base_error(position) or 0.0)
+            loss[rank] += priced_loss(states, fitted, layer, cost, stages, price)
     best = min(candidates, key=lambda rank: loss[rank])
     write_json(file, best)
     return best
@@ -119,42 +120,55 @@ def _probe_price(context: BuildContext, fits: dict[int, FittedLayer]) -> float |
     config, layers = context.config, context.layers
     if config.allocation != "global":
         return None
-    uncut = {layers[p].index: uncut_layer(layers[p], config, fitted) for p, fitted in fits.items()}
+    uncut = {
+        layers[p].index: uncut_layer(layers[p], config, fitted, context.base_error(p))
+        for p, fitted in fits.items()
+    }
     clusters = ClusterSet(uncut, {}, config.budget)
     return price_for(context.model, clusters, config.budget, verify=config.verify)
 
 
 def priced_loss(
-    states: Tensor, fitted: FittedLayer, layer: FFNLayer, cost: FFNCost, price: float
+    states: Tensor,
+    fitted: FittedLayer,
+    layer: FFNLayer,
+    cost: FFNCost,
+    stages: StageCosts,
+    price: float,
 ) -> float:
-    """What a router's clusters lose and cost at a price of λ per neuron, per token.
+    """What a router's clusters lose and cost at a price of λ per float neuron, per token.
 
-    Σ e² over what is left out + λ·I·(cost share): the bytes of router, looks and neurons count at
-    the price that neurons are bought at, so that routers of different size compare.
+    Σ e² over what is left out, or ρ²·e² of what is not refined, + λ·I·(cost share): the bytes of
+    router, looks and neurons count at the price that neurons are bought at, so that routers of
+    different size compare.
 
     Args:
         states: the layer's inputs for tokens that nothing was fitted on [n, H].
         fitted: its router and centroids.
         layer: its FFN.
-        cost: with that router; ``verified`` says whether there are looks.
+        cost: with that router.
+        stages: what its neurons cost.
         price: λ.
     """
     centroids = fitted.centroids
-    look_share = cost.look_bytes / cost.neuron_bytes if cost.verified else None
-    bands = cut_bands(centroids, price, look_share)
+    bands = cut_bands(centroids, price, stages)
+    threshold, finer = price * stages.count, stages.refined_from(price)
     maybe = torch.zeros_like(bands.sure) if bands.maybe is None else bands.maybe
     scorer = importance_scorer(layer, centroids.neuron_weights)
     ids = route(fitted.router, states)
-    loss, num_computed, num_looked = 0.0, 0, 0
+    loss, num_computed, num_looked, num_refined = 0.0, 0, 0, 0
     for rows in chunk_slices(len(states), _CHUNK_TOKENS):
         squares = scorer(states[rows].to(scorer.gate.device)).square_().cpu()
         looked = maybe[ids[rows]]
-        computed = bands.sure[ids[rows]] | (looked & (squares > price))
-        loss += squares.masked_fill_(computed, 0).sum().item()
+        computed = bands.sure[ids[rows]] | (looked & (squares > threshold))
+        refined = looked & (squares > finer)
+        left = torch.where(computed, squares * stages.base_error, squares).masked_fill_(refined, 0)
+        loss += left.sum().item()
+        num_refined += int(refined.sum())
         num_computed += int(computed.sum())
         num_looked += int(looked.sum())
     count = len(states)
-    bytes_read = cost.sparse_bytes(num_computed / count, num_looked / count)
+    bytes_read = cost.sparse_bytes(num_computed / count, num_looked / count, num_refined / count)
     return loss / count + price * bytes_read / cost.neuron_bytes
 
 

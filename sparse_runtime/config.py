@@ -44,7 +44,8 @@ class SparseConfig:
             bit for bit. They stay in the CPU's memory beside the planes, and take what they took
             before: a bfloat16 model packed in 6 bits takes 1.4 times its memory instead of 0.4.
         tau: over planes, neurons whose look gives 1 < e ≤ tau are counted from their base planes, and
-            refined beyond: 1 refines all that are counted, infinity none.
+            refined beyond: 1 refines all that are counted, infinity none. None takes what sets were cut
+            with, layer by layer, or 2 where they were cut for float weights.
         ramp: over planes, width of the ramp over which a neuron's share grows from 0 to 1; 0: a step.
         check_fingerprint: refuse an artifact that was built for other weights; model type, sizes and
             layers must fit in any case.
@@ -61,7 +62,7 @@ class SparseConfig:
     weights: int | None = None
     linear_weights: int | None = None
     keep_float: bool = False
-    tau: float = 2.0
+    tau: float | None = None
     ramp: float = 0.0
     check_fingerprint: bool = True
 
@@ -96,7 +97,12 @@ class SparseConfig:
                 "keep_float is True without weights or linear_weights, so that all stays float; give "
                 "one of them, or leave keep_float out"
             )
-        _check("tau", self.tau, lambda v: _is_number(v) and v >= 1, "a number of 1 or more")
+        _check(
+            "tau",
+            self.tau,
+            lambda v: v is None or (_is_number(v) and v >= 1),
+            "a number of 1 or more, or None",
+        )
         _check(
             "ramp",
             self.ramp,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -78,6 +78,9 @@ class FFNCost:
     verified: bool = False
     clustered: bool = True
 
+    #: Whether every neuron is looked at before it is computed.
+    looks_first: ClassVar[bool] = False
+
     @property
     def neuron_bytes(self) -> int:
         """Bytes of one neuron: its rows of gate, up and transposed down."""
@@ -125,13 +128,26 @@ class FFNCost:
             + self.overhead_bytes
         )
 
-    def share(self, computed: Amount, looked: Amount | Literal[0] = 0) -> Amount:
-        """Cost share of a token that computes and looks at so many neurons."""
-        return self.sparse_bytes(computed, looked) / self.dense_bytes
+    def share(
+        self,
+        computed: Amount,
+        looked: Amount | Literal[0] = 0,
+        refined: Amount | Literal[0] = 0,
+    ) -> Amount:
+        """Cost share of a token that computes, looks at and refines so many neurons."""
+        return self.sparse_bytes(computed, looked, refined) / self.dense_bytes
+
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes of all that is read of all neurons."""
+        return self.dense_bytes
 
     def density_for(self, budget: float) -> float:
-        """Largest density whose cost share is ``budget``; ≤ 0 if the overhead alone exceeds it."""
-        return min(1.0, budget - self.overhead_bytes / self.dense_bytes)
+        """Largest density whose cost share is ``budget``, if what is read is read whole.
+
+        ≤ 0 if the overhead alone exceeds the budget.
+        """
+        return min(1.0, (budget * self.dense_bytes - self.overhead_bytes) / self.whole_bytes)
 
 
 @dataclass(frozen=True)
@@ -145,6 +161,7 @@ class PlaneCost(FFNCost):
 
     base: int = 4
     residual: int = 0
+    looks_first = True
 
     @property
     def count_bytes(self) -> int:
@@ -162,7 +179,7 @@ class PlaneCost(FFNCost):
         return refine_size(self.hidden_size, self.residual)
 
     @property
-    def packed_bytes(self) -> int:
+    def whole_bytes(self) -> int:
         """Bytes of all planes."""
         return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
 

@@ -1,13 +1,16 @@
 """A sparse model that can be differentiated: what distillation trains.
 
 Each FFN is computed in full and masked, so nothing is saved; the masks are those of the run time, but
-that looks see the exact activation instead of its look record.
+that over float weights looks see the exact activation instead of its look record. Over planes all is
+computed as at run time, from their values in float: by base planes, and by full values where refined.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,8 +66,9 @@ class StudentFFN(nn.Module):
         self.up = nn.Parameter(torch.zeros(rank, hidden_size))
         self.common = nn.Parameter(torch.zeros(hidden_size))
         self.shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
-        self.to(layer.gate.weight.device)
+        self.to(layer.device)
         self._masks = _Masks(clusters, layer)
+        self._rows = _Rows.of(layer)
 
     @property
     def bias_shift(self) -> Tensor:
@@ -83,27 +87,65 @@ class StudentFFN(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
-        layer, masks = self._layer[0], self._masks
-        if not self.enabled or masks.everything:
+        layer, masks, rows = self._layer[0], self._masks, self._rows
+        if not self.enabled and not layer.packed:
             output: Tensor = layer.mlp(hidden_states)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
-        h = activations(x, layer.gate.weight, layer.up.weight, layer.activation)
+        full = rows.activations(x)
+        if not self.enabled or masks.everything:
+            return (full @ rows.down_t).reshape(hidden_states.shape)
+        h = full if rows.base is None else rows.base.activations(x)
         with torch.no_grad():
             ids = masks.route(x)
             chosen = masks.chosen(ids, h)
-        y = F.linear(h * chosen, layer.down.weight)
+            refined = masks.refined(chosen, h)
+        if rows.base is None:
+            y = (h * chosen) @ rows.down_t
+        else:
+            used = torch.where(refined, full, h) * chosen
+            y = used @ rows.base.down_t + (used * refined) @ (rows.down_t - rows.base.down_t)
         bias = (masks.cluster_bias + self.bias_shift).to(x.dtype)[ids]
         if self.restored is not None or self.measured is not None:
-            missing = (F.linear(h.masked_fill(chosen, 0), layer.down.weight) - bias).detach()
+            missing = (full @ rows.down_t - y - bias).detach()
         if self.measured is not None:
             self.measured.append((_root_mean_square(missing), _root_mean_square(x)))
         if self.restored is not None:
-            self.left_out = masks.left_out(chosen, h.detach())
+            self.left_out = masks.left_out(chosen, refined, full.detach())
             y = y + self.restored.to(x.dtype) * missing
         y = y + bias
         correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
         return (y + correction).reshape(hidden_states.shape)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A layer's weights, or the full values of its planes, and their base values if these differ.
+
+    Attributes:
+        gate, up, down_t: [I, H], in the model's dtype.
+        activation: by the kernels' name.
+        base: by base planes; None where nothing is refined.
+    """
+
+    gate: Tensor
+    up: Tensor
+    down_t: Tensor
+    activation: str
+    base: _Rows | None = None
+
+    @classmethod
+    def of(cls, layer: FFNLayer) -> _Rows:
+        def rows(base: bool, coarse: _Rows | None = None) -> _Rows:
+            gate, up, down_t = (part.to(layer.dtype) for part in layer.rows(base=base))
+            return cls(gate, up, down_t, layer.activation, coarse)
+
+        has_base = layer.format is not None and layer.format.residual > 0
+        return rows(False, rows(True) if has_base else None)
+
+    def activations(self, x: Tensor) -> Tensor:
+        """h [n, I] of hidden states [n, H]."""
+        return activations(x, self.gate, self.up, self.activation)
 
 
 def _root_mean_square(values: Tensor) -> Tensor:
@@ -133,7 +175,9 @@ class _Masks:
     """A layer's clusters, unpacked on its device."""
 
     def __init__(self, clusters: LayerClusters, layer: FFNLayer) -> None:
-        weight, neurons = layer.gate.weight, layer.intermediate_size
+        neurons = layer.intermediate_size
+        weight = torch.empty(0, device=layer.device, dtype=layer.dtype)
+        self._base_error = clusters.base_error or 0.0
 
         def ready(tensor: Tensor | None) -> Tensor | None:
             return None if tensor is None else tensor.to(weight)
@@ -142,6 +186,7 @@ class _Masks:
         self._bias = clusters.router_bias.to(weight)
         self._sure = unpack_bits(clusters.active_sets.to(weight.device), neurons)
         self._maybe, self._factors = None, None
+        self._tau = math.inf if clusters.tau is None else clusters.tau
         if clusters.maybe_sets is not None and clusters.factors is not None:
             self._maybe = unpack_bits(clusters.maybe_sets.to(weight.device), neurons)
             self._factors = clusters.factors.to(weight.device)
@@ -164,11 +209,18 @@ class _Masks:
             return chosen
         return chosen | (self._maybe[ids] & (h.abs() * self._factors > 1))
 
-    def left_out(self, chosen: Tensor, h: Tensor) -> float:
-        """Mean over tokens of Σ e² over the neurons that are not chosen."""
+    def refined(self, chosen: Tensor, h: Tensor) -> Tensor:
+        """Neurons that residual planes are read of, bool [n, I], out of the chosen ones."""
+        if self._factors is None:
+            return chosen
+        return chosen & (h.abs() * self._factors > self._tau)
+
+    def left_out(self, chosen: Tensor, refined: Tensor, h: Tensor) -> float:
+        """Mean over tokens of Σ e² over the neurons that are not chosen, and ρ²·e² of the unrefined."""
         assert self._neuron_weights is not None, "left_out needs centroids"
-        e = h.float() * self._neuron_weights
-        return e.square().masked_fill(chosen, 0).sum(-1).mean().item()
+        squares = (h.float() * self._neuron_weights).square()
+        lost = torch.where(chosen, squares * self._base_error, squares)
+        return lost.masked_fill_(refined & chosen, 0).sum(-1).mean().item()
 
 
 @contextmanager
@@ -187,7 +239,7 @@ def students(
         Layer index -> its student.
     """
     generator = torch.Generator().manual_seed(seed)
-    layers = [layer for layer in find_ffn_layers(model) if layer.index in clusters]
+    layers = [layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters]
     modules = {
         layer.index: StudentFFN(layer, clusters[layer.index], rank, generator) for layer in layers
     }

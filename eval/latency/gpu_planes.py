@@ -163,7 +163,7 @@ def _bench_ffn(
     for name, number in (("looked_at", looked), ("counted", counted), ("refined", refined)):
         row[name] = number / cost.intermediate_size
     if batch == 1:
-        row["rows_gbps"] = cost.packed_bytes / row["rows_graph"] / 1e3
+        row["rows_gbps"] = cost.whole_bytes / row["rows_graph"] / 1e3
         row["sparse_gbps"] = cost.sparse_bytes(counted, looked, refined) / row["sparse_graph"] / 1e3
     return row
 

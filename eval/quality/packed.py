@@ -109,4 +109,4 @@ def amounts(model: nn.Module) -> dict[str, float]:
 def _packed_bits(model: nn.Module) -> float:
     costs = [cost for m in sparse_modules(model) if isinstance(cost := m.cost, PlaneCost)]
     weights = sum(3 * cost.hidden_size * cost.intermediate_size for cost in costs)
-    return 8 * sum(cost.packed_bytes for cost in costs) / max(1, weights)
+    return 8 * sum(cost.whole_bytes for cost in costs) / max(1, weights)

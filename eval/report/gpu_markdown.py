@@ -83,7 +83,7 @@ def _implied() -> str:
         plane = PlaneCost(hidden_size, neurons, extra, base=form.base, residual=form.residual)
         size = plane.sparse_bytes(0.4 * neurons, 0.8 * neurons, 0.2 * neurons)
         name = f"{bits} bits, all rows"
-        rows.append(_counted(name, "planes", plane.packed_bytes, cost.dense_bytes))
+        rows.append(_counted(name, "planes", plane.whole_bytes, cost.dense_bytes))
         name = f"{bits} bits, 0.8 looked at, 0.4 counted, 0.2 refined"
         rows.append(_counted(name, "planes", size, cost.dense_bytes))
     header = ["one FFN of Mistral-7B, one token", "MB read", "launches"]

@@ -1,15 +1,20 @@
 """Which neurons of a cluster are computed, looked at first, or skipped, for any budget.
 
 Two things are traded for each neuron of each cluster: the loss that leaving it out is estimated to
-cost, e² = (h·w)² with the Fisher weights w (the factor ½ is common to all), and the bytes it takes to
-compute it, at a price of λ per neuron. With q the bytes of a look over those of computing:
+cost, e² = (h·w)² with the Fisher weights w (the factor ½ is common to all), and the bytes it takes, at
+a price of λ for those of a bfloat16 neuron. With l, c and r the bytes of its look, of counting and of
+refining it in parts of these, and ρ² the share of e² that is still lost where it is counted by its base
+planes:
 
-    never:  E[e²]                      the neuron is skipped
-    sure:   λ                          it is computed
-    maybe:  q·λ + E[min(e², λ)]        a look decides, token by token: compute if e² > λ
+    never:  E[e²]                                 the neuron is skipped
+    sure:   c·λ                                   it is computed; float weights only
+    maybe:  l·λ + E[min(e², c·λ + ρ²e², (c + r)·λ)]
+                                                  a look decides, token by token
 
-The cheapest band wins, and one λ for all layers and clusters is bisected to the budget. Without
-verification there is no third band, and a neuron is computed where E[e²] > λ.
+The cheapest wins, and one λ for all layers and clusters is bisected to the budget. After a look a
+neuron is counted where e² > c·λ, and refined where e² > c·λ·τ², with τ² = r / (c·ρ²). Float weights
+have r = 0 and ρ = 0, and c = 1; without verification there is no third band, and a neuron is computed
+where E[e²] > λ.
 """
 
 from __future__ import annotations
@@ -19,6 +24,11 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from sparse_runtime.cost import FFNCost
+
+# τ of neurons that are never refined; JSON knows no infinity.
+_NEVER = 1e6
 
 
 @dataclass(repr=False)
@@ -59,6 +69,46 @@ class LayerCentroids:
         return torch.zeros_like(overall, dtype=torch.bool).index_fill_(0, top, True)
 
 
+@dataclass(frozen=True)
+class StageCosts:
+    """What a layer's neurons cost, by how far they are read, in parts of a float neuron's bytes.
+
+    Attributes:
+        look: of a look; None without verification.
+        count: of computing a neuron, after its look if there is one.
+        refine: of reading the residual planes too; 0 where there are none.
+        base_error: ρ², share of e² that is lost where a neuron is counted by its base planes.
+        looks_first: whether every neuron is looked at before it is computed, as planes are.
+    """
+
+    look: float | None = None
+    count: float = 1.0
+    refine: float = 0.0
+    base_error: float = 0.0
+    looks_first: bool = False
+
+    @classmethod
+    def of(cls, cost: FFNCost, base_error: float = 0.0) -> StageCosts:
+        """Of a layer's neurons, by their bytes."""
+        look, count, refine = (
+            size / cost.neuron_bytes
+            for size in (cost.look_bytes, cost.count_bytes, cost.refine_bytes)
+        )
+        looks = cost.looks_first or cost.verified
+        error = base_error if cost.refine_bytes else 0.0
+        return cls(look if looks else None, count, refine, error, cost.looks_first)
+
+    @property
+    def tau(self) -> float:
+        """τ: neurons are refined where e is so many times what they are counted at; 1 at least."""
+        gain = self.count * self.base_error
+        return max(1.0, math.sqrt(self.refine / gain)) if gain > 0 else _NEVER
+
+    def refined_from(self, price: float) -> float:
+        """e² from which a neuron is refined, at a price λ."""
+        return price * self.count * self.tau**2
+
+
 @dataclass
 class Bands:
     """The bands of one layer at one λ, and what they are expected to cost.
@@ -69,6 +119,7 @@ class Bands:
         left_out: expected h of what a token's neurons leave out [K, I].
         computed: neurons computed per token, mean over clusters.
         looked: neurons looked at per token, mean over clusters.
+        refined: neurons refined per token, mean over clusters.
         loss: estimated loss per token, mean over clusters.
         share_left_out: that loss as a share of Σ e² over all neurons.
     """
@@ -78,38 +129,46 @@ class Bands:
     left_out: Tensor
     computed: float
     looked: float
+    refined: float
     loss: float
     share_left_out: float
 
 
-def cut_bands(centroids: LayerCentroids, price: float, look_share: float | None) -> Bands:
+def cut_bands(centroids: LayerCentroids, price: float, stages: StageCosts) -> Bands:
     """Cut the bands of a layer.
 
     Args:
         centroids: of the layer.
-        price: λ, the estimated loss that computing one neuron must save, > 0.
-        look_share: q, bytes of looking at a neuron over bytes of computing it; None without
-            verification.
+        price: λ, the estimated loss that reading one bfloat16 neuron must save, > 0.
+        stages: what neurons cost.
     """
     squares = centroids.mean_squares.float()
     activations = centroids.mean_activations.float()
     shares = centroids.shares
-    sure = squares > price
-    if look_share is None:
+    sure = squares > price * stages.count
+    if stages.look is None:
         # The best neuron at least: a set is never empty.
         sure.scatter_(1, squares.argmax(-1, keepdim=True), True)
         loss = squares.masked_fill(sure, 0)
         computed = (shares @ sure.sum(-1).float()).item()
         left_out = activations.masked_fill(sure, 0)
-        return Bands(sure, None, left_out, computed, 0.0, *_losses(loss, centroids))
-    tail = _LogNormal(squares, centroids.mean_magnitudes.float(), price)
-    maybe = look_share * price + tail.loss + price * tail.exceeds < squares.clamp_max(price)
-    sure &= ~maybe
-    loss = torch.where(maybe, tail.loss, squares).masked_fill(sure, 0)
-    computed = (shares @ (sure.sum(-1) + (tail.exceeds * maybe).sum(-1))).item()
+        return Bands(sure, None, left_out, computed, 0.0, 0.0, *_losses(loss, centroids))
+    magnitudes, threshold = centroids.mean_magnitudes.float(), price * stages.count
+    tail = _LogNormal(squares, magnitudes, threshold)
+    kept, exceeds, refined = tail.loss, tail.exceeds, torch.zeros(())
+    if stages.base_error:
+        finer = _LogNormal(squares, magnitudes, stages.refined_from(price))
+        kept = kept + stages.base_error * (finer.loss - tail.loss)
+        refined = finer.exceeds
+    cost = stages.look * price + threshold * exceeds + stages.refine * price * refined
+    maybe = kept + cost < (squares if stages.looks_first else squares.clamp_max(threshold))
+    sure = torch.zeros_like(maybe) if stages.looks_first else sure & ~maybe
+    loss = torch.where(maybe, kept, squares).masked_fill(sure, 0)
+    computed = (shares @ (sure.sum(-1) + (exceeds * maybe).sum(-1))).item()
     looked = (shares @ maybe.sum(-1).float()).item()
     left_out = torch.where(maybe, activations * tail.small_part, activations).masked_fill(sure, 0)
-    return Bands(sure, maybe, left_out, computed, looked, *_losses(loss, centroids))
+    refined = (shares @ (refined * maybe).sum(-1)).item()
+    return Bands(sure, maybe, left_out, computed, looked, refined, *_losses(loss, centroids))
 
 
 def _losses(loss: Tensor, centroids: LayerCentroids) -> tuple[float, float]:
@@ -120,9 +179,10 @@ def _losses(loss: Tensor, centroids: LayerCentroids) -> tuple[float, float]:
 
 
 def all_neurons(centroids: LayerCentroids) -> Bands:
-    """Bands of a layer that computes every neuron."""
+    """Bands of a layer that computes every neuron, by all its bits."""
     sure = torch.ones_like(centroids.mean_squares, dtype=torch.bool)
-    return Bands(sure, None, torch.zeros(sure.shape), float(sure.shape[1]), 0.0, 0.0, 0.0)
+    neurons = float(sure.shape[1])
+    return Bands(sure, None, torch.zeros(sure.shape), neurons, neurons, neurons, 0.0, 0.0)
 
 
 class _LogNormal:

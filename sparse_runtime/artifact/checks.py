@@ -26,7 +26,6 @@ from sparse_runtime.artifact.format import (
     FORMAT,
     FORMAT_VERSION,
     LAYER_KEYS,
-    NEW_LAYER_KEYS,
     OBJECT,
     SHA256,
     TENSORS,
@@ -119,8 +118,8 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     else:
         _check_fingerprint(file, fingerprint)
         indices = fingerprint["layers"]
-    absent = NEW_LAYER_KEYS if config["format_version"] == 1 else ()
-    keys = {name: key.kind for name, key in LAYER_KEYS.items() if name not in absent}
+    version = config["format_version"]
+    keys = {name: key.kind for name, key in LAYER_KEYS.items() if key.since <= version}
     seen: set[int] = set()
     for number, entry in enumerate(config["layers"]):
         where = f"layers[{number}]."

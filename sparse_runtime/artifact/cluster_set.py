@@ -299,10 +299,7 @@ class ClusterSet:
         for name in names:
             tensors |= read_tensors(path / name, expected_tensors(config, name))
             check_record(path / name, config)
-        layers = {
-            entry["index"]: layer_from_tensors(tensors, entry["index"], entry.get("left_out"))
-            for entry in config["layers"]
-        }
+        layers = {entry["index"]: layer_from_tensors(tensors, entry) for entry in config["layers"]}
         unread = None
         if not centroids and CENTROIDS_FILE in config["files"]:
             unread = UnreadCentroids(

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from sparse_runtime.cost import packed_size
+from sparse_runtime.kernels.planes import PLANE_BITS
 
 FORMAT = "sparse_runtime.clusters"
 #: Written; versions from 1 on are read.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 CONFIG_FILE = "config.json"
 CLUSTERS_FILE = "clusters.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
@@ -89,6 +90,19 @@ EXCESS = Kind(
     lambda value: _is_number(value) and -1 < value < 1,
 )
 
+BITS = Kind(
+    f"bits of weights in planes, {PLANE_BITS[0]} to {PLANE_BITS[-1]}, or null",
+    lambda value: value is None or (_is_whole(value) and value in PLANE_BITS),
+)
+ERROR = Kind(
+    "a share from 0 to 1, or null",
+    lambda value: value is None or (_is_number(value) and 0 <= value <= 1),
+)
+TAU = Kind(
+    "a number of 1 or more, or null",
+    lambda value: value is None or (_is_number(value) and 1 <= value < math.inf),
+)
+
 CONFIG_KEYS: dict[str, Kind] = {
     "format": TEXT,
     "format_version": whole(1),
@@ -130,10 +144,12 @@ class LayerKey:
     Attributes:
         kind: of its values.
         of: gives the value of a ``LayerClusters``.
+        since: version of the format that has it first.
     """
 
     kind: Kind
     of: Callable[[Any], Any]
+    since: int = 1
 
 
 def _has(attribute: str) -> Callable[[Any], bool]:
@@ -147,10 +163,13 @@ LAYER_KEYS: dict[str, LayerKey] = {
     "correction_rank": LayerKey(whole(0), attrgetter("correction_rank")),
     "verified": LayerKey(FLAG, _has("maybe_sets")),
     "distilled": LayerKey(FLAG, _has("bias_shift")),
-    "left_out": LayerKey(LEFT_OUT, attrgetter("left_out")),
+    "left_out": LayerKey(LEFT_OUT, attrgetter("left_out"), since=2),
+    "weights": LayerKey(BITS, attrgetter("weights"), since=3),
+    "base_error": LayerKey(ERROR, attrgetter("base_error"), since=3),
+    "tau": LayerKey(TAU, attrgetter("tau"), since=3),
 }
-#: Not in version 1.
-NEW_LAYER_KEYS = ("left_out",)
+#: Those that are attributes of a ``LayerClusters`` of their own, and not told by its tensors.
+LAYER_VALUES = ("left_out", "weights", "base_error", "tau")
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_runtime.artifact.bands import LayerCentroids
-from sparse_runtime.artifact.format import TENSORS, TensorKey
+from sparse_runtime.artifact.format import LAYER_VALUES, TENSORS, TensorKey
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.kernels.bitmaps import set_sizes
 
@@ -39,6 +40,11 @@ class LayerClusters:
             None.
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its look record
             [I]; None without ``maybe_sets``.
+        tau: over planes, such a neuron is refined where |h̃|·factor > τ; None where sets were cut for
+            float weights, or are never refined.
+        weights: bits of the planes that the clusters were built for; None for float weights.
+        base_error: of these planes, the share of e² that is lost where neurons are counted by their
+            base planes.
         centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
     """
 
@@ -54,6 +60,9 @@ class LayerClusters:
     left_out: float | None = None
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
+    tau: float | None = None
+    weights: int | None = None
+    base_error: float | None = None
     centroids: LayerCentroids | None = None
 
     def __repr__(self) -> str:
@@ -114,11 +123,10 @@ def layer_tensors(layer: LayerClusters) -> Iterator[tuple[TensorKey, Tensor]]:
             yield key, tensor
 
 
-def layer_from_tensors(
-    tensors: Mapping[str, Tensor], index: int, left_out: float | None
-) -> LayerClusters:
-    """A layer out of the checked tensors of an artifact's files, and its ``left_out``."""
-    own: dict[str, Tensor] = {}
+def layer_from_tensors(tensors: Mapping[str, Tensor], entry: Mapping[str, Any]) -> LayerClusters:
+    """A layer out of the checked tensors of an artifact's files, and its entry of ``layers``."""
+    index = entry["index"]
+    own: dict[str, Any] = {}
     of_centroids: dict[str, Tensor] = {}
     for key in TENSORS:
         tensor = tensors.get(f"layers.{index}.{key.name}")
@@ -126,4 +134,5 @@ def layer_from_tensors(
             owner, _, name = key.attribute.rpartition(".")
             (of_centroids if owner else own)[name] = tensor
     centroids = LayerCentroids(**of_centroids) if of_centroids else None
-    return LayerClusters(**own, left_out=left_out, centroids=centroids)
+    values: dict[str, Any] = {name: entry.get(name) for name in LAYER_VALUES}
+    return LayerClusters(**own, **values, centroids=centroids)

@@ -9,19 +9,20 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparse_runtime.artifact.bands import Bands, all_neurons, cut_bands
+from sparse_runtime.artifact.bands import Bands, StageCosts, all_neurons, cut_bands
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import check_cut
-from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers, layer_cost
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17
 # Share of Σ e² below which compensation fades no further, so that other budgets can be cut again.
 _LEAST_LEFT_OUT = 1e-4
+# Share of e² lost by base planes that no build has measured: 4-bit ones of the demo's late layers.
+_BASE_ERROR = 0.05
 
 
 def recut(
@@ -131,10 +132,9 @@ class _Part:
         self._layer = layer
         self._clusters = clusters
         self._centroids = clusters.centroids
-        self._cost = FFNCost(
-            layer.hidden_size, layer.intermediate_size, clusters.extra_elements, verified=verify
-        )
-        self._look_share = self._cost.look_bytes / self._cost.neuron_bytes if verify else None
+        self._cost = layer_cost(layer, clusters.extra_elements, verified=verify)
+        error = clusters.base_error if layer.bits == clusters.weights else None
+        self._stages = StageCosts.of(self._cost, _BASE_ERROR if error is None else error)
         step = -(-clusters.centroids.mean_squares.numel() // _SEARCH_VALUES)
         self._sample = clusters.centroids.every(step)
 
@@ -144,37 +144,46 @@ class _Part:
         return self._centroids.mean_squares.max().item()
 
     @property
+    def _whole_share(self) -> float:
+        """Cost share of all neurons, which need no router."""
+        return self._cost.whole_bytes / self._cost.dense_bytes
+
+    @property
     def least_share(self) -> float:
         """Cost share with no neuron at all."""
         return self._cost.share(0)
 
     def expected_share(self, price: float) -> float:
         """Expected cost share at a price, from a sample of the neurons."""
-        return self._share(cut_bands(self._sample, price, self._look_share), price)
+        return self._share(cut_bands(self._sample, price, self._stages), price)
 
     def _share(self, bands: Bands, price: float) -> float:
-        """Expected cost share, 1 where computing every neuron is worth its price."""
+        """Expected cost share, that of all neurons where these are worth their price."""
         neurons = self._layer.intermediate_size
         scale = neurons / bands.sure.shape[1]
-        share = self._cost.share(bands.computed * scale, bands.looked * scale)
-        return share if bands.loss * scale < price * neurons * (1 - share) else 1.0
+        amounts = (bands.computed, bands.looked, bands.refined)
+        share = self._cost.share(*(amount * scale for amount in amounts))
+        whole = self._whole_share
+        return share if bands.loss * scale < price * neurons * (whole - share) else whole
 
     def cut(self, price: float) -> LayerClusters:
         """The layer's clusters with the sets of a price."""
-        bands = cut_bands(self._centroids, price, self._look_share)
-        if self._share(bands, price) == 1.0:
+        bands = cut_bands(self._centroids, price, self._stages)
+        if self._share(bands, price) == self._whole_share:
             bands = all_neurons(self._centroids)
         shift, correction, left_out = self._compensation(bands)
         bias = None
         if self._clusters.cluster_bias is not None:
-            down = self._layer.down.weight.detach()
-            bias = (bands.left_out.to(down) @ down.t()).float().cpu()
+            down = self._layer.rows()[2]
+            bias = (bands.left_out.to(down) @ down).float().cpu()
             if shift is not None and bands.share_left_out > 0:
                 bias += shift
             bias = bias.to(torch.bfloat16)
-        factors = None
+        factors = tau = None
         if bands.maybe is not None:
-            factors = self._centroids.neuron_weights.float() / math.sqrt(price)
+            threshold = price * self._stages.count
+            factors = self._centroids.neuron_weights.float() / math.sqrt(threshold)
+            tau = self._stages.tau if self._stages.looks_first else None
         return replace(
             self._clusters,
             active_sets=pack_bits(bands.sure),
@@ -185,6 +194,7 @@ class _Part:
             left_out=left_out,
             maybe_sets=None if bands.maybe is None else pack_bits(bands.maybe),
             factors=factors,
+            tau=tau,
         )
 
     def _compensation(self, bands: Bands) -> tuple[Tensor | None, Tensor | None, float | None]:

@@ -18,14 +18,13 @@ from sparse_runtime.cli.options import (
     DeviceOption,
     JsonOption,
     ModelArgument,
-    NewBudgetOption,
     RevisionOption,
     SeedOption,
     WindowOption,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
-from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, POSITIVE
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSITIVE, SHARE
 from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
@@ -41,6 +40,20 @@ _Output = Annotated[
         "--output",
         help="Folder of the artifact.",
         callback=check_output_folder,
+    ),
+]
+_Weights = Annotated[
+    int | None,
+    typer.Option(
+        help="Build for weights packed in planes of so many bits: 3 to 8.",
+        callback=PLANE_BITS.callback,
+    ),
+]
+_Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="Mean cost share, router included; 0.5, or 0.64 of what planes take.",
+        callback=SHARE.callback,
     ),
 ]
 _Importance = Annotated[str | None, typer.Option(help="fisher (default of awc), norm or binary.")]
@@ -97,7 +110,8 @@ def build(
     clusters: Annotated[
         int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
     ] = 256,
-    budget: NewBudgetOption = 0.5,
+    weights: _Weights = None,
+    budget: _Budget = None,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
     max_tokens: Annotated[
         int, typer.Option(callback=NOT_NEGATIVE.callback, help="Calibration tokens; 0 for all.")
@@ -124,6 +138,7 @@ def build(
         distill=distill,
         correction_rank=correction_rank,
         num_clusters=clusters,
+        weights=weights,
         budget=budget,
         router=router,
         max_tokens=max_tokens or None,

@@ -40,7 +40,7 @@ from sparse_runtime.kernels.operands import (
     FFNWeights,
 )
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
@@ -243,12 +243,8 @@ class SparseFFN(FFNBuffers):
         return FFNWeights(gate, up, down.t(), self.activation, self._buffers["look"])
 
     def _own_cost(self, layer: FFNLayer) -> FFNCost:
-        return FFNCost(
-            hidden_size=layer.hidden_size,
-            intermediate_size=layer.intermediate_size,
-            extra_elements=self._clusters.extra_elements,
-            verified=self._clusters.maybe_sets is not None,
-        )
+        verified = self._clusters.maybe_sets is not None
+        return layer_cost(layer, self._clusters.extra_elements, verified=verified)
 
     def _flattened(self) -> Any:
         return self.weights, self.tables, self.router, self.compensation, self.counters

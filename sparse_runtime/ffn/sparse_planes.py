@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor
 
-from sparse_runtime.cost import FFNCost, PlaneCost
 from sparse_runtime.ffn.placement import mean_share, plain_tensors
 from sparse_runtime.ffn.plane_modules import PlaneFFN
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
@@ -15,7 +14,9 @@ from sparse_runtime.kernels.linear import has_global_hooks
 from sparse_runtime.kernels.operands import ClusterTables, Stages
 from sparse_runtime.kernels.plane_op import dense_plane_ffn, routed_plane_ffn
 from sparse_runtime.kernels.planes import NeuronPlanes
-from sparse_runtime.models.ffn_layers import FFNLayer
+
+# Of sets that were cut for float weights.
+_TAU = 2.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +82,11 @@ class SparsePlaneFFN(SparseFFN):
     def stages(self) -> Stages | None:
         """How far neurons are read."""
         factors = self._buffers["factors"]
-        return None if factors is None else Stages(factors, self.config.tau, self.config.ramp)
+        if factors is None:
+            return None
+        given = (self.config.tau, self._clusters.tau, _TAU)
+        tau = next(value for value in given if value is not None)
+        return Stages(factors, tau, self.config.ramp)
 
     @property
     def tables(self) -> ClusterTables:
@@ -90,16 +95,6 @@ class SparsePlaneFFN(SparseFFN):
         sure, maybe = b["active_sets"], b["maybe_sets"]
         assert sure is not None
         return ClusterTables(sure if maybe is None else sure | maybe, None, b["factors"])
-
-    def _own_cost(self, layer: FFNLayer) -> FFNCost:
-        form = layer.mlp.format
-        return PlaneCost(
-            hidden_size=layer.hidden_size,
-            intermediate_size=layer.intermediate_size,
-            extra_elements=self._clusters.extra_elements,
-            base=form.base,  # type: ignore[union-attr,arg-type]
-            residual=form.residual,  # type: ignore[union-attr,arg-type]
-        )
 
     def _own_weights(self) -> tuple[Tensor, ...]:
         return ()

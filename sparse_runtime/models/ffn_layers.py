@@ -9,10 +9,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
+from sparse_runtime.cost import FFNCost, PlaneCost
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.kernels.linear import weight_problem
+from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
 from sparse_runtime.models.int8_linears import int8_problem, is_int8
 
@@ -105,6 +107,44 @@ class FFNLayer:
         if self.int8:  # of the decoder layer's norms
             return next(p.dtype for p in self.parent.parameters() if p.is_floating_point())
         return self.gate.weight.dtype
+
+    @property
+    def format(self) -> PlaneFormat | None:
+        """Of its planes; None for float weights."""
+        return self.mlp.format if self.packed else None  # type: ignore[return-value]
+
+    @property
+    def bits(self) -> int | None:
+        """Of its planes; None for float weights."""
+        return None if self.format is None else self.format.bits
+
+    def rows(self, *, base: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and transposed down, each [I, H]: weights, or the values of planes in float32.
+
+        Args:
+            base: of planes, the values of the base planes.
+        """
+        if self.packed:
+            rounded = self.mlp.planes.rounded()  # type: ignore[union-attr,operator]
+            gate, up, down_t = (part.values(base=base) for part in rounded)
+            return gate, up, down_t
+        weights = self.gate.weight, self.up.weight, self.down.weight.t()
+        gate, up, down_t = (weight.detach() for weight in weights)
+        return gate, up, down_t
+
+
+def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCost:
+    """Bytes that an FFN reads for a token, as it is stored; floats count as bfloat16.
+
+    Args:
+        layer: float or packed.
+        extra_elements: read per token besides the neurons.
+        verified: whether float neurons are looked at; planes always are.
+    """
+    sizes = (layer.hidden_size, layer.intermediate_size, extra_elements)
+    if layer.format is None:
+        return FFNCost(*sizes, verified=verified)
+    return PlaneCost(*sizes, base=layer.format.base, residual=layer.format.residual)
 
 
 def is_packed(module: nn.Module) -> bool:

@@ -16,9 +16,11 @@ from sparse_runtime import (
     sparsify,
     unsparsify,
 )
-from sparse_runtime.artifact.bands import LayerCentroids, cut_bands
+from sparse_runtime.artifact.bands import LayerCentroids, StageCosts, cut_bands
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.bitmaps import unpack_bits
+from sparse_runtime.models.ffn_layers import find_ffn_layers, layer_cost
 
 LOOK = 0.18
 
@@ -38,14 +40,14 @@ def expected_share(model, clusters):
     return sum(shares) / len(shares)
 
 
-def one_neuron(sigma, price, look_share=LOOK):
+def one_neuron(sigma, price, look_share=LOOK, costs=None):
     """Bands of one neuron with ln|e| ~ N(-1, σ²), and a sample of its e²."""
     e = (torch.randn(400_000, generator=torch.Generator().manual_seed(0)) * sigma - 1).exp()
     ones = torch.ones(1, 1)
     centroids = LayerCentroids(
         ones * e.square().mean(), ones * e.mean(), ones * 0.5, torch.ones(1), torch.ones(1)
     )
-    return cut_bands(centroids, price, look_share), e.square()
+    return cut_bands(centroids, price, costs or StageCosts(look_share)), e.square()
 
 
 @pytest.mark.parametrize("sigma", [0.3, 0.8, 1.2])
@@ -73,13 +75,45 @@ def test_a_look_pays_where_a_neuron_varies():
     assert LOOK * 0.1 + squares.clamp_max(0.1).mean() < min(squares.mean(), 0.1)
 
 
+@pytest.mark.parametrize("sigma", [0.3, 1.2])
+@pytest.mark.parametrize("error", [0.002, 0.02, 0.5])
+def test_stages_of_planes_against_a_sample(sigma, error):
+    """Looked at, counted, refined, and the loss of each, as the prices say."""
+    costs = StageCosts(look=1e-6, count=0.1, refine=0.12, base_error=error, looks_first=True)
+    squares = one_neuron(sigma, 1.0)[1]
+    price = squares.quantile(0.4).item() / costs.count
+    bands = one_neuron(sigma, price, costs=costs)[0]
+    assert bands.maybe.item()
+    assert not bands.sure.item()
+    finer = price * 0.1 * max(1.0, 0.12 / (0.1 * error))  # where ρ²·e² is what refining costs
+    counted, refined = squares > price * costs.count, squares > finer
+    loss = torch.where(counted, error * squares, squares).masked_fill(refined, 0)
+    assert bands.computed == pytest.approx(0.6, abs=0.01)
+    assert bands.refined == pytest.approx(refined.float().mean().item(), abs=0.01)
+    assert bands.loss == pytest.approx(loss.mean().item(), rel=0.05)
+
+
+def test_planes_are_looked_at_where_that_saves_more_than_it_costs():
+    costs = StageCosts(look=0.2, count=0.1, refine=0.1, base_error=0.01, looks_first=True)
+    squares = one_neuron(0.8, 1.0)[1]
+    for factor, expected in ((0.2, True), (5.0, False)):
+        price = squares.mean().item() * factor
+        bands = one_neuron(0.8, price, costs=costs)[0]
+        assert bands.maybe.item() is expected
+        assert bands.looked == float(expected)
+        if not expected:
+            assert bands.loss == pytest.approx(squares.mean().item(), rel=0.01)
+
+
 def test_without_verification_the_mean_decides():
     centroids = random_centroids(6, 44, seed=0)
-    bands = cut_bands(centroids, 0.01, None)
+    bands = cut_bands(centroids, 0.01, StageCosts())
     assert bands.maybe is None
     assert torch.equal(bands.sure, centroids.mean_squares > 0.01)
     assert bands.looked == 0
-    assert not cut_bands(centroids, 1e9, None).sure.sum(-1).ne(1).any()  # the best one stays
+    assert (
+        not cut_bands(centroids, 1e9, StageCosts()).sure.sum(-1).ne(1).any()
+    )  # the best one stays
 
 
 @pytest.mark.parametrize("verify", [False, True])
@@ -238,6 +272,36 @@ def test_factors_are_weights_over_the_price(tiny_model, clusters):
         torch.testing.assert_close(ratio, ratio[:1].expand(44), rtol=1e-4, atol=0)
         prices.append(ratio[0].item())
     assert math.isclose(min(prices), max(prices), rel_tol=1e-4)
+
+
+@pytest.mark.parametrize("bits", [4, 5, 6])
+def test_packed_models_are_cut_by_what_planes_cost(tiny_model, clusters, bits, tmp_path):
+    """The budget counts against bfloat16 weights; every candidate is looked at, and τ is kept."""
+    for layer in clusters.layers.values():
+        layer.weights, layer.base_error = bits, 0.02
+    pack_model(tiny_model, bits)
+    cost = layer_cost(find_ffn_layers(tiny_model, packed=True)[0], 0, verified=True)
+    cut = recut(tiny_model, clusters, budget=0.8 * cost.whole_bytes / cost.dense_bytes)
+    assert any(layer.maybe_sets is not None for layer in cut.layers.values())
+    for layer in cut.layers.values():
+        if layer.maybe_sets is None:  # all neurons
+            assert unpack_bits(layer.active_sets, 44).all()
+            continue
+        assert not layer.active_sets.any()
+        assert layer.tau == StageCosts.of(cost, 0.02).tau
+    cut.save_pretrained(tmp_path)
+    loaded = ClusterSet.from_pretrained(tmp_path, centroids=True)
+    for index, layer in cut.layers.items():
+        found = loaded.layers[index]
+        assert (found.tau, found.weights, found.base_error) == (layer.tau, bits, 0.02)
+    sparsify(tiny_model, loaded, prefill="sparse", check_fingerprint=False)
+    for module in sparse_modules(tiny_model):
+        if module.stages is not None:
+            assert module.stages.tau == loaded.layers[module.layer_index].tau
+    unsparsify(tiny_model)
+    sparsify(tiny_model, loaded, tau=3.0, check_fingerprint=False)
+    taus = {module.stages.tau for module in sparse_modules(tiny_model) if module.stages is not None}
+    assert taus == {3.0}
 
 
 def test_excess_lowers_the_aim(tiny_model, clusters, tmp_path):

@@ -68,7 +68,7 @@ def test_what_follows_from_the_method():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("budget", True), ("budget", float("nan")), ("budget", "0.5"), ("budget", None),
+        ("budget", True), ("budget", float("nan")), ("budget", "0.5"), ("weights", 6.0),
         ("verify", "no"), ("verify", 1), ("loop_weights", "yes"), ("save_centroids", 0),
         ("cluster_bias", "false"), ("paper_pooled", "no"), ("num_clusters", True),
         ("num_clusters", 8.0), ("distill", True), ("distill", float("inf")), ("seed", "0"),

@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import random_centroids
 
-from sparse_runtime.artifact.bands import cut_bands
+from sparse_runtime.artifact.bands import StageCosts, cut_bands
 from sparse_runtime.clusters import BuildConfig, build_clusters, router_choice
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.layer_build import FittedLayer
@@ -29,9 +29,10 @@ def test_priced_loss_by_hand(tiny_model, verify):
     )
     fitted = FittedLayer(router, torch.ones(6, 44, dtype=torch.bool), centroids, {})
     x = torch.randn(30, 32, generator=torch.Generator().manual_seed(2))
-    found = priced_loss(x, fitted, layer, cost, PRICE)
+    stages = StageCosts.of(cost)
+    found = priced_loss(x, fitted, layer, cost, stages, PRICE)
 
-    bands = cut_bands(centroids, PRICE, cost.look_bytes / cost.neuron_bytes if verify else None)
+    bands = cut_bands(centroids, PRICE, stages)
     h = importance_scorer(layer).activations(x)
     total = 0.0
     for token in range(30):
