@@ -47,7 +47,8 @@ class BuildConfig:
             it is the default).
         num_clusters: K, 1 to 16,384.
         budget: mean cost share asked for, in (0, 1]: FFN bytes read per token, router included, over
-            the dense FFN's. The density follows from it.
+            the dense FFN's. The density follows from it. Bits per FFN weight and token ÷ 16, those of
+            bfloat16, are the share.
         router: ``auto`` tries several kinds on three layers and takes the one with the least estimated
             loss on held-out tokens at this budget; ``linear``; or the rank of a low-rank router.
         router_rounds: reassign–recompute rounds after the first training (``awc`` only, default 1).
