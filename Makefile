@@ -1,5 +1,7 @@
 # Every target sets up what it needs in .venv, from nothing.
 PYTHON ?= python3
+# Processes that tests are shared out among, each on its part of the cores (tests/conftest.py).
+WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -31,11 +33,13 @@ OTHER_BASELINES := static,random,deja-vu,awc-paper
 demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
 
+PYTEST = $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(PYTEST) -m "slow or not slow"
 
 # The oldest torch, transformers, … that pyproject.toml claims, in an environment of its own (on Linux x86_64
 # torch 2.10 is a CUDA build of some gigabytes). PYTHON=python3.11 for the oldest Python too.
