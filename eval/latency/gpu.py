@@ -107,18 +107,7 @@ def bench_gpu(
                 seconds = dense_steps[batch] | time_decode(
                     model, batch, prompt_tokens, new_tokens, "sparse"
                 )
-                medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-                speedup = medians["dense_compiled"] / medians["sparse_compiled"]
-                share = count_cost(sparse_modules(model)).overall_cost_share
-                row = {
-                    "cost_share": share,
-                    "bits_per_weight": share_in_bits(share),
-                    "bytes_per_token": bytes_per_token(model),
-                    "batch": batch,
-                    **medians,
-                    "speedup": speedup,
-                }
-                result.setdefault("decode", []).append(row)
+                result.setdefault("decode", []).append(_decode_row(model, batch, seconds))
                 advance(1)
             unsparsify(model)
     return {**result, "host": host_record(device)}
@@ -227,6 +216,20 @@ def _bench_ffn(
         row["gbps"] = row["bytes"] / micro["sparse_graph"] / 1e3
         row["bandwidth_share"] = row["gbps"] / copy_gbps
     return row
+
+
+def _decode_row(model: Any, batch: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Figures of decode steps, dense and sparse; the model is sparse and has run them."""
+    medians = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
+    share = count_cost(sparse_modules(model)).overall_cost_share
+    return {
+        "cost_share": share,
+        "bits_per_weight": share_in_bits(share),
+        "bytes_per_token": bytes_per_token(model),
+        "batch": batch,
+        **medians,
+        "speedup": medians["dense_compiled"] / medians["sparse_compiled"],
+    }
 
 
 def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]:

@@ -44,7 +44,7 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
 
 def print_summary(name: str, summary: dict[str, Any]) -> None:
     """Print what ``artifact_summary`` says; its ``build`` may be anybody's and hold anything."""
-    build, fingerprint = summary["build"], summary["fingerprint"]
+    build, fingerprint, budget = (summary[name] for name in ("build", "fingerprint", "budget"))
     model = within(build, "model")
     out.print(f"[bold]{markup(name)}[/bold]: clusters for {markup(model or 'an unnamed model')}")
     sizes = sorted(set(fingerprint["intermediate_sizes"]))
@@ -58,10 +58,7 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
         for label, value in (
             ("method", within(build, "config", "method")),
             ("importance", within(build, "config", "importance")),
-            (
-                "budget",
-                f"{summary['budget']:g} ({summary['bits_per_weight']:g} bits per FFN weight)",
-            ),
+            ("budget", f"{budget:g} ({share_in_bits(budget):g} bits per FFN weight)"),
             ("seed", within(build, "config", "seed")),
             ("calibration tokens", within(build, "data", "tokens")),
         )
