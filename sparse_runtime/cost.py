@@ -13,8 +13,15 @@ from typing import ClassVar, Literal, TypeVar
 import torch
 from torch import Tensor
 
+#: Bits of a weight in bfloat16, which a cost share of 1 stands for.
+DENSE_BITS = 16
 #: Neurons of one token, or of each of several.
 Amount = TypeVar("Amount", float, Tensor)
+
+
+def share_in_bits(cost_share: float) -> float:
+    """Bits per FFN weight and token of a cost share: 16 × it, as of weights in bfloat16."""
+    return DENSE_BITS * cost_share
 
 
 def packed_size(num_neurons: int) -> int:
@@ -107,6 +114,11 @@ class FFNCost:
         return self.intermediate_size * self.neuron_bytes
 
     @property
+    def whole_bytes(self) -> int:
+        """Bytes that a token reads that runs dense."""
+        return self.dense_bytes
+
+    @property
     def overhead_bytes(self) -> int:
         """Bytes read whatever the cluster: router, compensation and the bands' bitmaps."""
         bitmaps = (2 if self.verified else 1) if self.clustered else 0
@@ -183,6 +195,11 @@ class PlaneCost(FFNCost):
         """Bytes of all planes."""
         return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
 
+    @property
+    def whole_bytes(self) -> int:
+        """Bytes that a token reads that runs dense: all planes."""
+        return self.packed_bytes
+
 
 def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:
     """Elements of a router [H → K], through ``rank`` if given, with its bias."""
@@ -203,7 +220,10 @@ class CostReport:
         dense_reasons: why tokens ran dense (``sparse_runtime.ffn.rule.DENSE_REASONS``) -> how many.
         sparse_bytes: read by the sparse tokens.
         dense_bytes_of_sparse_tokens: what they would have read in dense FFNs.
-        dense_bytes_of_dense_tokens: read by the others.
+        dense_bytes_of_dense_tokens: what the others would have read in dense float FFNs.
+        bytes_of_dense_tokens: read by them; less where weights are in planes.
+        bits_per_weight: 16 × ``cost_share`` as it is of weights in bfloat16, whatever they are in: bits
+            read per FFN weight and token.
     """
 
     sparse_tokens: int
@@ -211,6 +231,8 @@ class CostReport:
     sparse_bytes: float
     dense_bytes_of_sparse_tokens: float
     dense_bytes_of_dense_tokens: float
+    bytes_of_dense_tokens: float
+    bits_per_weight: float = DENSE_BITS
 
     @property
     def dense_tokens(self) -> int:
@@ -219,18 +241,21 @@ class CostReport:
 
     @property
     def cost_share(self) -> float:
-        """Bytes read ÷ dense bytes over the tokens that went through the sparse path."""
+        """Bytes read ÷ dense bytes over the tokens that went through the sparse path.
+
+        Over the others where none did: 1, or what weights in planes take.
+        """
         if self.dense_bytes_of_sparse_tokens == 0:
-            return 1.0
+            return self.overall_cost_share
         return self.sparse_bytes / self.dense_bytes_of_sparse_tokens
 
     @property
     def overall_cost_share(self) -> float:
-        """The same over all tokens, dense calls (prefill) included at 1."""
+        """The same over all tokens, dense calls (prefill) included; 1 before any."""
         dense = self.dense_bytes_of_sparse_tokens + self.dense_bytes_of_dense_tokens
         if dense == 0:
             return 1.0
-        return (self.sparse_bytes + self.dense_bytes_of_dense_tokens) / dense
+        return (self.sparse_bytes + self.bytes_of_dense_tokens) / dense
 
     @property
     def sparse_share_of_tokens(self) -> float:

@@ -3,6 +3,10 @@
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Before anything imports torch: threads beyond the cores wait for each other, and a build of clusters
+# in the neighboring process makes one of a second take fifty.
+if int(workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // int(workers))))
 
 import sys
 from pathlib import Path

@@ -48,7 +48,7 @@ def make_tiny_model(**changes):
 
 
 def make_tiny_model_of(kind="mistral", **changes):
-    """A tiny ``mistral``, ``llama`` or ``qwen2`` of the same sizes."""
+    """A tiny ``mistral``, ``llama`` or ``qwen2`` of the same sizes; biases are random, too."""
     if kind == "mistral":
         return make_tiny_model(**changes)
     torch.manual_seed(0)
@@ -59,7 +59,12 @@ def make_tiny_model_of(kind="mistral", **changes):
     fields = make_tiny_model().config.to_dict()
     for name in ("sliding_window", "model_type", "architectures", "head_dim", "rope_parameters"):
         fields.pop(name)
-    return model(config(**(fields | changes))).eval()
+    made = model(config(**(fields | changes))).eval()
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if name.endswith(".bias"):  # zeros, as transformers makes them
+                parameter.normal_(std=0.2)
+    return made
 
 
 def assert_same_state(a, b):

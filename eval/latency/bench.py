@@ -33,12 +33,14 @@ from sparse_runtime.api import cost_report, reset_cost, sparse_modules, sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.compiled import compiled_decode, compiling
 from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import DENSE_BITS, CostReport
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.ffn_checks import own_states
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
 from sparse_runtime.eval.latency.mlp import TOKEN_COUNTS, bench_mlp
 from sparse_runtime.eval.latency.prediction import bench_prediction
 from sparse_runtime.eval.latency.timing import TokenClock
+from sparse_runtime.ffn.counts import bytes_per_token
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -137,7 +139,8 @@ def bench(
         ``read_gbps``; where FFNs are float ``mlp`` (see :func:`bench_mlp`) and ``prediction`` (see
         :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds
         (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
-        (sparse_fast over dense_fast), ``ceiling`` (by bytes) and ``gbps``; ``cost_share``;
+        (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by variant ``bytes_per_token`` of the
+        whole model's weights and ``gbps``; ``cost_share`` and, the same, ``bits_per_weight``;
         ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``num_layers``; ``host``.
 
     Raises:
@@ -203,8 +206,8 @@ class _Run:
         self.clusters, self.config = clusters, config
         self.model, self.sparse_model = model, sparse_model
         self.seconds: dict[str, list[float]] = {}
-        self.cost_share = 1.0
-        self.float_ffn_bytes = 0
+        self.cost_share, self.bits_per_weight = 1.0, float(DENSE_BITS)
+        self.sparse_bytes = 0.0
         self.ffns: dict[str, Any] = {}
 
     @contextmanager
@@ -239,24 +242,21 @@ class _Run:
                 self.add("prefill sparse", [time_prefill(model, prompt)[0]])
             reset_cost(model)
             self.add("decode sparse", time_decode(model, prompt, cache, new_tokens))
-            self.cost_share = sparse_share(model)
-            self.float_ffn_bytes = sum(m.cost.dense_bytes for m in sparse_modules(model))
+            report = sparse_report(model)
+            self.cost_share, self.bits_per_weight = report.cost_share, report.bits_per_weight
+            self.sparse_bytes = bytes_per_token(model)
             fast_linear(model)
             self.add("decode sparse_fast", time_decode(model, prompt, cache, new_tokens))
             slow_linear(model)
         if self.sparse_model is not self.model:
             self.add("decode packed", time_decode(model, prompt, cache, new_tokens))
 
-    def _bytes(self) -> dict[str, float]:
-        """Weight bytes that decoding one token reads, by variant."""
-        total, _ = decode_bytes(self.model, self.clusters)
-        packed, packed_ffn = decode_bytes(self.sparse_model, self.clusters)
-        # A share of the floats' bytes, of those that planes stand for, too.
-        sparse = packed - packed_ffn + self.cost_share * self.float_ffn_bytes
-        return {"dense": total, "packed": packed, "sparse": sparse}
-
     def result(self) -> dict[str, Any]:
-        read = self._bytes()
+        read = {
+            "dense": bytes_per_token(self.model),
+            "packed": bytes_per_token(self.sparse_model),
+            "sparse": self.sparse_bytes,
+        }
         prefill = {key.split()[1]: v for key, v in self.seconds.items() if "prefill" in key}
         decode = {key.split()[1]: v for key, v in self.seconds.items() if "decode" in key}
         medians = {name: statistics.median(values) for name, values in decode.items()}
@@ -265,6 +265,7 @@ class _Run:
         return {
             **self.ffns,
             "cost_share": self.cost_share,
+            "bits_per_weight": self.bits_per_weight,
             "prefill": {
                 **_milliseconds(prefill),
                 "speedup": statistics.median(prefill["dense"])
@@ -278,6 +279,7 @@ class _Run:
                 "speedup_total": medians["dense"] / medians["sparse_fast"],
                 "ceiling": ceiling,
                 "share_of_ceiling": medians["dense_fast"] / medians["sparse_fast"] / ceiling,
+                "bytes_per_token": {name: read[name.removesuffix("_fast")] for name in medians},
                 "gbps": {
                     name: read[name.removesuffix("_fast")] / seconds / 1e9
                     for name, seconds in medians.items()
@@ -337,8 +339,8 @@ def _packed_twin(model: Any, bits: int | None, linears: int | None) -> Any:
     return pack_model(twin, bits, linears=linears)
 
 
-def sparse_share(model: Any) -> float:
-    """Cost share of what a sparse model ran since the last reset.
+def sparse_report(model: Any) -> CostReport:
+    """Costs of what a sparse model ran since the last reset.
 
     Raises:
         SparseRuntimeError: nothing ran sparse.
@@ -349,25 +351,7 @@ def sparse_share(model: Any) -> float:
             "no token took the sparse path, so there is nothing to compare; is the C++ library "
             "there? See the warning above"
         )
-    return report.cost_share
-
-
-def decode_bytes(model: Any, clusters: ClusterSet) -> tuple[int, int]:
-    """Weight bytes that decoding one token reads: all, and those of the FFNs that clusters are for.
-
-    The input embedding is a look-up of one row and does not count; a tied output head does.
-    """
-    ffn = sum(
-        p.numel() * p.element_size()
-        for layer in find_ffn_layers(model, packed=True)
-        if layer.index in clusters.layers
-        for p in layer.mlp.parameters()
-    )
-    total = sum(p.numel() * p.element_size() for p in model.parameters())
-    embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
-    if getattr(head, "weight", None) is not embedding:
-        total -= embedding.numel() * embedding.element_size()
-    return total, ffn
+    return report
 
 
 def _milliseconds(seconds: dict[str, list[float]]) -> dict[str, float]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import share_in_bits
 from sparse_runtime.eval.latency.ffn_checks import DenseFFN, own_states, tokens_for, verify_outputs
 from sparse_runtime.eval.latency.host import host_record
 from sparse_runtime.eval.latency.timing import in_turns, wall_seconds
-from sparse_runtime.ffn.counts import count_cost, read_counts
+from sparse_runtime.ffn.counts import bytes_per_token, count_cost, read_counts
 from sparse_runtime.ffn.patch import owners
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -62,11 +63,12 @@ def bench_gpu(
 
     Returns:
         ``copy_gbps`` (bytes read and written); ``inputs``, what FFNs alone run on: the model's own
-        hidden states, or noise for random clusters; ``ffn``: rows of ``cost_share``, ``batch``,
-        ``bytes`` that a token reads, and microseconds of one FFN ``dense_eager``, ``dense_graph``,
-        ``sparse_eager`` and ``sparse_graph``, ``speedup`` of the graphs and, for one token, ``gbps``
-        and its ``bandwidth_share``; ``route``: microseconds of router and look-up; ``decode``: rows
-        with milliseconds per step and the ``speedup`` of compiled over compiled; ``host``.
+        hidden states, or noise for random clusters; ``ffn``: rows of ``cost_share`` and, the same,
+        ``bits_per_weight``, ``batch``, ``bytes`` that a token reads, and microseconds of one FFN
+        ``dense_eager``, ``dense_graph``, ``sparse_eager`` and ``sparse_graph``, ``speedup`` of the
+        graphs and, for one token, ``gbps`` and its ``bandwidth_share``; ``route``: microseconds of
+        router and look-up; ``decode``: rows with share and bits, too, ``bytes_per_token`` of the whole
+        model's weights, milliseconds per step and the ``speedup`` of compiled over compiled; ``host``.
 
     Raises:
         SparseRuntimeError: the sparse FFNs' outputs are not those of the reference, or the kernels
@@ -105,11 +107,7 @@ def bench_gpu(
                 seconds = dense_steps[batch] | time_decode(
                     model, batch, prompt_tokens, new_tokens, "sparse"
                 )
-                medians = {name: 1e3 * statistics.median(s) for name, s in seconds.items()}
-                speedup = medians["dense_compiled"] / medians["sparse_compiled"]
-                share = count_cost(sparse_modules(model)).overall_cost_share
-                row = {"cost_share": share, "batch": batch, **medians, "speedup": speedup}
-                result.setdefault("decode", []).append(row)
+                result.setdefault("decode", []).append(_decode_row(model, batch, seconds))
                 advance(1)
             unsparsify(model)
     return {**result, "host": host_record(device)}
@@ -208,6 +206,7 @@ def _bench_ffn(
     cost = modules[0].cost
     row = {
         "cost_share": cost.share(computed, looked),
+        "bits_per_weight": share_in_bits(cost.share(computed, looked)),
         "batch": batch,
         "bytes": cost.sparse_bytes(computed, looked),
         **micro,
@@ -217,6 +216,20 @@ def _bench_ffn(
         row["gbps"] = row["bytes"] / micro["sparse_graph"] / 1e3
         row["bandwidth_share"] = row["gbps"] / copy_gbps
     return row
+
+
+def _decode_row(model: Any, batch: int, seconds: dict[str, list[float]]) -> dict[str, Any]:
+    """Figures of decode steps, dense and sparse; the model is sparse and has run them."""
+    medians = {name: 1e3 * statistics.median(taken) for name, taken in seconds.items()}
+    share = count_cost(sparse_modules(model)).overall_cost_share
+    return {
+        "cost_share": share,
+        "bits_per_weight": share_in_bits(share),
+        "bytes_per_token": bytes_per_token(model),
+        "batch": batch,
+        **medians,
+        "speedup": medians["dense_compiled"] / medians["sparse_compiled"],
+    }
 
 
 def _bench_route(modules: Sequence[SparseFFN], repeats: int) -> dict[str, float]:

@@ -25,11 +25,10 @@ import torch
 from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.attention import fast_attention, slow_attention
-from sparse_runtime.cost import FFNCost, element_size
+from sparse_runtime.cost import DENSE_BITS
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.latency.bench import (
-    decode_bytes,
-    sparse_share,
+    sparse_report,
     time_compiled_decode,
     time_decode,
     time_prefill,
@@ -42,12 +41,12 @@ from sparse_runtime.eval.latency.shapes import (
     random_model,
     staged_clusters,
 )
+from sparse_runtime.ffn.counts import bytes_per_token
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.files import write_json
 from sparse_runtime.models import load_model
 from sparse_runtime.models.demo_model import demo_file
-from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
 
 PROMPT_TOKENS = 128
@@ -179,7 +178,8 @@ def bench_peers(
 
     Returns:
         ``ours`` and ``peers``: a record of each (see :meth:`Runner.record`); ``read_gbps``, its
-        median, and ``read_range``; ``cost_share``; ``llama_cpp``: version and instruction sets.
+        median, and ``read_range``; ``cost_share`` and, the same, ``bits_per_weight``; ``llama_cpp``:
+        version and instruction sets.
 
     Raises:
         SparseRuntimeError: llama.cpp does not run, or nothing of ours ran sparse.
@@ -188,15 +188,8 @@ def bench_peers(
     prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
     bandwidth, read = ReadBandwidth(), list[float]()
     ours = [(way, Runner(name)) for name, way in ways.items()]
-    total, ffn_bytes = decode_bytes(model, clusters)
-    layers = find_ffn_layers(model, packed=True)
-    costs = (
-        FFNCost(layer.hidden_size, layer.intermediate_size, 0, element_size(layer.dtype))
-        for layer in layers
-    )
-    floats = sum(cost.dense_bytes for cost in costs)
     cache = time_prefill(model, prompt[:, :-1])[1]
-    share = 1.0
+    share, bits = 1.0, float(DENSE_BITS)
     runs = (rounds + 1) * len(ours) + rounds * len(peers)
     with (progress or TqdmProgress()).task("peers", runs) as advance:
         for number in range(rounds + 1):
@@ -208,10 +201,9 @@ def bench_peers(
                     else:
                         steps = time_decode(model, prompt, cache, new_tokens if number else 2)
                     if way.sparse:
-                        share = sparse_share(model)
-                runner.bytes_per_token = total
-                if way.sparse:
-                    runner.bytes_per_token += share * floats - ffn_bytes
+                        report = sparse_report(model)
+                        share, bits = report.cost_share, report.bits_per_weight
+                    runner.bytes_per_token = bytes_per_token(model)
                 if number:
                     runner.add(prompt_tokens / seconds, 1 / statistics.mean(steps))
                 advance(1)
@@ -225,6 +217,7 @@ def bench_peers(
         "read_gbps": statistics.median(read),
         "read_range": [min(read), max(read)],
         "cost_share": share,
+        "bits_per_weight": bits,
         "rounds": rounds,
         "prompt_tokens": prompt_tokens,
         "new_tokens": new_tokens,

@@ -28,7 +28,7 @@ from sparse_runtime.cli.options import (
     plane_options,
 )
 from sparse_runtime.cli.progress import RichProgress
-from sparse_runtime.cli.ranges import POSITIVE, SHARE, TWO_OR_MORE, parse_numbers
+from sparse_runtime.cli.ranges import DENSITY, POSITIVE, TWO_OR_MORE, parse_numbers
 from sparse_runtime.cli.tables import print_bench, print_rows
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import load_model, parse_dtype
@@ -103,7 +103,7 @@ def bench(
             )
         if budget is not None:
             raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
-        densities = parse_numbers("--density", density or "0.5", float, SHARE)
+        densities = parse_numbers("--density", density or "0.5", float, DENSITY)
         loaded, artifacts = _of_shape(
             shape, layers, densities, parse_dtype(dtype), looks=bool(verify)
         )

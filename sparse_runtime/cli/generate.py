@@ -84,7 +84,7 @@ def generate(
     device: DeviceOption = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Stream an answer, or a continuation; print tokens/s, the cost share and what ran dense.
+    """Stream an answer, or a continuation; print tokens/s, what a token reads and what ran dense.
 
     Where the tokenizer has a chat template, the prompt is a user's message in it.
     """
@@ -150,13 +150,15 @@ def _print_figures(figures: dict[str, Any]) -> None:
 
 
 def ran(figures: dict[str, Any]) -> str:
-    """Cost share of a run, and how many tokens ran sparse and dense, in words."""
+    """What a token of a run read, and how many tokens ran sparse and dense, in words."""
     why = ", ".join(
         reason if len(figures["dense_reasons"]) == 1 else f"{reason}: {tokens:.0f}"
         for reason, tokens in figures["dense_reasons"].items()
         if tokens
     )
     return (
-        f"cost share {figures['cost_share']:.3f}; {figures['sparse_tokens']:.0f} tokens ran sparse, "
+        f"cost share {figures['cost_share']:.3f} ({figures['bits_per_weight']:.2f} bits per FFN "
+        f"weight), {figures['bytes_per_token'] / 1e6:.1f} MB of weights per token; "
+        f"{figures['sparse_tokens']:.0f} tokens ran sparse, "
         f"{figures['dense_tokens']:.0f} dense" + (f" ({why})" if why else "")
     )

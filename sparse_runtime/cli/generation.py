@@ -14,6 +14,7 @@ from sparse_runtime.cli.console import note, out
 from sparse_runtime.compiled import compiled_decode, compiling
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import BackendUnavailableError, CompilationError, ConfigError
+from sparse_runtime.ffn.counts import bytes_per_token
 from sparse_runtime.kernels import resolve_backend
 
 #: Of the unmeasured runs before a comparison: enough for a decode step after the first.
@@ -136,9 +137,11 @@ def generate_text(
     Returns:
         ``text``; ``prompt_tokens``; ``new_tokens``, without an end token; ``prompt_seconds`` up to the
         first new token; ``tokens_per_second`` from there on, None where no further one came;
-        ``cost_share``, ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over
-        the layers, ``dense_reasons`` (reason -> such tokens); and
-        ``nothing_sparse``: why no token of the sparse variant ran sparse, None if one did.
+        ``cost_share``, and the same as ``bits_per_weight`` (16 × the share of bfloat16's bytes);
+        ``bytes_per_token`` of the whole model's weights that a decode step reads;
+        ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over the layers,
+        ``dense_reasons`` (reason -> such tokens); and ``nothing_sparse``: why no token of the sparse
+        variant ran sparse, None if one did.
     """
     from sparse_runtime.eval.latency.timing import TokenClock
 
@@ -178,6 +181,7 @@ def generate_text(
         "prompt_seconds": clock.prompt_seconds,
         "tokens_per_second": len(steps) / sum(steps) if steps else None,
         **_counts(report, len(sparse_modules(model))),
+        "bytes_per_token": bytes_per_token(model),
         "nothing_sparse": (
             _why_dense(model, report, decoded=bool(steps)) if variant == "sparse" else None
         ),
@@ -193,6 +197,7 @@ def _counts(report: CostReport, layers: int) -> dict[str, Any]:
     """What ran sparse and dense since the last reset, as tokens of the mean layer."""
     return {
         "cost_share": report.cost_share,
+        "bits_per_weight": report.bits_per_weight,
         "sparse_share_of_tokens": report.sparse_share_of_tokens,
         "sparse_tokens": report.sparse_tokens / layers,
         "dense_tokens": report.dense_tokens / layers,

@@ -71,7 +71,11 @@ TestOption = Annotated[
 BudgetOption = Annotated[
     float | None,
     typer.Option(
-        help="Cut the sets for this cost share instead of their own.", callback=SHARE.callback
+        help="Cut the sets for this cost share (0.25), or bits per FFN weight and token (4.0bits), "
+        "instead of their own.",
+        metavar="SHARE",
+        parser=str,
+        callback=SHARE.read,
     ),
 ]
 VerifyOption = Annotated[
@@ -115,7 +119,13 @@ RampOption = Annotated[
     ),
 ]
 NewBudgetOption = Annotated[
-    float, typer.Option(help="Mean cost share, router included.", callback=SHARE.callback)
+    float,
+    typer.Option(
+        help="Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included.",
+        metavar="SHARE",
+        parser=str,
+        callback=SHARE.read,
+    ),
 ]
 SeedOption = Annotated[
     int, typer.Option(help="Of everything that is drawn.", callback=SEED.callback)

@@ -53,6 +53,7 @@ from sparse_runtime.cli.texts import (
     held_out_of,
     judged_source,
 )
+from sparse_runtime.cost import share_in_bits
 from sparse_runtime.models import load_model
 
 
@@ -330,6 +331,11 @@ def tasks(
             ),
         )
     out.print(table)
-    out.print(f"cost share {result['cost_share']:.3f}; ± is the standard error over documents")
-    record = {"model": model, "clusters": clusters, "planes": planes, **result}
+    bits = share_in_bits(result["cost_share"])
+    out.print(
+        f"cost share {result['cost_share']:.3f} ({bits:.2f} bits per FFN weight); ± is the standard "
+        "error over documents"
+    )
+    record: dict[str, Any] = {"model": model, "clusters": clusters, "planes": planes}
+    record |= {**result, "bits_per_weight": bits}
     write_figures(json_file, {**record, "host": host_record(loaded.device)})

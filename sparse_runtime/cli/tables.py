@@ -10,6 +10,7 @@ from rich.table import Table
 from sparse_runtime.artifact.build_record import objects_within, within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import out
+from sparse_runtime.cost import share_in_bits
 from sparse_runtime.kernels.bitmaps import set_sizes
 from sparse_runtime.printable import markup
 
@@ -34,6 +35,7 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
     return {
         "fingerprint": artifact.fingerprint,
         "budget": artifact.budget,
+        "bits_per_weight": share_in_bits(artifact.budget),
         "verified": artifact.verified,
         "layers": layers,
         "build": artifact.build,
@@ -42,7 +44,7 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
 
 def print_summary(name: str, summary: dict[str, Any]) -> None:
     """Print what ``artifact_summary`` says; its ``build`` may be anybody's and hold anything."""
-    build, fingerprint = summary["build"], summary["fingerprint"]
+    build, fingerprint, budget = (summary[name] for name in ("build", "fingerprint", "budget"))
     model = within(build, "model")
     out.print(f"[bold]{markup(name)}[/bold]: clusters for {markup(model or 'an unnamed model')}")
     sizes = sorted(set(fingerprint["intermediate_sizes"]))
@@ -56,7 +58,7 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
         for label, value in (
             ("method", within(build, "config", "method")),
             ("importance", within(build, "config", "importance")),
-            ("budget", summary["budget"]),
+            ("budget", f"{budget:g} ({share_in_bits(budget):g} bits per FFN weight)"),
             ("seed", within(build, "config", "seed")),
             ("calibration tokens", within(build, "data", "tokens")),
         )
@@ -232,18 +234,20 @@ def print_bench(name: str, result: dict[str, Any]) -> None:
     for run in result["runs"]:
         decode, prefill = run["decode"], run["prefill"]
         out.print(
-            f"[bold]{shown(name)}[/bold], cost share {run['cost_share']:.3f}, read bandwidth "
+            f"[bold]{shown(name)}[/bold], cost share {run['cost_share']:.3f} "
+            f"({run['bits_per_weight']:.2f} bits per FFN weight), read bandwidth "
             f"{result['read_gbps']:.1f} GB/s"
         )
         if "mlp" in run:  # FFNs are float
             _print_one_ffn(run["mlp"], run["prediction"])
-        table = Table("decode", "ms per token", "p90", "tokens/s", "GB/s")
+        table = Table("decode", "ms per token", "p90", "tokens/s", "MB per token", "GB/s")
         for variant, gbps in decode["gbps"].items():
             table.add_row(
                 variant.replace("_fast", " + fast linears"),
                 f"{decode[variant + '_ms']:.1f}",
                 f"{decode[variant + '_p90_ms']:.1f}",
                 f"{decode[variant + '_tok_s']:.1f}",
+                f"{decode['bytes_per_token'][variant] / 1e6:.1f}",
                 f"{gbps:.1f}",
             )
         out.print(table)

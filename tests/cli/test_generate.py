@@ -154,7 +154,8 @@ def test_nothing_ran_sparse_is_said_with_the_reason(answer, monkeypatch):
     monkeypatch.setattr("sparse_runtime.kernels.backends.load_cpu_library", lambda: False)
     code, out, err, figures = answer()
     assert code == 0
-    assert "cost share 1.000; 0 tokens ran sparse" in out
+    assert "cost share 1.000 (16.00 bits per FFN weight), " in out
+    assert "; 0 tokens ran sparse" in out
     said = [line for line in err.splitlines() if line.startswith("nothing ran sparse: ")]
     assert len(said) == 1
     assert "is not there" in said[0]

@@ -125,6 +125,35 @@ def test_lists_out_of_range_are_refused_before_the_work(run, nothing_loads, comm
 
 
 @pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("4.0 bit", "is '4.0 bit'; expected a share above 0 and at most 1, or bits per FFN weight"),
+        ("4.0 bits", "is '4.0 bits'; expected a share"),
+        ("0.25bit", "is '0.25bit'; expected a share"),
+        ("bits", "is 'bits'; expected a share"),
+        ("4bits2", "is '4bits2'; expected a share"),
+        ("nan", "is nan; expected a share"),
+        ("4", "is 4.0; expected a share above 0 and at most 1, or bits"),
+        ("0bits", "is 0bits; expected more than 0bits and at most 16bits"),
+        ("-4bits", "is -4bits; expected more than"),
+        ("20bits", "is 20bits; expected more than"),
+        ("nanbits", "is nanbits; expected more than"),
+        ("infbits", "is infbits; expected more than"),
+    ],
+)
+def test_budgets_that_are_neither_shares_nor_bits(run, nothing_loads, tmp_path, value, expected):
+    for name in ("build", "eval", "generate", "tasks", "bench", "ingredients"):
+        needed = [tmp_path / "out" if word == "OUT" else word for word in NEEDED[name]]
+        code, _, err = run(name, *needed, "--budget", value)
+        assert code == 2
+        assert f"--budget {expected}" in one_line(err)
+    code, _, err = run("eval", *NEEDED["eval"], "--budgets", f"0.5,{value}")
+    assert code == 2
+    said = f"--budgets is '0.5,{value}'; expected numbers separated by commas, such as 0.25,4.0bits"
+    assert (said if "is '" in expected else f"--budgets {expected}") in one_line(err)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--calibration-tokens", "640"], "--calibration-tokens is given without --baselines"),

@@ -1,13 +1,14 @@
 """Builds: equal ones are equal to the byte, an interrupted one goes on with what is its own."""
 
+import copy
 import json
 
 import pytest
 import torch
-from helpers import make_tiny_model
+from helpers import make_tiny_model, make_tiny_model_of
 from safetensors.torch import load_file
 
-from sparse_runtime import ClusterSet
+from sparse_runtime import ClusterSet, cost_report, sparsify
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
 from sparse_runtime.errors import ConfigError, ModelError
 
@@ -52,6 +53,22 @@ def test_equal_builds_are_equal(tiny_tokenizer, text, tmp_path):
     stages = {"capture", "fisher", "router choice", "layers", "loop_weights", "distill", "scores"}
     assert all(set(taken) == stages and min(taken.values()) >= 0 for taken in times)
     assert "seconds" not in (tmp_path / "0" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_other_model_types(tiny_tokenizer, text, kind):
+    """Of tied embeddings, as small ones have them; sparse over floats and over planes."""
+    model = make_tiny_model_of(kind, tie_word_embeddings=True)
+    clusters = build_clusters(model, tiny_tokenizer, [text], CONFIG)
+    assert clusters.fingerprint["model_type"] == kind
+    ids = torch.tensor(tiny_tokenizer("gnmaeh" * 8)["input_ids"])[None]
+    for weights in (None, 6):
+        sparse = sparsify(copy.deepcopy(model), clusters, prefill="sparse", weights=weights)
+        with torch.inference_mode():
+            sparse(input_ids=ids)
+        report = cost_report(sparse)
+        assert report.dense_tokens == 0
+        assert 0.2 < report.cost_share < 0.95
 
 
 def interrupted(monkeypatch, *arguments, **options):
