@@ -29,6 +29,8 @@ REPORT := runs/report
 # At every budget; the others at one: they take long to fit, or are far off.
 BASELINES := oracle,teal,wina,cats
 OTHER_BASELINES := static,random,deja-vu,awc-paper
+# All neurons, in fewer bits.
+FORMATS := dense,dense-gptq,gguf
 
 .PHONY: demo test test-all test-lowest sanitize lint format bench bench-peers bench-planes bench-gpu report report-paper report-quick wheel clean
 
@@ -121,6 +123,8 @@ report: $(STAMP)
 		--json $(REPORT)/eval.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
 		--budgets 0.3,0.4,0.5,0.6,0.7 --baselines $(BASELINES) --json $(REPORT)/quality.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
+		--weights 6 --budgets 0.18,0.22,0.26,0.3 --baselines $(FORMATS) --json $(REPORT)/planes.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
 		--budgets 0.5 --verify --baselines $(OTHER_BASELINES) --json $(REPORT)/predictors.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \

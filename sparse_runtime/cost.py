@@ -149,11 +149,6 @@ class FFNCost:
         """Cost share of a token that computes, looks at and refines so many neurons."""
         return self.sparse_bytes(computed, looked, refined) / self.dense_bytes
 
-    @property
-    def whole_bytes(self) -> int:
-        """Bytes of all that is read of all neurons."""
-        return self.dense_bytes
-
     def density_for(self, budget: float) -> float:
         """Largest density whose cost share is ``budget``, if what is read is read whole.
 
@@ -192,13 +187,8 @@ class PlaneCost(FFNCost):
 
     @property
     def whole_bytes(self) -> int:
-        """Bytes of all planes."""
-        return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
-
-    @property
-    def whole_bytes(self) -> int:
         """Bytes that a token reads that runs dense: all planes."""
-        return self.packed_bytes
+        return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
 
 
 def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:

@@ -57,8 +57,9 @@ def test_build_inspect_eval_generate_bench(run, built, tiny_folder, text, tmp_pa
         result["perplexity"]["sparse"] / result["perplexity"]["dense"]
     )
     assert result["perplexity"]["sparse"] != result["perplexity"]["dense"]
-    assert result["kl"] == result["divergence"]["sparse"] > 0
-    assert result["top1"] == result["agreement"]["sparse"] < 1
+    assert result["kl"] > 0
+    assert result["top1"] < 1
+    assert result["static"]["kl"] > 0
     header = next(line for line in out.splitlines() if "neurons chosen" in line)
     places = [header.index(name) for name in ("KL", "top-1", "÷ dense", "cost share")]
     assert places == sorted(places)

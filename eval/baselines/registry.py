@@ -1,7 +1,8 @@
-"""Opponents by name, judged by masks on the dense model (``sparse_runtime.eval.baselines.masked_ffn``).
+"""Opponents by name: methods that skip, at every budget, and dense formats, of which each is one row.
 
-All are fitted on the dense model's hidden states on calibration text, so that the expected cost share
-is the budget, and none is fine-tuned.
+Methods are judged by masks on the dense model (``sparse_runtime.eval.baselines.masked_ffn``). They are
+fitted on its hidden states on calibration text, so that the expected cost share is the budget, and none
+is fine-tuned. Formats (``sparse_runtime.eval.baselines.dense_formats``) read all weights in fewer bits.
 """
 
 from __future__ import annotations
@@ -17,6 +18,12 @@ from torch import Tensor, nn
 from sparse_runtime.clusters.capture import HiddenStates, capture_hidden_states
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.baselines.deja_vu import DejaVu
+from sparse_runtime.eval.baselines.dense_formats import (
+    FORMAT_GROUPS,
+    FORMATS,
+    DenseFormat,
+    GgufBlocks,
+)
 from sparse_runtime.eval.baselines.masked_ffn import Baseline, Masks, PromptMasks
 from sparse_runtime.eval.baselines.neuron_sets import Griffin, Oracle, Random, Static
 from sparse_runtime.eval.baselines.thresholds import Cats, Teal, Wina
@@ -38,18 +45,37 @@ BASELINES: dict[str, Callable[[], Baseline]] = {
 }
 
 
-def named_baselines(names: Sequence[str]) -> list[Baseline]:
-    """Baselines of these names with their default settings; ``all`` stands for every one.
+# Between plain rounding and compensated one, and next to nothing better than the former.
+_NOT_OF_ALL = FORMAT_GROUPS["dense-mse"]
+
+
+def named_baselines(names: Sequence[str]) -> tuple[list[Baseline], list[DenseFormat]]:
+    """Methods with their default settings, and dense formats, of these names; each once.
+
+    ``all`` stands for every method and every format but those of ``dense-mse``, and the keys of
+    ``FORMAT_GROUPS`` for these.
 
     Raises:
-        ConfigError: there is none of a name.
+        ConfigError: there is none of a name, or it asks for a package that is not installed. ``all``
+            asks for none.
     """
+    known = (*BASELINES, *FORMATS, *FORMAT_GROUPS)
+    methods: dict[str, None] = {}
+    formats: dict[str, DenseFormat] = {}
     for name in names:
-        if name not in (*BASELINES, "all"):
-            raise ConfigError(
-                f"baseline is {name!r}; expected all, or some of {', '.join(BASELINES)}"
-            )
-    return [BASELINES[name]() for name in (BASELINES if "all" in names else names)]
+        if name == "all":
+            methods |= dict.fromkeys(BASELINES)
+            formats |= {n: form for n, form in FORMATS.items() if form not in _NOT_OF_ALL}
+        elif name in BASELINES:
+            methods[name] = None
+        elif name in known:
+            for form in FORMAT_GROUPS.get(name) or (FORMATS[name],):
+                if isinstance(form, GgufBlocks):
+                    form.check_installed()
+                formats[form.name] = form
+        else:
+            raise ConfigError(f"baseline is {name!r}; expected all, or some of {', '.join(known)}")
+    return [BASELINES[name]() for name in methods], list(formats.values())
 
 
 @contextmanager

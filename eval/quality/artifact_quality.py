@@ -23,6 +23,7 @@ from sparse_runtime.clusters.metrics import SetScorer, oracle_ids
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.eval.quality.forwards import dense_prompts
 from sparse_runtime.eval.quality.perplexity import TextScore, score_text
+from sparse_runtime.eval.quality.rows import distance, reading
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels import ClusterTables, router_logits
@@ -60,14 +61,13 @@ def evaluate_quality(
         progress: reports one unit per window of each run.
 
     Returns:
-        Of the sparse run, ``kl`` (to the dense model, in nats per token), ``top1`` (share of the
-        tokens with the dense model's likeliest next token), ``ratio`` (perplexity ÷ dense) and
-        ``cost_share`` counted by the runtime for bfloat16 weights whatever the model's
-        dtype (beside larger weights looks would seem cheaper); of each run (``dense``,
-        ``sparse``, ``oracle_ids``, ``static``) ``perplexity`` and, but for ``dense``,
-        ``divergence`` (KL) and ``agreement`` (top-1); ``nll`` (of each run, the windows' negative
-        log-likelihoods) and ``scored`` (the windows' scored tokens), ``tokens``,
-        ``window``, ``stride``, ``prompt_tokens`` and, per layer, the scores of :class:`SetScorer` on
+        Of the sparse run, its ``distance`` from the dense model, and ``cost_share`` and
+        ``bits_per_weight`` (``sparse_runtime.eval.quality.rows``), counted by the runtime for bfloat16
+        weights whatever the model's dtype (beside larger weights looks would seem cheaper);
+        ``oracle_ids`` and ``static``: the distances of these runs; of each run (``dense``, ``sparse``,
+        ``oracle_ids``, ``static``) ``perplexity`` and ``nll`` (the windows' negative
+        log-likelihoods); ``scored`` (the windows' scored tokens), ``tokens``, ``window``, ``stride``,
+        ``prompt_tokens`` and, per layer, the scores of :class:`SetScorer` on
         the states of the sparse model and ``confidence``: shares of the tokens whose router gives its
         choice a probability of 0 to 0.1, 0.1 to 0.2, … 0.9 to 1.
 
@@ -102,7 +102,7 @@ def evaluate_quality(
         unsparsify(model)
     return {
         **_comparison(scores, reference),
-        "cost_share": cost.cost_share,
+        **reading(cost.cost_share),
         "tokens": len(tokens),
         "window": window,
         "stride": window if stride is None else stride,
@@ -120,17 +120,12 @@ def evaluate_quality(
 
 def _comparison(scores: dict[str, TextScore], dense: TextScore) -> dict[str, Any]:
     """How far runs are from the dense one."""
-    divergence = {name: score.mean_divergence for name, score in scores.items()}
-    agreement = {name: score.agreement for name, score in scores.items()}
+    distances = {name: distance(score, dense) for name, score in scores.items()}
     scores = {"dense": dense, **scores}
-    perplexity = {name: score.perplexity for name, score in scores.items()}
     return {
-        "kl": divergence["sparse"],
-        "top1": agreement["sparse"],
-        "ratio": perplexity["sparse"] / perplexity["dense"],
-        "divergence": divergence,
-        "agreement": agreement,
-        "perplexity": perplexity,
+        **distances.pop("sparse"),
+        **distances,
+        "perplexity": {name: score.perplexity for name, score in scores.items()},
         "scored": dense.scored,
         "nll": {name: score.nll for name, score in scores.items()},
     }

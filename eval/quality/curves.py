@@ -1,20 +1,21 @@
 """Quality over budgets: an artifact cut for each of them, beside other methods at the same cost.
 
-The dense model runs once for each text, and every row is one sparse run compared with it. All methods
-see the same windows and prompts, and their cost shares are counted on the text they are judged on, for
-bfloat16 weights.
+The float model runs once for each text, and every row is one run compared with it. All see the same
+windows and prompts, and what they read is counted on the text they are judged on, for bfloat16 weights
+where they are floats. An artifact may run over planes: then the model is packed, as a copy, once.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
+from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.build_record import recorded_sources, within
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
@@ -26,7 +27,13 @@ from sparse_runtime.clusters.text import (
     parse_source,
     recorded_source,
 )
+from sparse_runtime.config import SparseConfig, check_cut
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.eval.baselines.dense_formats import (
+    DenseFormat,
+    DensePlanes,
+    stored_in_four_bits,
+)
 from sparse_runtime.eval.baselines.masked_ffn import (
     Baseline,
     CostMeter,
@@ -36,85 +43,17 @@ from sparse_runtime.eval.baselines.masked_ffn import (
 )
 from sparse_runtime.eval.baselines.registry import captured_states, fit_baseline, named_baselines
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
-from sparse_runtime.eval.quality.bootstrap import ratio_interval
 from sparse_runtime.eval.quality.forwards import dense_prompts
-from sparse_runtime.eval.quality.perplexity import TextScore, score_text
-from sparse_runtime.ffn.counts import count_cost, read_counts
-from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
-from sparse_runtime.progress import ProgressReporter
+from sparse_runtime.eval.quality.rows import Curve, Protocol, amounts, reading, reading_of_bits
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers, packed_bits
 
 DEFAULT_CALIBRATION = "wikitext2"
 
-
-@dataclass(frozen=True)
-class Protocol:
-    """How texts are run.
-
-    Args:
-        window: tokens per window.
-        stride: distance of window starts; ``window`` if None.
-        prompt_tokens: tokens at the start of each window that run dense and are not scored.
-        progress: reports one unit per window of each run, and per layer of a fit.
-    """
-
-    window: int = 512
-    stride: int | None = None
-    prompt_tokens: int = 0
-    progress: ProgressReporter | None = None
-
-    def score(
-        self,
-        model: nn.Module,
-        tokens: Tensor,
-        description: str,
-        *,
-        reference: TextScore | None = None,
-    ) -> TextScore:
-        """Score a text beside a reference, or as one; see :func:`score_text`."""
-        return score_text(
-            model,
-            tokens,
-            window=self.window,
-            stride=self.stride,
-            prompt_tokens=self.prompt_tokens,
-            reference=reference,
-            keep=reference is None,
-            progress=self.progress,
-            description=description,
-        )
-
-
-@dataclass
-class _Curve:
-    """The rows of one text."""
-
-    name: str
-    tokens: Tensor
-    dense: TextScore
-    rows: list[dict[str, Any]] = field(default_factory=list)
-
-    def record(self) -> dict[str, Any]:
-        return {
-            "data": self.name,
-            "tokens": len(self.tokens),
-            "scored": self.dense.scored,
-            "dense": {"perplexity": self.dense.perplexity, "nll": self.dense.nll},
-            "rows": self.rows,
-        }
-
-    def add(self, score: TextScore, **figures: Any) -> None:
-        self.rows.append(
-            {
-                **figures,
-                "perplexity": score.perplexity,
-                "ratio": score.perplexity / self.dense.perplexity,
-                "interval": ratio_interval(score.nll, self.dense.nll, score.scored),
-                "divergence": score.mean_divergence,
-                "agreement": score.agreement,
-                "nll": score.nll,
-            }
-        )
+_STORED_IN_FOUR_BITS = (
+    "the FFN weights of this model hold no more than 16 values in any block of 32, as those out of a "
+    "GGUF file in Q4_1 or Q4_K do: dense formats near to that lose next to nothing, and are no "
+    "opponents here"
+)
 
 
 def evaluate_curves(
@@ -123,102 +62,236 @@ def evaluate_curves(
     texts: Sequence[tuple[str, Tensor]],
     *,
     budgets: Sequence[float],
-    verify: Sequence[bool] = (True, False),
+    verify: Sequence[bool | None] = (True, False),
     baselines: Sequence[str] = (),
     calibration: Tensor | None = None,
+    planes: DensePlanes | None = None,
+    config: SparseConfig | None = None,
     protocol: Protocol | None = None,
 ) -> dict[str, Any]:
-    """Measure an artifact, and other methods, at several budgets on several texts.
+    """Measure an artifact, and other methods and formats, at several budgets on several texts.
 
     Args:
-        model: a dense causal language model; dense again when this returns.
+        model: a float causal language model, or a packed one without ``planes`` and baselines; what it
+            was, bit for bit, when this returns.
         clusters: the artifact, with centroids.
         texts: names and tokens [n] int64 of held-out texts.
         budgets: mean cost shares, in (0, 1].
-        verify: with looks, without them, or both in turn.
-        baselines: names out of ``BASELINES``, or ``all``.
-        calibration: windows that the baselines are fitted on [W, window] int64.
-        protocol: windows and prompts.
+        verify: with looks, without them, as the artifact is (None), or several in turn.
+        baselines: names of :func:`sparse_runtime.eval.baselines.registry.named_baselines`.
+        calibration: windows that baselines are fitted on, and weights rounded by [W, window] int64.
+        planes: what the artifact runs over; a copy of the model is packed so. None: the model as it is.
+        config: of the sparse runs; every token sparse if None, over floats by the reference backend.
+        protocol: windows and prompts. Dense formats run on prompts as on all else.
 
     Returns:
         ``results``, for each text: ``data``, ``tokens``, ``scored`` (scored tokens of each window),
         ``dense`` (``perplexity``, ``nll``) and ``rows`` of ``method`` (``clusters`` or a baseline),
-        ``budget``, ``verify`` (None for baselines), ``cost_share``, ``computed`` and ``looked_at``
-        (shares of the neurons; None where a method has no such thing), ``perplexity``, ``ratio`` to
-        dense with its 95 % ``interval`` over windows, ``divergence`` (KL to the dense model in nats
-        per token), ``agreement`` (share of the tokens with the dense model's likeliest next token)
-        and ``nll`` (summed over each window). ``left_out``: ``method``, ``budget`` and ``reason`` of
-        baselines that cannot go so low, or have no prompt to go by. ``fit_seconds`` of each
-        baseline. ``window``, ``stride`` and ``prompt_tokens``.
+        ``budget`` (None for formats), ``verify`` (None for baselines), ``weights`` and ``rounding``
+        (bits of the planes and how they were rounded, or None), ``cost_share``, ``bits_per_weight``,
+        ``looked``, ``counted`` and ``refined`` (shares of the neurons; None where a method has no such
+        thing), the distances of :mod:`sparse_runtime.eval.quality.rows`, ``perplexity`` and ``nll``
+        (summed over each window). With ``planes`` one row is of these with all neurons and bits.
+        ``left_out``: ``method``, ``budget`` and ``reason`` of baselines that cannot go so low, have
+        no prompt to go by, or do not fit the model. ``notes``: sentences on what rows can say.
+        ``fit_seconds`` of each baseline. ``window``, ``stride`` and ``prompt_tokens``.
 
     Raises:
         ConfigError: a budget, a baseline's name, or the protocol is out of range; the artifact has no
-            centroids; baselines without ``calibration``.
+            centroids; what is fitted on text has no ``calibration``.
         DataError: a text is shorter than one window.
-        SparseRuntimeError: as ``sparsify``.
+        SparseRuntimeError: as ``sparsify``, and as ``pack_model``.
     """
-    protocol = protocol or Protocol()
-    methods = named_baselines(baselines)
-    if methods and calibration is None:
-        raise ConfigError("baselines are given without calibration text; pass calibration")
-    clusters.check_model(model)
-    # Whatever cannot work shows here, before the first run.
-    cuts = [
-        (budget, looks, recut(model, clusters, budget=budget, verify=looks))
-        for budget in budgets
-        for looks in verify
-    ]
-    curves = [
-        _Curve(name, tokens, protocol.score(model, tokens, f"dense, {name}"))
-        for name, tokens in texts
-    ]
-    for budget, looks, cut in cuts:
-        _add_clusters(model, cut, curves, budget, looks, protocol)
-    left_out: list[dict[str, Any]] = []
-    seconds: dict[str, float] = {}
+    run = _Run(
+        model, clusters, budgets, verify, calibration, protocol or Protocol(), planes, config
+    )
+    methods, formats = named_baselines(baselines)
+    run.check(methods, formats)
+    # Whatever cannot work shows here, before the first run; over planes, once these are there.
+    cuts = run.cuts(model) if planes is None else []
+    run.add_texts(texts)
+    if planes is None:
+        run.add_clusters(model, cuts)
+    for form in dict.fromkeys([*([] if planes is None else [planes]), *formats]):
+        run.add_format(form)
     if methods and calibration is not None:
-        with captured_states(model, calibration, progress=protocol.progress) as states:
+        with captured_states(model, calibration, progress=run.protocol.progress) as states:
             for method in methods:
-                reasons, taken = _fit_and_add(model, method, states, curves, budgets, protocol)
-                left_out += reasons
-                if taken is not None:
-                    seconds[method.name] = taken
-    return {
-        "window": protocol.window,
-        "stride": protocol.window if protocol.stride is None else protocol.stride,
-        "prompt_tokens": protocol.prompt_tokens,
-        "results": [curve.record() for curve in curves],
-        "left_out": left_out,
-        "fit_seconds": seconds,
-    }
+                run.add_method(method, states)
+    return run.record(formats)
 
 
-def _fit_and_add(
-    model: nn.Module,
-    method: Baseline,
-    states: HiddenStates,
-    curves: list[_Curve],
-    budgets: Sequence[float],
-    protocol: Protocol,
-) -> tuple[list[dict[str, Any]], float | None]:
-    """Add a baseline's rows; the budgets it cannot meet, and seconds of its fit if there was one."""
-    layers = find_ffn_layers(model)
-    reasons = {budget: _reason_against(method, budget, layers, protocol) for budget in budgets}
-    left_out = [
-        {"method": method.name, "budget": budget, "reason": reason}
-        for budget, reason in reasons.items()
-        if reason is not None
-    ]
-    possible = [budget for budget in budgets if reasons[budget] is None]
-    if not possible:
-        return left_out, None
-    started = time.perf_counter()
-    fitted = fit_baseline(model, method, states, possible, progress=protocol.progress)
-    seconds = time.perf_counter() - started
-    for budget, rows in zip(possible, fitted, strict=True):
-        for name, masks in rows.items():
-            _add_baseline(model, name, masks, curves, budget, protocol)
-    return left_out, seconds
+@dataclass(frozen=True)
+class _Cut:
+    """An artifact cut for a budget, with or without looks."""
+
+    budget: float
+    verify: bool
+    clusters: ClusterSet
+
+
+class _Run:
+    """One call of ``evaluate_curves``: what it was asked, and what it has found."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        clusters: ClusterSet,
+        budgets: Sequence[float],
+        verify: Sequence[bool | None],
+        calibration: Tensor | None,
+        protocol: Protocol,
+        planes: DensePlanes | None,
+        config: SparseConfig | None,
+    ) -> None:
+        self.model, self.clusters, self.protocol = model, clusters, protocol
+        self.budgets, self.verify, self.calibration = budgets, verify, calibration
+        self.planes = planes
+        own = EVALUATION if planes is None else SparseConfig(prefill="sparse")
+        self.config = own if config is None else config
+        self.curves: list[Curve] = []
+        self.left_out: list[dict[str, Any]] = []
+        self.seconds: dict[str, float] = {}
+
+    def check(self, methods: Sequence[Baseline], formats: Sequence[DenseFormat]) -> None:
+        """Refuse what cannot be run, as far as it shows at once."""
+        texts = [form.name for form in formats if form.needs_text]
+        texts += [method.name for method in methods]
+        if self.planes is not None and self.planes.needs_text:
+            texts.append(f"{self.planes.rounding} rounding")
+        if texts and self.calibration is None:
+            raise ConfigError(
+                f"{', '.join(texts)} given without calibration text; pass calibration"
+            )
+        for budget in self.budgets:
+            check_cut(budget, None, None)
+        self.clusters.check_model(self.model)
+        if self.planes is not None:  # packing takes long; centroids may be missing
+            recut(self.model, self.clusters, budget=max(self.budgets))
+
+    def cuts(self, model: nn.Module) -> list[_Cut]:
+        """The artifact for each budget, over the weights of a model."""
+        return [
+            _Cut(
+                budget,
+                self.clusters.verified if looks is None else looks,
+                recut(model, self.clusters, budget=budget, verify=looks),
+            )
+            for budget in self.budgets
+            for looks in self.verify
+        ]
+
+    def add_texts(self, texts: Sequence[tuple[str, Tensor]]) -> None:
+        """Run the model as it is."""
+        for name, tokens in texts:
+            dense = self.protocol.score(self.model, tokens, f"dense, {name}")
+            self.curves.append(Curve(name, tokens, dense))
+
+    def add_clusters(self, model: nn.Module, cuts: Sequence[_Cut]) -> None:
+        """Run a model sparse by each cut."""
+        bits = packed_bits(model)
+        rounding = None if self.planes is None else self.planes.rounding
+        for cut in cuts:
+            looks = "with looks" if cut.verify else "without looks"
+            with _sparse(model, cut.clusters, self.config):
+                for curve in self.curves:
+                    reset_cost(model)
+                    with dense_prompts(model, self.protocol.prompt_tokens):
+                        score = self.protocol.score(
+                            model,
+                            curve.tokens,
+                            f"budget {cut.budget}, {looks}",
+                            reference=curve.dense,
+                        )
+                    curve.add(
+                        score,
+                        "clusters",
+                        amounts(model),
+                        budget=cut.budget,
+                        verify=cut.verify,
+                        weights=bits,
+                        rounding=rounding,
+                    )
+
+    def add_format(self, form: DenseFormat) -> None:
+        """Run the model in a dense format, and the clusters over it if it is their planes."""
+        obstacle = form.obstacle(self.model)
+        if obstacle is not None:
+            self.left_out.append({"method": form.name, "budget": None, "reason": obstacle})
+            return
+        bits = form.bits_per_weight(self.model)
+        started = time.perf_counter()
+        progress = self.protocol.progress
+        with form.stored(self.model, self.calibration, progress=progress) as stored:
+            self.seconds[form.name] = time.perf_counter() - started
+            if form == self.planes:
+                self.add_clusters(stored, self.cuts(stored))
+            for curve in self.curves:
+                score = self.protocol.score(stored, curve.tokens, form.name, reference=curve.dense)
+                curve.add(
+                    score,
+                    form.name,
+                    reading_of_bits(bits),
+                    weights=form.weights,
+                    rounding=form.rounding,
+                )
+
+    def add_method(self, method: Baseline, states: HiddenStates) -> None:
+        """Fit a method for the budgets that it can meet, and run it."""
+        layers = find_ffn_layers(self.model)
+        reasons = {
+            budget: _reason_against(method, budget, layers, self.protocol)
+            for budget in self.budgets
+        }
+        self.left_out += [
+            {"method": method.name, "budget": budget, "reason": reason}
+            for budget, reason in reasons.items()
+            if reason is not None
+        ]
+        possible = [budget for budget in self.budgets if reasons[budget] is None]
+        if not possible:
+            return
+        started = time.perf_counter()
+        progress = self.protocol.progress
+        fitted = fit_baseline(self.model, method, states, possible, progress=progress)
+        self.seconds[method.name] = time.perf_counter() - started
+        for budget, rows in zip(possible, fitted, strict=True):
+            for name, masks in rows.items():
+                self._add_masked(name, masks, budget)
+
+    def _add_masked(self, name: str, masks: dict[int, Masks | PromptMasks], budget: float) -> None:
+        prompt_tokens = self.protocol.prompt_tokens
+        for curve in self.curves:
+            meter: CostMeter
+            with masked_ffns(self.model, masks, prompt_tokens=prompt_tokens) as meter:
+                score = self.protocol.score(
+                    self.model, curve.tokens, f"budget {budget}, {name}", reference=curve.dense
+                )
+            read = reading(meter.cost_share)
+            curve.add(score, name, read, budget=budget, counted=meter.computed)
+
+    def record(self, formats: Sequence[DenseFormat]) -> dict[str, Any]:
+        """What ``evaluate_curves`` returns."""
+        protocol = self.protocol
+        notes = [_STORED_IN_FOUR_BITS] if formats and stored_in_four_bits(self.model) else []
+        return {
+            "window": protocol.window,
+            "stride": protocol.window if protocol.stride is None else protocol.stride,
+            "prompt_tokens": protocol.prompt_tokens,
+            "results": [curve.record() for curve in self.curves],
+            "left_out": self.left_out,
+            "notes": notes,
+            "fit_seconds": self.seconds,
+        }
+
+
+@contextmanager
+def _sparse(model: nn.Module, clusters: ClusterSet, config: SparseConfig) -> Iterator[None]:
+    sparsify(model, clusters, config=config)
+    try:
+        yield
+    finally:
+        unsparsify(model)
 
 
 def _reason_against(
@@ -231,72 +304,6 @@ def _reason_against(
     return None if budget > least else f"it reads {least:.3f} of the FFN whatever it skips"
 
 
-def _add_clusters(
-    model: nn.Module,
-    cut: ClusterSet,
-    curves: list[_Curve],
-    budget: float,
-    looks: bool,
-    protocol: Protocol,
-) -> None:
-    sparsify(model, cut, config=EVALUATION)
-    try:
-        modules = sparse_modules(model)
-        for curve in curves:
-            reset_cost(model)
-            with dense_prompts(model, protocol.prompt_tokens):
-                how = "with looks" if looks else "without looks"
-                score = protocol.score(
-                    model, curve.tokens, f"budget {budget}, {how}", reference=curve.dense
-                )
-            computed, looked = _neuron_shares(modules)
-            curve.add(
-                score,
-                method="clusters",
-                budget=budget,
-                verify=looks,
-                cost_share=count_cost(modules, element_size=2).cost_share,
-                computed=computed,
-                looked_at=looked,
-            )
-    finally:
-        unsparsify(model)
-
-
-def _add_baseline(
-    model: nn.Module,
-    name: str,
-    masks: dict[int, Masks | PromptMasks],
-    curves: list[_Curve],
-    budget: float,
-    protocol: Protocol,
-) -> None:
-    for curve in curves:
-        meter: CostMeter
-        with masked_ffns(model, masks, prompt_tokens=protocol.prompt_tokens) as meter:
-            score = protocol.score(
-                model, curve.tokens, f"budget {budget}, {name}", reference=curve.dense
-            )
-        curve.add(
-            score,
-            method=name,
-            budget=budget,
-            verify=None,
-            cost_share=meter.cost_share,
-            computed=meter.computed,
-            looked_at=None,
-        )
-
-
-def _neuron_shares(modules: list[SparseFFN]) -> tuple[float, float]:
-    """Shares of the neurons computed and looked at, mean over the sparse tokens and layers."""
-    counts = [(read_counts(module), module.cost.intermediate_size) for module in modules]
-    neurons = sum(count.sparse_tokens * size for count, size in counts)
-    computed = sum(count.computed for count, _ in counts)
-    looked = sum(count.looked_at for count, _ in counts)
-    return computed / neurons, looked / neurons
-
-
 def baseline_calibration(
     clusters: ClusterSet,
     specs: Sequence[str],
@@ -306,7 +313,7 @@ def baseline_calibration(
     window: int,
     model: Any = None,
 ) -> tuple[CalibrationText, str | None]:
-    """Read the text that baselines are fitted on.
+    """Read the text that baselines are fitted on, and weights rounded by.
 
     Args:
         clusters: the artifact, whose build record names the default.

@@ -11,9 +11,10 @@ from sparse_runtime.api import dense, reset_cost, sparse_modules, sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import PlaneCost
+from sparse_runtime.eval.baselines.dense_formats import plane_bits
 from sparse_runtime.eval.quality.forwards import dense_prompts
-from sparse_runtime.eval.quality.perplexity import TextScore, score_text
-from sparse_runtime.ffn.counts import count_cost, read_counts
+from sparse_runtime.eval.quality.perplexity import score_text
+from sparse_runtime.eval.quality.rows import amounts, distance, reading_of_bits
 from sparse_runtime.progress import ProgressReporter
 
 
@@ -44,10 +45,9 @@ def evaluate_packed(
         progress: reports one unit per window of each run.
 
     Returns:
-        For each text ``kl`` (to the reference, nats per token), ``top1``, ``ratio`` (perplexity ÷
-        float), ``cost_share`` (of bfloat16's bytes), ``bits_per_weight`` (FFN bits read per weight and
-        token, router and scales included), ``looked``, ``counted`` and ``refined`` (mean shares of the
-        neurons), and ``packed``: the same figures of all neurons and all bits.
+        For each text the figures of :func:`sparse_runtime.eval.quality.rows.distance` from the
+        reference and of :func:`sparse_runtime.eval.quality.rows.amounts`, ``tokens``, and ``packed``:
+        distance, ``cost_share`` and ``bits_per_weight`` of all neurons and all bits.
 
     Raises:
         SparseRuntimeError: as ``sparsify``.
@@ -72,41 +72,14 @@ def evaluate_packed(
             {
                 **distance(sparse, score),
                 **amounts(model),
-                "packed": {**distance(packed, score), "bits_per_weight": _packed_bits(model)},
+                "packed": {**distance(packed, score), **reading_of_bits(_packed_bits(model))},
                 "tokens": len(tokens),
             }
         )
     return results
 
 
-def distance(score: TextScore, reference: TextScore) -> dict[str, float | None]:
-    """``kl``, ``top1`` and ``ratio`` of a text's score to that of another model."""
-    return {
-        "kl": score.mean_divergence,
-        "top1": score.agreement,
-        "ratio": score.perplexity / reference.perplexity,
-    }
-
-
-def amounts(model: nn.Module) -> dict[str, float]:
-    """What a sparse model over planes has read since ``reset_cost``; see :func:`evaluate_packed`."""
-    modules = sparse_modules(model)
-    report = count_cost(modules, element_size=2)
-    shares = {"looked": 0.0, "counted": 0.0, "refined": 0.0}
-    for module in modules:
-        counts = read_counts(module)
-        most = max(1, counts.sparse_tokens) * module.cost.intermediate_size * len(modules)
-        shares["looked"] += counts.looked_at / most
-        shares["counted"] += counts.computed / most
-        shares["refined"] += counts.refined / most
-    return {
-        "cost_share": report.cost_share,
-        "bits_per_weight": 16 * report.cost_share,
-        **shares,
-    }
-
-
 def _packed_bits(model: nn.Module) -> float:
-    costs = [cost for m in sparse_modules(model) if isinstance(cost := m.cost, PlaneCost)]
-    weights = sum(3 * cost.hidden_size * cost.intermediate_size for cost in costs)
-    return 8 * sum(cost.whole_bytes for cost in costs) / max(1, weights)
+    return plane_bits(
+        [cost for m in sparse_modules(model) if isinstance(cost := m.cost, PlaneCost)]
+    )

@@ -42,12 +42,12 @@ class TextScore:
     agreed: list[int] = field(default_factory=list)
 
     @property
-    def mean_divergence(self) -> float | None:
+    def kl(self) -> float | None:
         """KL divergence per scored token in nats; None without a reference."""
         return sum(self.divergence) / sum(self.scored) if self.divergence else None
 
     @property
-    def agreement(self) -> float | None:
+    def top1(self) -> float | None:
         """Share of the tokens with the reference's likeliest next token; None without a reference."""
         return sum(self.agreed) / sum(self.scored) if self.agreed else None
 

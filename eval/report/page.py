@@ -9,8 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.report.plots import Plot, make_plots
-from sparse_runtime.eval.report.run_folder import RunFolder, method_label, text_name
+from sparse_runtime.eval.report.drawing import Plot
+from sparse_runtime.eval.report.plots import make_plots
+from sparse_runtime.eval.report.run_folder import (
+    RunFolder,
+    by_bits,
+    method_label,
+    near_half,
+    series_label,
+    text_name,
+)
 from sparse_runtime.files import atomic_path, write_output
 
 #: Beside the page: every figure as PNG and SVG.
@@ -104,16 +112,20 @@ def _summary(run: RunFolder) -> list[str]:
     lines = []
     for name, result in run.curves().items():
         ours = [row for row in result["rows"] if row["method"] == "clusters"]
-        if ours:
-            best = min(ours, key=lambda row: (abs(row["budget"] - 0.5), row["divergence"]))
+        floats = [row for row in ours if row["weights"] is None]
+        if floats:
+            best = min(floats, key=lambda row: (near_half(row), row["kl"]))
             low, high = best["interval"]
             lines.append(
-                f"{name}: {method_label(best)} are {best['divergence']:.3f} nats per token (KL) from "
-                f"the dense model and agree with its likeliest token in {best['agreement']:.1%}, at "
+                f"{name}: {method_label(best)} are {best['kl']:.3f} nats per token (KL) from "
+                f"the dense model and agree with its likeliest token in {best['top1']:.1%}, at "
                 f"{best['ratio']:.3f} times its perplexity of {result['dense']['perplexity']:.2f} "
                 f"(95 % interval over windows {low:.3f} to {high:.3f}); they read "
-                f"{best['cost_share']:.3f} of the FFN's bytes."
+                f"{best['bits_per_weight']:.2f} bits per FFN weight, {best['cost_share']:.3f} of its "
+                "bytes."
             )
+        if len(floats) < len(ours):
+            lines.append(f"{name}, KL at bits read per FFN weight: {_rates(result['rows'])}.")
     bench = run.figures.get("bench")
     if bench is not None:
         decode = bench["decode"]
@@ -125,12 +137,23 @@ def _summary(run: RunFolder) -> list[str]:
     return lines
 
 
+def _rates(rows: list[dict[str, Any]]) -> str:
+    """Planes, sparse and dense, as points."""
+    points: dict[str, list[str]] = {}
+    for row in sorted(rows, key=lambda row: row["bits_per_weight"]):
+        if row["weights"] is not None:
+            point = f"{row['kl']:.3f} at {row['bits_per_weight']:.2f}"
+            points.setdefault(series_label(row), []).append(point)
+    return "; ".join(f"{label} {', '.join(found)}" for label, found in points.items())
+
+
 def _tables(run: RunFolder) -> list[Section]:
     sections = []
     curves = run.curves()
     if curves:
         tables = [_curve_table(name, result) for name, result in curves.items()]
-        sections.append(Section("methods", "All methods", tables=tables, lines=run.left_out()))
+        lines = run.left_out() + run.notes()
+        sections.append(Section("methods", "All methods", tables=tables, lines=lines))
     paper = run.figures.get("paper")
     if paper is not None:
         names = {
@@ -178,18 +201,22 @@ def _tables(run: RunFolder) -> list[Section]:
 
 
 def _curve_table(name: str, result: dict[str, Any]) -> Table:
-    header = ["method", "budget", "KL", "top-1", "÷ dense", "from", "to", "cost share"]
-    header += ["computed", "looked at", "perplexity"]
-    first = ("budget", "divergence", "agreement", "ratio")
-    last = ("cost_share", "computed", "looked_at", "perplexity")
+    header = ["method", "budget", "bits", "KL", "from", "to", "top-1", "÷ dense", "from", "to"]
+    header += ["cost share", "looked", "counted", "refined", "perplexity"]
+    last = ("cost_share", "looked", "counted", "refined", "perplexity")
     rows = [
         [
             method_label(row),
-            *(row[key] for key in first),
+            row["budget"],
+            row["bits_per_weight"],
+            row["kl"],
+            *row["kl_interval"],
+            row["top1"],
+            row["ratio"],
             *row["interval"],
             *(row[key] for key in last),
         ]
-        for row in result["rows"]
+        for row in by_bits(result["rows"])
     ]
     ours = frozenset(method_label(row) for row in result["rows"] if row["method"] == "clusters")
     dense = result["dense"]["perplexity"]

@@ -1,9 +1,11 @@
-"""Figures of the report, one function each, with the text that stands in for the picture."""
+"""Figures of the report, one function each, with the text that stands in for the picture.
+
+Those over methods are in ``quality_plots``.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,52 +13,15 @@ import torch
 from sparse_runtime.artifact.build_record import objects_within
 from sparse_runtime.artifact.format import list_of, whole
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.report.run_folder import METHOD_LABELS, RunFolder, method_label
+from sparse_runtime.eval.report.drawing import COLORS, MARKERS, STYLE, Plot, new_figure
+from sparse_runtime.eval.report.quality_plots import domains, quality, rates
+from sparse_runtime.eval.report.run_folder import RunFolder
 from sparse_runtime.kernels.bitmaps import set_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
-# Okabe and Ito's colors, which people with any color vision tell apart; ours first, in the strongest.
-_COLORS = (
-    *("#0072B2", "#56B4E9", "#000000", "#D55E00", "#E69F00", "#CC79A7", "#009E73"),
-    *("#8A8A00", "#7F7F7F", "#B5651D", "#9467BD", "#C0C0C0"),
-)
-_MARKERS = "os^DvP*X<>hp"
-_STYLE = {
-    "font.size": 9,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "grid.alpha": 0.3,
-    "legend.frameon": False,
-    "figure.constrained_layout.use": True,
-    "svg.fonttype": "path",
-    "svg.hashsalt": "sparse_runtime",
-    # Names come from files and paths; a dollar sign in them starts no formula.
-    "text.parse_math": False,
-}
-# A ratio beyond this is off the picture; the table has it.
-_LARGEST_RATIO = 10.0
 _SIZES = list_of(whole(0))
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A figure.
-
-    Attributes:
-        name: of its files.
-        title: above it.
-        alt: what it shows, in words and numbers.
-        figure: of Matplotlib.
-    """
-
-    name: str
-    title: str
-    alt: str
-    figure: Figure
 
 
 def make_plots(run: RunFolder) -> Iterator[Plot]:
@@ -72,13 +37,18 @@ def make_plots(run: RunFolder) -> Iterator[Plot]:
             f"the report needs Matplotlib, which cannot be imported ({error}); "
             "pip install 'sparse-runtime[report]'"
         ) from error
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         curves = run.curves()
-        for number, (name, result) in enumerate(curves.items(), 1):
-            if len({row["budget"] for row in result["rows"]}) > 1:
-                yield _quality(f"quality_{number}", name, result)
-        if len(curves) > 1:
-            yield _domains(curves)
+        compared = {
+            f"{number}": (name, result)
+            for number, (name, result) in enumerate(curves.items(), 1)
+            if len({row["budget"] for row in result["rows"]}) > 1
+        }
+        for draw in (rates, quality):
+            for number, (name, result) in compared.items():
+                yield draw(f"{draw.__name__}_{number}", name, result)
+        if len(curves) > 1 and (plot := domains(curves)) is not None:
+            yield plot
         if "eval" in run.figures:
             layers = run.figures["eval"]["layers"]
             yield _coverage(layers)
@@ -95,130 +65,6 @@ def make_plots(run: RunFolder) -> Iterator[Plot]:
             yield _convergence(run.figures["ablation"]["rows"])
 
 
-def _new(width: float, height: float, columns: int = 1, **options: Any) -> tuple[Figure, Any]:
-    # Not pyplot, which keeps figures and picks a backend for windows.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots(1, columns, **options)
-
-
-def _quality(name: str, title: str, result: dict[str, Any]) -> Plot:
-    figure, axes = _new(7, 5)
-    lines: dict[str, list[dict[str, Any]]] = {}
-    for row in result["rows"]:
-        lines.setdefault(method_label(row), []).append(row)
-    words = []
-    for number, (label, rows) in enumerate(lines.items()):
-        rows = sorted(rows, key=lambda row: row["cost_share"])
-        shares, ratios = ([row[key] for row in rows] for key in ("cost_share", "ratio"))
-        low, high = zip(*(row["interval"] for row in rows), strict=True)
-        errors = [
-            [ratio - bound for ratio, bound in zip(ratios, low, strict=True)],
-            [bound - ratio for ratio, bound in zip(ratios, high, strict=True)],
-        ]
-        ours = rows[0]["method"] == "clusters"
-        middle = min(rows, key=lambda row: abs(row["budget"] - 0.5))
-        above = f" ({_rounded(middle['ratio'])}, above)" if min(ratios) > _LARGEST_RATIO else ""
-        axes.errorbar(
-            shares,
-            ratios,
-            yerr=errors,
-            label=label + above,
-            color=_color(label),
-            marker=_MARKERS[number % len(_MARKERS)],
-            markersize=6 if ours else 4,
-            linewidth=2.2 if ours else 1.1,
-            capsize=2,
-        )
-        words.append(f"{label} {_rounded(middle['ratio'])} at {middle['cost_share']:.2f}")
-    axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
-    _log_ratio(axes, [row["ratio"] for row in result["rows"]])
-    axes.set_xlabel("FFN cost share (bytes read ÷ dense)")
-    axes.set_ylabel("perplexity ÷ dense")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    alt = f"Perplexity ratio against cost share on {title}. " + "; ".join(words) + "."
-    return Plot(name, f"Quality against cost share: {title}", alt, figure)
-
-
-def _color(label: str) -> str:
-    """The same color for a method in every figure."""
-    labels = ["clusters with looks", "clusters without looks", *METHOD_LABELS.values()]
-    # "clusters" alone is no row's label.
-    labels.remove(METHOD_LABELS["clusters"])
-    return _COLORS[labels.index(label) % len(_COLORS)] if label in labels else "#444444"
-
-
-def _rounded(ratio: float) -> str:
-    if ratio < 10:
-        return f"{ratio:.2f}"
-    return f"{ratio:.0f}" if ratio < 1000 else f"{ratio:.0e}"
-
-
-def _log_ratio(axes: Axes, ratios: Sequence[float]) -> None:
-    from matplotlib.ticker import NullFormatter, ScalarFormatter
-
-    top = min(_LARGEST_RATIO, max(ratios) * 1.05)
-    axes.set_yscale("log")
-    axes.set_ylim(min(0.97, 0.98 * min(ratios)), max(top, 1.2))
-    fine, coarse = (1, 1.05, 1.1, 1.2, 1.3, 1.4, 1.6, 1.8, 2, 2.5), (1, 1.2, 1.5, 2, 3, 4, 6, 10)
-    ticks = [tick for tick in (fine if top < 2.6 else coarse) if tick <= top]
-    axes.set_yticks(ticks)
-    axes.yaxis.set_major_formatter(ScalarFormatter())
-    axes.yaxis.set_minor_formatter(NullFormatter())
-
-
-def _domains(curves: dict[str, dict[str, Any]]) -> Plot:
-    """Every method that ran on all texts, at the budget next to one half."""
-    names, results = list(curves), list(curves.values())
-    budget = min(
-        (row["budget"] for row in results[0]["rows"]), key=lambda budget: abs(budget - 0.5)
-    )
-    methods = [
-        label
-        for label in dict.fromkeys(method_label(row) for row in results[0]["rows"])
-        if all(_at(result, label, budget) is not None for result in results)
-    ]
-    figure, axes = _new(7, 3.6)
-    width = 0.8 / len(methods)
-    words, shown = [], []
-    for number, label in enumerate(methods):
-        rows = [_at(result, label, budget) for result in results]
-        ratios = [row["ratio"] for row in rows if row is not None]
-        shown += ratios
-        places = [index + (number - (len(methods) - 1) / 2) * width for index in range(len(rows))]
-        axes.bar(places, ratios, width, label=label, color=_color(label))
-        words.append(f"{label} " + ", ".join(f"{ratio:.2f}" for ratio in ratios))
-    axes.set_xticks(
-        range(len(names)),
-        [name.replace(", ", ",\n") for name in names],
-        fontsize=8,
-        rotation=20,
-        ha="right",
-        rotation_mode="anchor",
-    )
-    axes.set_ylabel("perplexity ÷ dense")
-    _log_ratio(axes, shown)
-    axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
-    figure.legend(loc="outside lower center", ncols=3, fontsize=8)
-    alt = (
-        f"Perplexity ratio at a budget of {budget:g} on {', '.join(names)}: "
-        + "; ".join(words)
-        + "."
-    )
-    return Plot("domains", f"Domains at a budget of {budget:g}", alt, figure)
-
-
-def _at(result: dict[str, Any], label: str, budget: float) -> dict[str, Any] | None:
-    for row in result["rows"]:
-        if method_label(row) == label and row["budget"] == budget:
-            found: dict[str, Any] = row
-            return found
-    return None
-
-
 def _coverage(layers: list[dict[str, Any]]) -> Plot:
     names = {
         "density": "density",
@@ -229,7 +75,7 @@ def _coverage(layers: list[dict[str, Any]]) -> Plot:
         "router_top1": "router = oracle",
     }
     values = [[layer[name] for layer in layers] for name in names]
-    figure, axes = _new(7, 2.6)
+    figure, axes = new_figure(7, 2.6)
     image = axes.imshow(values, aspect="auto", vmin=0, vmax=1, cmap="viridis")
     axes.set_yticks(range(len(names)), names.values())
     _layer_axis(axes, [layer["index"] for layer in layers])
@@ -245,7 +91,7 @@ def _coverage(layers: list[dict[str, Any]]) -> Plot:
 
 def _confidence(layers: list[dict[str, Any]]) -> Plot:
     counts = torch.tensor([layer["confidence"] for layer in layers]).t()
-    figure, axes = _new(7, 2.8)
+    figure, axes = new_figure(7, 2.8)
     image = axes.imshow(counts, aspect="auto", origin="lower", cmap="magma")
     axes.set_yticks(
         [bin_ - 0.5 for bin_ in range(0, 11, 2)], [f"{b / 10:g}" for b in range(0, 11, 2)]
@@ -282,12 +128,12 @@ def _densities(run: RunFolder) -> Plot:
             for a, b in zip(computed, looked, strict=True)
         ]
     )
-    figure, axes = _new(7, 3.4, 2, width_ratios=(1, 1))
+    figure, axes = new_figure(7, 3.4, 2, width_ratios=(1, 1))
     indices = [index for index, _ in layers]
     sure = [values.mean().item() for values in computed]
     maybe = [values.mean().item() for values in looked]
-    axes[0].bar(indices, sure, label="computed (sure)", color=_COLORS[0])
-    axes[0].bar(indices, maybe, bottom=sure, label="looked at (maybe)", color=_COLORS[1])
+    axes[0].bar(indices, sure, label="computed (sure)", color=COLORS[0])
+    axes[0].bar(indices, maybe, bottom=sure, label="looked at (maybe)", color=COLORS[1])
     axes[0].set_xlabel("layer")
     axes[0].set_ylabel("share of the neurons, mean over clusters")
     axes[0].set_ylim(0, 1)
@@ -317,12 +163,12 @@ def _cluster_sizes(run: RunFolder) -> Plot | None:
     ]
     if not layers:
         return None
-    figure, axes = _new(7, 3)
+    figure, axes = new_figure(7, 3)
     picked = sorted({0, len(layers) // 4, len(layers) // 2, 3 * len(layers) // 4, len(layers) - 1})
     for number, position in enumerate(picked):
         sizes = torch.tensor(layers[position]["cluster_sizes"]).sort(descending=True).values
         shares = sizes * len(sizes) / sizes.sum()
-        axes.plot(shares, label=f"layer {layers[position]['index']}", color=_COLORS[number])
+        axes.plot(shares, label=f"layer {layers[position]['index']}", color=COLORS[number])
     axes.axhline(1, color="#444444", linewidth=0.8, linestyle=":")
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
@@ -345,7 +191,7 @@ def _latency(bench: dict[str, Any]) -> Plot:
     layers = bench["num_layers"]
     times = {row["name"]: row["ms"] for row in bench["prediction"]["rows"]}
     router = times.get("router", 0.0)
-    figure, axes = _new(7, 2.8)
+    figure, axes = new_figure(7, 2.8)
     names = {
         "dense": ("dense", mlp["dense_ms"], 0.0),
         "sparse": ("sparse", mlp["sparse_ms"], router),
@@ -358,7 +204,7 @@ def _latency(bench: dict[str, Any]) -> Plot:
         parts = [max(0.0, total - layers * ffn), layers * max(0.0, ffn - predict), layers * predict]
         left = 0.0
         for part, color, name in zip(
-            parts, ("#BBBBBB", _COLORS[0], _COLORS[3]), ("rest", "FFN", "router"), strict=True
+            parts, ("#BBBBBB", COLORS[0], COLORS[3]), ("rest", "FFN", "router"), strict=True
         ):
             axes.barh(position, part, left=left, color=color, label=name if position == 0 else None)
             left += part
@@ -378,7 +224,7 @@ def _latency(bench: dict[str, Any]) -> Plot:
 
 def _ablation(rows: list[dict[str, Any]]) -> Plot:
     factors = list(dict.fromkeys(row["factor"] for row in rows))
-    figure, axes = _new(9, 3.2, len(factors), sharey=True)
+    figure, axes = new_figure(9, 3.2, len(factors), sharey=True)
     words = []
     for axis, factor in zip([axes] if len(factors) == 1 else axes, factors, strict=True):
         for number, method in enumerate(("awc", "awc-paper")):
@@ -391,9 +237,9 @@ def _ablation(rows: list[dict[str, Any]]) -> Plot:
                     places,
                     [row[key] for row in found],
                     style,
-                    marker=_MARKERS[number],
+                    marker=MARKERS[number],
                     markersize=4,
-                    color=_COLORS[3 * number],
+                    color=COLORS[3 * number],
                     label=f"{method}, {key}",
                 )
             if factor == "top_percentile":
@@ -409,13 +255,13 @@ def _ablation(rows: list[dict[str, Any]]) -> Plot:
 
 
 def _convergence(rows: list[dict[str, Any]]) -> Plot:
-    figure, axes = _new(8, 2.8, 3)
+    figure, axes = new_figure(8, 2.8, 3)
     base = [row for row in rows if row["factor"] == "clusters"]
     words = []
     measures = {"awc": "mean coverage", "awc-paper": "mean distance"}
     for axis, (method, label) in zip(axes, measures.items(), strict=False):
         for number, row in enumerate(r for r in base if r["method"] == method):
-            axis.plot(row["history"], label=f"K = {row['clusters']}", color=_COLORS[number])
+            axis.plot(row["history"], label=f"K = {row['clusters']}", color=COLORS[number])
             words.append(f"{method} K = {row['clusters']} takes {row['iterations']:.0f} iterations")
         axis.set_xlabel("iteration")
         axis.set_ylabel(f"{method}: {label}")
@@ -425,8 +271,8 @@ def _convergence(rows: list[dict[str, Any]]) -> Plot:
         axes[2].plot(
             [str(row["clusters"]) for row in found],
             [row["effective"] for row in found],
-            marker=_MARKERS[number],
-            color=_COLORS[3 * number],
+            marker=MARKERS[number],
+            color=COLORS[3 * number],
             label=method,
         )
     axes[2].set_ylim(0, 1)

@@ -11,19 +11,25 @@ from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
 from sparse_runtime.eval.report.markdown import escaped, markdown_table, records_table, run_line
-from sparse_runtime.eval.report.run_folder import CURVE_FILES, RunFolder, method_label
+from sparse_runtime.eval.report.run_folder import (
+    CURVE_FILES,
+    RunFolder,
+    by_bits,
+    method_label,
+)
 
 #: What stands between these lines of README is written by this module.
 START, END = "<!-- quality: written by make report -->", "<!-- /quality -->"
 
 _INTRODUCTION = """# Quality
 
-Written by `make report`. Every token runs sparsely unless a prompt is named. *Cost share*: FFN bytes
-read ÷ dense FFN's, everything counted. *KL*: to the dense model, in nats per token. *Top-1*: share of
-the tokens with the dense model's likeliest next token. *÷ dense*: perplexity ratio, with its 95 %
-bootstrap interval over the text's windows; it says how far another text of this kind could differ,
-not another build. Opponents are fitted on the same calibration text, without fine-tuning; the
-*oracle* knows each token's neurons.
+Written by `make report`. Every token runs sparsely unless a prompt is named. *Bits*: read per FFN
+weight and token, scales, routers and bitmaps included (bfloat16 has 16). *KL*: to the dense model, in
+nats per token. *Top-1*: share of the tokens with the dense model's likeliest next token. *÷ dense*:
+perplexity ratio. Intervals are 95 % bootstrap intervals over the text's windows; they say how far
+another text of this kind could differ, not another build. Opponents are fitted on the same calibration
+text, without fine-tuning; the *oracle* knows each token's neurons. *Dense* formats read all FFN weights
+in fewer bits; attention and head stay as they are.
 """
 
 
@@ -33,7 +39,7 @@ def quality_markdown(run: RunFolder) -> str:
     parts += [run_line(run.figures[file]["host"]) for file in CURVE_FILES if file in run.figures]
     for title, result in run.curves().items():
         parts += [f"## {escaped(title)}\n", _curves(result)]
-    parts += [f"{escaped(sentence)}\n" for sentence in run.left_out()]
+    parts += [f"{escaped(sentence)}\n" for sentence in run.left_out() + run.notes()]
     for name, (title, columns) in _OTHERS.items():
         figures = run.figures.get(name)
         if figures is not None:
@@ -57,7 +63,7 @@ _OTHERS = {
 
 
 def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
-    """Every method on the first text at one budget, best first.
+    """Every method on the first text at one budget, and what runs over planes or in a dense format.
 
     Raises:
         DataError: the run has no quality.json, or not this budget.
@@ -65,17 +71,19 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     figures = run.figures.get("quality")
     curves = run.curves()
     title = next(iter(curves), "")
-    rows = [row for row in curves[title]["rows"] if row["budget"] == budget] if curves else []
-    if figures is None or not rows:
+    rows = curves[title]["rows"] if curves else []
+    if figures is None or not any(row["budget"] == budget for row in rows):
         raise DataError(f"the run has no quality.json with a budget of {budget:g}")
     result = curves[title]
     dense = result["dense"]["perplexity"]
-    lines = [["dense", "0", "1", "1", "", "1"]]
-    for row in sorted(rows, key=lambda row: row["divergence"]):
+    lines = [["dense", "16", "0", "", "1", "1", ""]]
+    for row in by_bits(rows):
+        if row["budget"] not in (None, budget) and row["weights"] is None:
+            continue
         label = escaped(method_label(row))
         label = f"**{label}**" if row["method"] == "clusters" else label
-        lines.append([label, *_quality(row), f"{row['cost_share']:.2f}"])
-    columns = ["KL", "top-1", "perplexity ÷ dense", "95 %", "FFN cost share"]
+        lines.append([label, *_quality(row)])
+    columns = ["bits", "KL", "95 %", "top-1", "perplexity ÷ dense", "95 %"]
     measured = (
         f"{figures['model']}, {title}, {result['tokens']} tokens in windows of {figures['window']}, "
         f"dense perplexity {dense:.2f}, {figures['dtype']}, {figures['host']['date']}."
@@ -98,19 +106,24 @@ def replaced(text: str, table: str) -> str:
 
 
 def _curves(result: dict[str, Any]) -> str:
-    header = ["method", "budget", "KL", "top-1", "÷ dense", "95 %", "cost share", "perplexity"]
-    lines = [["dense", "", "0", "1", "1", "", "1", f"{result['dense']['perplexity']:.2f}"]]
-    for row in result["rows"]:
-        further = [f"{row['cost_share']:.3f}", f"{row['perplexity']:.2f}"]
-        lines.append([escaped(method_label(row)), f"{row['budget']:g}", *_quality(row), *further])
+    header = ["method", "budget", "bits", "KL", "95 %", "top-1", "÷ dense", "95 %", "perplexity"]
+    perplexity = f"{result['dense']['perplexity']:.2f}"
+    lines = [["dense", "", "16", "0", "", "1", "1", "", perplexity]]
+    for row in by_bits(result["rows"]):
+        budget = "" if row["budget"] is None else f"{row['budget']:g}"
+        perplexity = f"{row['perplexity']:.2f}"
+        lines.append([escaped(method_label(row)), budget, *_quality(row), perplexity])
     return f"{result['tokens']} tokens.\n\n{markdown_table(header, lines)}"
 
 
 def _quality(row: dict[str, Any]) -> list[str]:
-    low, high = row["interval"]
+    """Bits, KL, top-1 and ratio, with the intervals of KL and ratio."""
+    (least, most), (low, high) = row["kl_interval"], row["interval"]
     return [
-        f"{row['divergence']:.3f}",
-        f"{row['agreement']:.3f}",
+        f"{row['bits_per_weight']:.2f}",
+        f"{row['kl']:.4f}",
+        f"{least:.4f}–{most:.4f}",
+        f"{row['top1']:.3f}",
         _ratio(row["ratio"]),
         f"{_ratio(low)}–{_ratio(high)}",
     ]

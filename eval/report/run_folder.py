@@ -7,6 +7,7 @@ Any may be missing; what is shown follows from what is there.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,15 @@ from sparse_runtime.eval.report import figures
 
 _CURVES = "eval MODEL --clusters DIR --budgets … --baselines"
 #: Files of ``evaluate_curves``; their rows on the same text stand together.
-CURVE_FILES = ("quality", "predictors", "domains", "decode_only")
+CURVE_FILES = ("quality", "planes", "predictors", "domains", "decode_only")
 #: File -> the command that writes it, and what it must hold.
 FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "eval": ("eval MODEL --clusters DIR", figures.EVAL),
     "quality": (f"{_CURVES} …", figures.CURVES),
+    "planes": (
+        "eval MODEL --clusters DIR --weights 6 --budgets … --baselines dense,dense-gptq,gguf",
+        figures.CURVES,
+    ),
     "predictors": (f"{_CURVES} deja-vu,awc-paper", figures.CURVES),
     "domains": (f"{_CURVES} … --data … --data …", figures.CURVES),
     "decode_only": (f"{_CURVES} … --prompt-tokens 256", figures.CURVES),
@@ -46,6 +51,15 @@ METHOD_LABELS = {
     "awc-paper, oracle ids": "AWC paper, oracle ids",
     "static": "static set",
     "random": "random set",
+}
+#: The same of llama.cpp's formats.
+GGUF_LABELS = {"q8_0": "GGUF Q8_0", "q5_0": "GGUF Q5_0", "q4_0": "GGUF Q4_0"}
+#: ``rounding`` of a row of a dense format -> what a line of such is called.
+FORMAT_LABELS = {
+    "plain": "dense planes",
+    "mse": "dense planes, E[x²]",
+    "gptq": "dense planes, GPTQ",
+    None: "GGUF",
 }
 
 
@@ -115,22 +129,61 @@ class RunFolder:
     def left_out(self) -> list[str]:
         """Sentences about the methods that could not run at a budget."""
         return [
-            f"{_method_name(row)} is left out at {row['budget']:g}: {row['reason']}."
+            f"{_method_name(row)} is left out{_at(row['budget'])}: {row['reason']}."
             for file in CURVE_FILES
             for row in self.figures.get(file, {"left_out": []})["left_out"]
         ]
 
+    def notes(self) -> list[str]:
+        """Sentences on what rows can say, each once."""
+        files = (self.figures.get(file, {}) for file in CURVE_FILES)
+        return list(
+            dict.fromkeys(f"{note}." for figures in files for note in figures.get("notes", []))
+        )
+
+
+def _at(budget: float | None) -> str:
+    return "" if budget is None else f" at {budget:g}"
+
 
 def method_label(row: dict[str, Any]) -> str:
     """What readers call the method of a row of ``evaluate_curves``."""
+    if row["method"] == "clusters" and row["weights"] is not None:
+        label = f"clusters, {row['weights']} bits{_rounding(row)}"
+        return label if row["verify"] is not False else f"{label}, without looks"
+    if row["weights"] is not None:
+        return f"dense, {row['weights']} bits{_rounding(row)}"
     label = _method_name(row)
     if row["verify"] is None:
         return label
     return f"{label} with looks" if row["verify"] else f"{label} without looks"
 
 
+def series_label(row: dict[str, Any]) -> str:
+    """What readers call the line that a row is a point of: dense formats of a kind make one."""
+    dense = row["method"] in GGUF_LABELS or (
+        row["method"] != "clusters" and row["weights"] is not None
+    )
+    return FORMAT_LABELS.get(row["rounding"], row["method"]) if dense else method_label(row)
+
+
+def near_half(row: dict[str, Any]) -> float:
+    """Distance of a row's budget, or of what it reads where it has none, from one half."""
+    budget = row["cost_share"] if row["budget"] is None else row["budget"]
+    return abs(float(budget) - 0.5)
+
+
+def by_bits(rows: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of ``evaluate_curves``, those that read most first."""
+    return sorted(rows, key=lambda row: (-row["bits_per_weight"], row["kl"]))
+
+
+def _rounding(row: dict[str, Any]) -> str:
+    return "" if row["rounding"] in (None, "plain") else f", {str(row['rounding']).upper()}"
+
+
 def _method_name(row: dict[str, Any]) -> str:
-    return METHOD_LABELS.get(row["method"], row["method"])
+    return METHOD_LABELS.get(row["method"]) or GGUF_LABELS.get(row["method"], row["method"])
 
 
 def text_name(source: str) -> str:

@@ -22,7 +22,7 @@ from sparse_runtime.clusters.tuning.distill import Distillation
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS, cost_share_in_loop, tune
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
-from sparse_runtime.eval.quality.curves import Protocol
+from sparse_runtime.eval.quality.rows import Protocol, distance, reading
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.progress import ProgressReporter
 
@@ -91,9 +91,10 @@ def measure_ingredients(
         progress: reports on builds, steps and runs.
 
     Returns:
-        ``runs``: ``seed`` and ``rows`` of ``name``, ``cost_share`` on the text as of bfloat16 weights,
-        ``ratio`` (perplexity ÷ dense) and ``divergence`` (KL to the dense model, nats per token).
-        ``rows``: their means over the seeds, with the ``least`` and the ``most`` ratio.
+        ``runs``: ``seed`` and ``rows`` of ``name``, ``cost_share`` and ``bits_per_weight`` on the text
+        as of bfloat16 weights, and the ``distance`` from the dense model
+        (``sparse_runtime.eval.quality.rows``). ``rows``: means over the seeds of all but the
+        intervals, with the ``least`` and the ``most`` ratio.
 
     Raises:
         ConfigError: settings that cannot work together, or a budget that cannot be met.
@@ -114,9 +115,7 @@ def measure_ingredients(
                 cost_share = count_cost(sparse_modules(model), element_size=2).cost_share
             finally:
                 unsparsify(model)
-            ratio = sparse.perplexity / dense.perplexity
-            row = {"name": name, "cost_share": cost_share, "ratio": ratio}
-            rows.append({**row, "divergence": sparse.mean_divergence})
+            rows.append({"name": name, **reading(cost_share), **distance(sparse, dense)})
         runs.append({"seed": seed, "rows": rows})
     return {"runs": runs, "rows": _means([run["rows"] for run in runs])}
 
@@ -209,7 +208,7 @@ def _means(runs: Sequence[Sequence[dict[str, Any]]]) -> list[dict[str, Any]]:
                 "name": same[0]["name"],
                 **{
                     key: sum(row[key] for row in same) / len(same)
-                    for key in ("cost_share", "ratio", "divergence")
+                    for key in ("cost_share", "bits_per_weight", "kl", "top1", "ratio")
                 },
                 "least": min(ratios),
                 "most": max(ratios),

@@ -17,8 +17,8 @@ from transformers import DynamicCache
 from sparse_runtime.api import dense, reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.config import SparseConfig
-from sparse_runtime.eval.quality.packed import amounts, distance
 from sparse_runtime.eval.quality.perplexity import score_text
+from sparse_runtime.eval.quality.rows import amounts, distance
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.progress import ProgressReporter
 
@@ -52,9 +52,8 @@ def compare_ramps(
 
     Returns:
         One row per backend and width: ``noise`` (KL from the logits of one call to those of chunks,
-        nats per token) and, of the first backend, ``kl``, ``top1``, ``ratio`` (to the float model) and
-        ``bits_per_weight`` with the shares of the neurons. The first row, without a width, is of all
-        neurons.
+        nats per token) and, of the first backend, its ``distance`` from the float model and ``amounts``
+        (``sparse_runtime.eval.quality.rows``). The first row, without a width, is of all neurons.
 
     Raises:
         SparseRuntimeError: as ``sparsify``.

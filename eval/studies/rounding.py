@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
-from sparse_runtime.eval.quality.packed import distance
 from sparse_runtime.eval.quality.perplexity import score_text
+from sparse_runtime.eval.quality.rows import distance
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.progress import ProgressReporter
 
@@ -47,8 +47,8 @@ def compare_roundings(
         progress: reports one unit per window of each run.
 
     Returns:
-        For each number of bits one row per rounding: ``kl`` (to the float model, nats per token),
-        ``top1``, ``ratio`` (perplexity ÷ float) and ``seconds`` that packing took.
+        For each number of bits one row per rounding: its ``distance`` from the float model
+        (``sparse_runtime.eval.quality.rows``) and ``seconds`` that packing took.
     """
     options: dict[str, Any] = {"window": window, "progress": progress}
 

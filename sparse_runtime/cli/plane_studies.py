@@ -89,7 +89,7 @@ def rounding(
         window=window,
         progress=RichProgress(err),
     )
-    print_rows("all neurons, beside the float model", _with_fine_divergence(rows))
+    print_rows("all neurons, beside the float model", _as_shown(rows))
     write_figures(json_file, {**record, "rows": rows})
 
 
@@ -144,13 +144,13 @@ def ramp(
         chunk=chunk,
         progress=RichProgress(err),
     )
-    print_rows("every token sparse; noise is the KL of chunks", _with_fine_divergence(rows))
+    print_rows("every token sparse; noise is the KL of chunks", _as_shown(rows))
     write_figures(json_file, {**record, "rows": rows, "host": host_record(loaded.device)})
 
 
-def _with_fine_divergence(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows of one set of names, whose divergences show the digits that tell them apart."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
+def _as_shown(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one set of names, intervals left out, whose KL shows the digits that tell them apart."""
+    names = list(dict.fromkeys(name for row in rows for name in row if "interval" not in name))
     result = []
     for row in rows:
         shown = {name: row.get(name) for name in names}

@@ -107,11 +107,12 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
         "oracle_ids": "by oracle ids (best coverage)",
         "static": "one static set (floor)",
     }
+    distances = {key: result.get(key, result) for key in names}
     for key, name in names.items():
         table.add_row(
             name,
-            f"{result['divergence'][key]:.3f}",
-            f"{result['agreement'][key]:.3f}",
+            f"{distances[key]['kl']:.3f}",
+            f"{distances[key]['top1']:.3f}",
             f"{perplexity[key] / perplexity['dense']:.3f}",
             f"{result['cost_share']:.3f}" if key == "sparse" else "",
             f"{perplexity[key]:.2f}",
@@ -130,17 +131,19 @@ def print_quality(source: str, result: dict[str, Any]) -> None:
 
 # Heading -> what stands under it. In a narrow terminal the second group is left to --json.
 _CURVE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
-    "budget": lambda row: f"{row['budget']:g}",
-    "KL": lambda row: f"{row['divergence']:.3f}",
-    "top-1": lambda row: f"{row['agreement']:.3f}",
+    "budget": lambda row: "–" if row["budget"] is None else f"{row['budget']:g}",
+    "bits": lambda row: f"{row['bits_per_weight']:.2f}",
+    "KL": lambda row: f"{row['kl']:.4f}",
+    "top-1": lambda row: f"{row['top1']:.3f}",
     "÷ dense": lambda row: f"{row['ratio']:.3f}",
     "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
-    "cost share": lambda row: f"{row['cost_share']:.3f}",
 }
 _WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "cost share": lambda row: f"{row['cost_share']:.3f}",
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
-    "computed": lambda row: _number(row["computed"]),
-    "looked at": lambda row: _number(row["looked_at"]),
+    "looked": lambda row: _number(row["looked"]),
+    "counted": lambda row: _number(row["counted"]),
+    "refined": lambda row: _number(row["refined"]),
 }
 _NARROW = 100
 
@@ -175,13 +178,18 @@ def print_curves(curves: dict[str, Any]) -> None:
             # In a narrow terminal the headings of two words break, and nothing else.
             table.add_column(column, justify="right", no_wrap=" " not in column or "%" in column)
         for row in result["rows"]:
-            looks = " + looks" if row["verify"] else ""
-            table.add_row(row["method"] + looks, *(cell(row) for cell in columns.values()))
+            table.add_row(_method(row), *(cell(row) for cell in columns.values()))
         out.print(table)
     for row in curves["left_out"]:
-        out.print(
-            f"{row['method']} is left out at budget {row['budget']:g}: {shown(row['reason'])}"
-        )
+        budget = "" if row["budget"] is None else f" at budget {row['budget']:g}"
+        out.print(f"{row['method']} is left out{budget}: {shown(row['reason'])}")
+
+
+def _method(row: dict[str, Any]) -> str:
+    if row["method"] != "clusters":
+        return str(row["method"])
+    bits = "" if row["weights"] is None else f", {row['weights']} bits"
+    return f"clusters{bits}{' + looks' if row['verify'] else ''}"
 
 
 def shown(value: Any) -> str:

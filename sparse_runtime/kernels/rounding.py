@@ -126,7 +126,8 @@ def round_rows(
     if statistics is None or statistics.spread is None:
         return nearest
     columns = scales.T.contiguous()
-    values = weight.float().T.contiguous()
+    # A copy in any case: one row of float32 is its own transpose, and the caller's.
+    values = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     hi, lo = _compensated(values, form, share, statistics.spread, lambda k: columns[k // GROUP])
     return Rounded(hi.T.contiguous(), lo.T.contiguous(), scales, form)
 

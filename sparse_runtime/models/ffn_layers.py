@@ -6,6 +6,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -150,6 +151,12 @@ def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCo
 def is_packed(module: nn.Module) -> bool:
     """Whether a module is an FFN in planes: it says so."""
     return getattr(module, "holds_planes", False) is True
+
+
+def packed_bits(model: nn.Module) -> int | None:
+    """Bits of a model's FFNs in planes; None if they are floats."""
+    forms: Iterator[Any] = (module.format for module in model.modules() if is_packed(module))
+    return next((form.bits for form in forms), None)
 
 
 def architecture_of(model: nn.Module) -> FFNArchitecture:

@@ -4,7 +4,7 @@ import json
 import shutil
 
 import pytest
-from helpers import needs_library, random_cluster_set
+from helpers import cuttable_cluster_set, needs_library, random_cluster_set
 
 from sparse_runtime.ffn.plane_packing import pack_model
 
@@ -49,6 +49,9 @@ def test_eval_shows_packed_and_sparse(run, files, tmp_path):
     assert "all neurons" in out
     record = json.loads(figures.read_text())
     assert 0 < record["packed"]["kl"] < record["kl"]
+    for row in (record, record["packed"]):
+        assert row["bits_per_weight"] == pytest.approx(16 * row["cost_share"])
+        assert row["kl_interval"][0] <= row["kl"] <= row["kl_interval"][1]
     assert record["packed"]["bits_per_weight"] == pytest.approx(
         8.25 * 64 / 32
     )  # H = 32 of a group of 64
@@ -130,6 +133,27 @@ def test_tasks_run_on_planes(run, files, tmp_path):
     assert records[1]["planes"] == {"weights": 3, "linear_weights": 4, "tau": 3.0, "ramp": 0.5}
 
 
+def test_packed_folders_are_not_packed_again(run, files, tmp_path, tiny_model):
+    folder, _ = files
+    packed, clusters, text = tmp_path / "packed", tmp_path / "cut", tmp_path / "text.txt"
+    shutil.copytree(folder, packed)
+    cuttable_cluster_set(tiny_model).save_pretrained(clusters)
+    pack_model(tiny_model, 5).save_pretrained(packed)
+    text.write_text("alpha beta gamma " * 40)
+    command = ("eval", packed, "--clusters", clusters, "--data", text, "--budgets", "0.3")
+    options = ("--window", 32, "--max-tokens", 128, "--dtype", "float32")
+    code, _, err = run(*command, *options, "--weights", 6)
+    assert code == 2
+    assert f"{packed} came packed in 5 bits; leave --weights out" in " ".join(err.split())
+    figures = tmp_path / "figures.json"
+    code, out, err = run(*command, *options, "--verify", "--tau", 3, "--json", figures)
+    assert code == 0, err
+    assert "clusters, 5 bits + looks" in out
+    (row,) = json.loads(figures.read_text())["results"][0]["rows"]
+    assert (row["weights"], row["rounding"]) == (5, None)
+    assert 0 < row["refined"] <= row["counted"] <= row["looked"] < 1
+
+
 @pytest.mark.parametrize(
     "options", [("--weights", 6), ("--linear-weights", 4), ("--weights", 4) * 2]
 )
@@ -186,7 +210,17 @@ def test_bench_on_a_gpu_takes_none(run, files):
         (("--weights", 2), "--weights is 2; expected 3, 4, 5, 6, 7 or 8"),
         (("--tau", 3), "--tau has no effect on float weights; give --weights as well"),
         (("--weights", 6, "--tau", 0.5), "--tau is 0.5; expected 1 or more"),
-        (("--weights", 6, "--budgets", "0.5"), "--weights is given with --budgets"),
+        (("--weights", 6, "--rounding", "gptq"), "--rounding is 'gptq' without --weights beside"),
+        (("--budgets", "0.5", "--rounding", "mse"), "--rounding is 'mse' without --weights beside"),
+        (
+            ("--weights", 6, "--budgets", "0.5", "--rounding", "best"),
+            "--rounding is 'best'; expected one of plain, mse, gptq",
+        ),
+        (
+            ("--baselines", "dense", "--calibration", "x.txt"),
+            "--calibration is given without --baselines that are fitted on text",
+        ),
+        (("--baselines", "dense-9"), "baseline is 'dense-9'; expected all, or some of"),
     ],
 )
 def test_refusals(run, files, tmp_path, options, words):

@@ -361,7 +361,8 @@ def test_bad_names_budgets_and_masks(tiny_model, fitted):
         ConfigError, match=r"baseline is 'teel'; expected all, or some of oracle, te"
     ):
         named_baselines(["cats", "teel"])
-    assert {type(method) for method in named_baselines(["all"])} == {type(m) for m in METHODS}
+    methods, _ = named_baselines(["all"])
+    assert {type(method) for method in methods} == {type(m) for m in METHODS}
     for method, budget, least in (
         (Cats(), 0.3, "0.333"),
         (Teal(), 0.0, "0.000"),

@@ -48,11 +48,18 @@ def test_distances_agree_with_logits_by_hand(tiny_model):
     sparse = log_probabilities()
     expected = (dense.exp() * (dense - sparse)).sum(-1).mean().item()
     agreed = (dense.argmax(-1) == sparse.argmax(-1)).float().mean().item()
-    assert result["kl"] == result["divergence"]["sparse"] == pytest.approx(expected, rel=1e-4)
-    assert result["top1"] == result["agreement"]["sparse"] == pytest.approx(agreed, abs=1e-6)
-    assert set(result["divergence"]) == {"sparse", "oracle_ids", "static"}
-    assert min(result["divergence"].values()) > 0.01
-    assert list(result)[:3] == ["kl", "top1", "ratio"]
+    assert result["kl"] == pytest.approx(expected, rel=1e-4)
+    assert result["top1"] == pytest.approx(agreed, abs=1e-6)
+    assert result["bits_per_weight"] == pytest.approx(16 * result["cost_share"])
+    distances = ["kl", "kl_interval", "top1", "ratio", "interval"]
+    assert list(result)[:5] == distances
+    for name in ("oracle_ids", "static"):
+        assert list(result[name]) == distances
+        assert result[name]["kl"] > 0.01
+    for row in (result, result["oracle_ids"], result["static"]):
+        for value, interval in (("kl", "kl_interval"), ("ratio", "interval")):
+            low, high = row[interval]
+            assert low < row[value] < high
 
 
 def test_oracle_ids_recover_a_perfect_cluster(tiny_model):

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from sparse_runtime.eval.quality.bootstrap import ratio_interval
+from sparse_runtime.eval.quality.bootstrap import mean_interval, ratio_interval
 
 
 def test_agrees_with_normal_theory():
@@ -29,3 +29,15 @@ def test_one_window_and_unequal_windows():
     low, high = ratio_interval([2.0, 9.0], [1.0, 4.0], [10, 10])
     assert low == pytest.approx(math.exp(0.1))
     assert high == pytest.approx(math.exp(0.5))
+
+
+def test_means_of_windows():
+    generator = np.random.default_rng(2)
+    totals = generator.gamma(4.0, 10.0, size=300)
+    low, high = mean_interval(totals, [511] * 300)
+    mean, error = totals.mean() / 511, totals.std() / math.sqrt(300) / 511
+    assert low == pytest.approx(mean - 1.96 * error, rel=0.02)
+    assert high == pytest.approx(mean + 1.96 * error, rel=0.02)
+    assert mean_interval([3.0], [6]) == (0.5, 0.5)
+    # Long windows count for as much as they hold.
+    assert mean_interval([1.0, 4.0], [10, 40]) == pytest.approx((0.1, 0.1))

@@ -1,20 +1,24 @@
 """Curves over budgets: their rows against single runs, one dense run, and the command."""
 
+import copy
 import json
 
 import pytest
 import torch
-from helpers import cuttable_cluster_set
+from helpers import assert_same_state, cuttable_cluster_set, make_tiny_model
 
-from sparse_runtime import cli, recut
+from sparse_runtime import SparseConfig, cli, recut, sparsify, unsparsify
+from sparse_runtime.clusters.calibrated_packing import pack_calibrated
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.baselines.deja_vu import DejaVu
+from sparse_runtime.eval.baselines.dense_formats import FORMATS, GGUF_NAMES, DensePlanes
 from sparse_runtime.eval.baselines.registry import BASELINES
 from sparse_runtime.eval.paper.clusters import AwcPaper
-from sparse_runtime.eval.quality import curves as curves_module
+from sparse_runtime.eval.quality import rows as rows_module
 from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
-from sparse_runtime.eval.quality.curves import Protocol, evaluate_curves
+from sparse_runtime.eval.quality.curves import evaluate_curves
 from sparse_runtime.eval.quality.perplexity import score_text
+from sparse_runtime.eval.quality.rows import Protocol
 
 IDS = torch.randint(0, 250, (96,), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(0, 250, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -53,13 +57,16 @@ def test_rows_agree_with_single_runs(tiny_model, clusters):
             assert row["cost_share"] == pytest.approx(single["cost_share"])
             assert row["nll"] == pytest.approx(single["nll"]["sparse"], rel=1e-6)
             assert entry["scored"] == single["scored"] == [22] * 3
-            low, high = row["interval"]
-            assert low < row["ratio"] < high
-            assert 0 < row["divergence"] < 5
-            assert 0 < row["agreement"] < 1
-            assert (row["looked_at"] > 0) == verify
-            assert 0 < row["computed"] < 1
-        assert rows[0.5, False]["computed"] < rows[0.8, False]["computed"]
+            for value, interval in (("ratio", "interval"), ("kl", "kl_interval")):
+                low, high = row[interval]
+                assert low < row[value] < high
+            assert row["kl"] == pytest.approx(single["kl"], rel=1e-4)
+            assert row["top1"] == pytest.approx(single["top1"])
+            assert row["bits_per_weight"] == pytest.approx(16 * row["cost_share"])
+            assert row["weights"] is row["rounding"] is None
+            assert (row["looked"] > 0) == verify
+            assert 0 < row["counted"] < 1
+        assert rows[0.5, False]["counted"] < rows[0.8, False]["counted"]
     with torch.inference_mode():
         assert torch.equal(tiny_model(IDS[None]).logits, before)
 
@@ -71,7 +78,7 @@ def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkey
         runs.append(description)
         return score_text(*arguments, description=description, **options)
 
-    monkeypatch.setattr(curves_module, "score_text", counted)
+    monkeypatch.setattr(rows_module, "score_text", counted)
     result = evaluate_curves(
         tiny_model,
         clusters,
@@ -99,10 +106,11 @@ def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkey
     assert dense == pytest.approx(score_text(tiny_model, IDS, window=32).perplexity)
     for row in rows[2:]:
         assert row["cost_share"] == pytest.approx(row["budget"], abs=0.1)
-        assert row["verify"] is row["looked_at"] is None
+        assert row["verify"] is row["looked"] is row["refined"] is None
+        assert row["bits_per_weight"] == pytest.approx(16 * row["cost_share"])
         assert row["ratio"] == pytest.approx(row["perplexity"] / dense)
         assert row["perplexity"] != pytest.approx(dense, rel=1e-4)
-        assert (row["computed"] is None) == (row["method"] == "teal")
+        assert (row["counted"] is None) == (row["method"] == "teal")
 
 
 def test_all_baselines(tiny_model, clusters, monkeypatch):
@@ -118,13 +126,99 @@ def test_all_baselines(tiny_model, clusters, monkeypatch):
             protocol=Protocol(window=32, prompt_tokens=prompt_tokens),
         )
         left_out = {row["method"]: row["reason"] for row in result["left_out"]}
-        assert list(left_out) == ([] if prompt_tokens else ["griffin"])
+        # Rows of 44 neurons are no whole blocks of 32.
+        assert list(left_out) == [*GGUF_NAMES, *([] if prompt_tokens else ["griffin"])]
+        assert left_out["q8_0"] == "its blocks hold 32 weights, and rows have 44"
         if not prompt_tokens:
             assert "takes its neurons from a prompt" in left_out["griffin"]
         rows = {row["method"]: row for row in result["results"][0]["rows"]}
-        expected = {"clusters", *BASELINES, "awc-paper, oracle ids"} - set(left_out)
+        dense = {name for name in FORMATS if "mse" not in name}
+        expected = {"clusters", *BASELINES, *dense, "awc-paper, oracle ids"} - set(left_out)
         assert set(rows) == expected
-        assert min(rows, key=lambda name: rows[name]["divergence"]) == "oracle"
+        skipping = {name: row["kl"] for name, row in rows.items() if row["budget"] is not None}
+        assert min(skipping, key=lambda name: skipping[name]) == "oracle"
+        assert set(skipping) == expected - dense
+
+
+def test_over_planes(tiny_model, clusters):
+    """Ours on a packed copy, cut for each budget, and the same planes with all neurons."""
+    before = copy.deepcopy(tiny_model)
+    stages = SparseConfig(prefill="sparse", backend="reference", tau=3.0)
+    result = evaluate_curves(
+        tiny_model,
+        clusters,
+        [("first", IDS), ("second", IDS.flip(0))],
+        budgets=[0.3, 0.5],
+        verify=[None],
+        baselines=["dense-5", "dense-5-gptq"],
+        calibration=WINDOWS,
+        planes=DensePlanes(5, "gptq"),
+        config=stages,
+        protocol=Protocol(window=32),
+    )
+    assert_same_state(tiny_model, before)
+    packed = pack_calibrated(make_tiny_model(), WINDOWS, 5)
+    for tokens, entry in zip((IDS, IDS.flip(0)), result["results"], strict=True):
+        rows = entry["rows"]
+        assert [(row["method"], row["budget"], row["rounding"]) for row in rows] == [
+            ("clusters", 0.3, "gptq"),
+            ("clusters", 0.5, "gptq"),
+            ("dense-5-gptq", None, "gptq"),
+            ("dense-5", None, "plain"),
+        ]
+        assert {row["weights"] for row in rows} == {5}
+        reference = score_text(tiny_model, tokens, window=32, keep=True)
+        for row in rows[:2]:
+            cut = recut(packed, clusters, budget=row["budget"])
+            sparsify(packed, cut, config=stages)
+            score = score_text(packed, tokens, window=32, reference=reference)
+            unsparsify(packed)
+            assert row["kl"] == pytest.approx(score.kl, rel=1e-4)
+            assert row["top1"] == pytest.approx(score.top1)
+            assert row["verify"] == clusters.verified
+            assert row["bits_per_weight"] == pytest.approx(16 * row["cost_share"])
+            assert 0 < row["refined"] <= row["counted"] <= row["looked"] < 1
+        full = score_text(packed, tokens, window=32, reference=reference)
+        assert rows[2]["kl"] == pytest.approx(full.kl, rel=1e-4)
+        assert rows[2]["kl"] != pytest.approx(rows[3]["kl"], rel=1e-3)
+        assert rows[0]["bits_per_weight"] < rows[1]["bits_per_weight"] < rows[2]["bits_per_weight"]
+    assert result["fit_seconds"].keys() == {"dense-5-gptq", "dense-5"}
+    assert result["notes"] == []
+
+
+def test_planes_add_their_dense_row_once(tiny_model, clusters):
+    result = evaluate_curves(
+        tiny_model,
+        clusters,
+        [("text", IDS)],
+        budgets=[0.4],
+        verify=[False],
+        planes=DensePlanes(6),
+        protocol=Protocol(window=32, prompt_tokens=10),
+    )
+    rows = result["results"][0]["rows"]
+    assert [row["method"] for row in rows] == ["clusters", "dense-6"]
+    # Without factors candidates are refined whole.
+    assert rows[0]["verify"] is False
+    assert rows[0]["looked"] == rows[0]["counted"] == rows[0]["refined"]
+
+
+def test_what_is_wrong_over_planes_shows_before_they_are_packed(tiny_model, clusters, monkeypatch):
+    def packs(*arguments, **options):
+        raise AssertionError("the model was packed")
+
+    monkeypatch.setattr("sparse_runtime.eval.baselines.dense_formats.pack_model", packs)
+    planes = {"planes": DensePlanes(6), "protocol": Protocol(window=32)}
+    with pytest.raises(ConfigError, match="budget is 2"):
+        evaluate_curves(tiny_model, clusters, [("text", IDS)], budgets=[0.3, 2], **planes)
+    planes["planes"] = DensePlanes(6, "gptq")
+    with pytest.raises(ConfigError, match="without calibration text"):
+        evaluate_curves(tiny_model, clusters, [("text", IDS)], budgets=[0.3], **planes)
+    planes["planes"] = DensePlanes(6)
+    for layer in clusters.layers.values():
+        layer.centroids = None
+    with pytest.raises(ConfigError, match="loaded without centroids"):
+        evaluate_curves(tiny_model, clusters, [("text", IDS)], budgets=[0.3], **planes)
 
 
 @pytest.mark.parametrize(
@@ -132,6 +226,10 @@ def test_all_baselines(tiny_model, clusters, monkeypatch):
     [
         ({"budgets": [0.5, 1.5]}, "budget is 1.5"),
         ({"budgets": [0.5], "baselines": ["teal"]}, "without calibration"),
+        (
+            {"budgets": [0.5], "baselines": ["dense-4-gptq"]},
+            "dense-4-gptq given without calibration",
+        ),
         ({"budgets": [0.5], "baselines": ["magic"]}, "baseline is 'magic'"),
         ({"budgets": [0.5], "protocol": Protocol(window=32, prompt_tokens=31)}, "is 31"),
     ],
@@ -203,6 +301,30 @@ def test_command(run, clusters, tmp_path, monkeypatch):
     assert code == 0, err
     assert figures["prompt_tokens"] == 16
     assert set(figures["perplexity"]) == {"dense", "sparse", "oracle_ids", "static"}
+
+
+def test_command_over_planes(run, clusters, tmp_path):
+    clusters.save_pretrained(tmp_path / "clusters")
+    command = ("--weights", 6, "--budgets", "0.3,0.4", "--tau", 3, "--verify")
+    code, out, err, figures = run(*command, "--baselines", "dense-8,dense-4")
+    assert code == 0, err
+    assert (figures["weights"], figures["rounding"]) == (6, "plain")
+    assert "calibration" not in figures
+    rows = {(row["method"], row["budget"]): row for row in figures["results"][0]["rows"]}
+    assert list(rows) == [
+        ("clusters", 0.3), ("clusters", 0.4), ("dense-6", None), ("dense-8", None), ("dense-4", None),
+    ]  # fmt: skip
+    assert "clusters, 6 bits" in out
+    code, _, err, figures = run(*command, "--calibration", run.text, "--calibration-tokens", 640)
+    assert code == 0, err
+    assert (figures["rounding"], figures["calibration"]["tokens"]) == ("gptq", 640)
+    assert [row["method"] for row in figures["results"][0]["rows"]][2:] == ["dense-6-gptq"]
+    code, _, err, figures = run(
+        *command, "--baselines", "teal", "--rounding", "plain", "--calibration", run.text,
+        "--calibration-tokens", 640,
+    )  # fmt: skip
+    assert code == 0, err
+    assert figures["rounding"] == "plain"
 
 
 def test_calibration_that_cannot_be_read(run, clusters, tmp_path):

@@ -75,12 +75,12 @@ def test_distance_from_a_reference(tiny_model, prompt_tokens, kept_bytes, monkey
         assert score.divergence[number] == pytest.approx(float(expected), rel=1e-3)
         assert score.agreed[number] == int((p.argmax(-1) == q.argmax(-1)).sum())
     total = sum(scored for _, scored in windows)
-    assert score.mean_divergence == pytest.approx(sum(score.divergence) / total)
-    assert 0 < score.agreement < 1
+    assert score.kl == pytest.approx(sum(score.divergence) / total)
+    assert 0 < score.top1 < 1
     itself = score_text(tiny_model, ids, reference=dense, **options)
-    assert itself.mean_divergence == pytest.approx(0, abs=1e-6)
-    assert itself.agreement == 1
-    assert dense.mean_divergence is dense.agreement is None
+    assert itself.kl == pytest.approx(0, abs=1e-6)
+    assert itself.top1 == 1
+    assert dense.kl is dense.top1 is None
 
 
 @pytest.mark.parametrize("kept_bytes", [2**30, 0])
@@ -99,4 +99,4 @@ def test_a_packed_head_is_compared_with_the_references_own(tiny_model, monkeypat
     score = score_text(tiny_model, ids, window=64, reference=reference)
     divergence = (expected.exp() * (expected - found)).sum(-1).mean().item()
     assert divergence > 1e-3
-    assert score.mean_divergence == pytest.approx(divergence, rel=1e-3)
+    assert score.kl == pytest.approx(divergence, rel=1e-3)

@@ -73,6 +73,10 @@ def made_once(tmp_path_factory, tiny_tokenizer):
             "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.4,0.5",
             "--baselines", "teal,cats,static", *calibration,
         ],
+        "planes": [
+            "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--weights", 6, "--budgets",
+            "0.3,0.4", "--verify", "--baselines", "dense,dense-4-gptq,q8_0", *calibration,
+        ],
         "predictors": [
             "eval", tiny_folder, *judge, "--max-tokens", 256, *sizes, "--budgets", "0.5",
             "--baselines", "deja-vu,random,teal", *calibration,
@@ -129,14 +133,14 @@ def test_report(command, run_folder):
     page = Page(text)
     names = {attributes["id"] for tag, attributes in page.tags if tag == "section"}
     assert names == {
-        "quality_1", "domains", "coverage", "confidence", "densities",
+        "rates_1", "quality_1", "domains", "coverage", "confidence", "densities",
         "cluster_sizes", "latency", "ablation", "convergence", "methods", "coverage-table", "tasks",
         "prediction", "ablation-table", "measured",
     }  # fmt: skip
     # Nothing from outside: no address but those of XML names inside the figures.
     assert not any(tag in ("link", "script") and "http" in str(a) for tag, a in page.tags)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 9
+    assert len(images) == 10
     for attributes in images:
         assert attributes["src"].startswith("data:image/svg+xml;base64,")
         assert len(attributes["alt"]) > 60
@@ -144,13 +148,21 @@ def test_report(command, run_folder):
     for row in figures["results"][0]["rows"]:
         assert f"{row['ratio']:.3f}" in page.text
     assert any(line.startswith("Deja Vu is left out at 0.5: it reads") for line in page.text)
-    for attributes in images[:1]:
-        row = next(r for r in figures["results"][0]["rows"] if r["budget"] == 0.5)
-        assert (
-            f"clusters with looks {row['ratio']:.2f} at {row['cost_share']:.2f}"
-            in attributes["alt"]
-        )
-    for name in ("quality_1", "latency"):
+    row = next(r for r in figures["results"][0]["rows"] if r["budget"] == 0.5)
+    share = f"clusters with looks {row['ratio']:.2f} at {row['cost_share']:.2f}"
+    assert share in images[1]["alt"]
+    # The first picture has ours and dense formats on one axis.
+    alt = images[0]["alt"]
+    assert alt.startswith("KL against bits read per FFN weight on text.txt. clusters with looks ")
+    assert f"{row['kl']:.3g} at {row['bits_per_weight']:.2f}" in alt
+    planes = json.loads((run_folder / "planes.json").read_text())["results"][0]["rows"]
+    for label in ("clusters, 6 bits, GPTQ", "dense planes", "dense planes, GPTQ"):
+        assert f"; {label} " in alt
+    for row in planes:
+        assert f"{row['kl']:.3g} at {row['bits_per_weight']:.2f}" in alt
+    assert any("KL at bits read per FFN weight: " in line for line in page.text)
+    assert any(line.startswith("GGUF Q8_0 is left out: its blocks hold 32") for line in page.text)
+    for name in ("rates_1", "quality_1", "latency"):
         ElementTree.parse(run_folder / "figures" / f"{name}.svg")
         assert (run_folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
     before = (run_folder / "figures" / "quality_1.svg").read_bytes()
@@ -175,15 +187,15 @@ def test_report_in_a_browser(command, run_folder):
             assert page.evaluate(broken) == 0
             table = page.locator("#methods table").first
             header = table.locator("th button", has_text="÷ dense")
-            column = "rows => rows.map(row => parseFloat(row.cells[4].dataset.value))"
+            column = "rows => rows.map(row => parseFloat(row.cells[7].dataset.value))"
             for click, reverse in ((1, False), (2, True)):
                 header.click()
                 values = table.locator("tbody tr").evaluate_all(column)
                 assert values == sorted(values, reverse=reverse), click
                 assert len(set(values)) > 2
-            table.locator("th button", has_text="looked at").click()
+            table.locator("th button", has_text="looked").click()
             shown = table.locator("tbody tr").evaluate_all(
-                "rows => rows.map(row => row.cells[9].dataset.value)"
+                "rows => rows.map(row => row.cells[11].dataset.value)"
             )
             assert shown[-1] == ""  # what is no number goes last
             assert complaints == []
@@ -374,17 +386,24 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     assert "old" not in lines
     figures = json.loads((run_folder / "quality.json").read_text())
     rows = [row for row in figures["results"][0]["rows"] if row["budget"] == 0.5]
-    # Those of the other file on the same text; TEAL stands there once.
+    # Those of the other files on the same text; TEAL stands there once.
     more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
     rows += [row for row in more if row["method"] == "random"]
+    rows += json.loads((run_folder / "planes.json").read_text())["results"][0]["rows"]
     cells = [line for line in lines if line.startswith("| ")]
     table = cells[2:]
     assert len(table) == 1 + len(rows)
     header = [cell.strip() for cell in cells[0].split("|")[1:-1]]
-    assert header[1:4] == ["KL", "top-1", "perplexity ÷ dense"]
-    distances = [float(line.split("|")[2]) for line in table[1:]]
-    assert distances == sorted(distances)
-    assert distances == pytest.approx(sorted(row["divergence"] for row in rows), abs=5e-4)
+    assert header[1:] == ["bits", "KL", "95 %", "top-1", "perplexity ÷ dense", "95 %"]
+    assert {line.split("|")[1].strip() for line in table} >= {
+        "dense", "**clusters with looks**", "**clusters, 6 bits, GPTQ**", "dense, 4 bits, GPTQ",
+        "dense, 8 bits", "TEAL",
+    }  # fmt: skip
+    for column, key in ((2, "bits_per_weight"), (3, "kl")):
+        shown = [float(line.split("|")[column]) for line in table[1:]]
+        expected = sorted(rows, key=lambda row: (-row["bits_per_weight"], row["kl"]))
+        tolerance = 5.1e-3 if key == "bits_per_weight" else 1e-4
+        assert shown == pytest.approx([row[key] for row in expected], abs=tolerance)
     text = document.read_text()
     for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
         assert title in text

@@ -73,9 +73,13 @@ def test_means(tiny_model, tiny_tokenizer, text):
         assert row["ratio"] == pytest.approx((a["ratio"] + b["ratio"]) / 2)
         assert (row["least"], row["most"]) == tuple(sorted((a["ratio"], b["ratio"])))
         assert row["cost_share"] == pytest.approx(0.6, abs=0.1)
+        assert row["bits_per_weight"] == pytest.approx(16 * row["cost_share"])
+        assert 0 < row["top1"] < 1
+        low, high = a["kl_interval"]
+        assert low < a["kl"] < high
     # All ingredients are nearer to the dense model than none.
-    assert figures["rows"][0]["divergence"] > next(
-        row["divergence"] for row in figures["rows"] if row["name"] == "all"
+    assert figures["rows"][0]["kl"] > next(
+        row["kl"] for row in figures["rows"] if row["name"] == "all"
     )
 
 
