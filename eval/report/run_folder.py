@@ -150,7 +150,7 @@ def method_label(row: dict[str, Any]) -> str:
     """What readers call the method of a row of ``evaluate_curves``."""
     if row["method"] == "clusters" and row["weights"] is not None:
         label = f"clusters, {row['weights']} bits{_rounding(row)}"
-        return label if row["verify"] is not False else f"{label}, without looks"
+        return label if row["verify"] is not False else f"{label}, refined whole"
     if row["weights"] is not None:
         return f"dense, {row['weights']} bits{_rounding(row)}"
     label = _method_name(row)

@@ -136,9 +136,9 @@ _CURVE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
     "KL": lambda row: f"{row['kl']:.4f}",
     "top-1": lambda row: f"{row['top1']:.3f}",
     "÷ dense": lambda row: f"{row['ratio']:.3f}",
-    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
 }
 _WIDE_COLUMNS: dict[str, Callable[[dict[str, Any]], str]] = {
+    "95 %": lambda row: "–".join(f"{bound:.3f}" for bound in row["interval"]),
     "cost share": lambda row: f"{row['cost_share']:.3f}",
     "perplexity": lambda row: f"{row['perplexity']:.2f}",
     "looked": lambda row: _number(row["looked"]),
@@ -188,8 +188,10 @@ def print_curves(curves: dict[str, Any]) -> None:
 def _method(row: dict[str, Any]) -> str:
     if row["method"] != "clusters":
         return str(row["method"])
-    bits = "" if row["weights"] is None else f", {row['weights']} bits"
-    return f"clusters{bits}{' + looks' if row['verify'] else ''}"
+    if row["weights"] is None:
+        return f"clusters{' + looks' if row['verify'] else ''}"
+    # Without thresholds every candidate is read to its last bit.
+    return f"clusters, {row['weights']} bits{'' if row['verify'] else ', refined whole'}"
 
 
 def shown(value: Any) -> str:

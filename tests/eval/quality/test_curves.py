@@ -303,7 +303,7 @@ def test_command(run, clusters, tmp_path, monkeypatch):
     assert set(figures["perplexity"]) == {"dense", "sparse", "oracle_ids", "static"}
 
 
-def test_command_over_planes(run, clusters, tmp_path):
+def test_command_over_planes(run, clusters, tmp_path, monkeypatch):
     clusters.save_pretrained(tmp_path / "clusters")
     command = ("--weights", 6, "--budgets", "0.3,0.4", "--tau", 3, "--verify")
     code, out, err, figures = run(*command, "--baselines", "dense-8,dense-4")
@@ -315,6 +315,11 @@ def test_command_over_planes(run, clusters, tmp_path):
         ("clusters", 0.3), ("clusters", 0.4), ("dense-6", None), ("dense-8", None), ("dense-4", None),
     ]  # fmt: skip
     assert "clusters, 6 bits" in out
+    monkeypatch.setattr("sparse_runtime.cli.console.out.width", 80)
+    code, out, err, _ = run(*command, "--no-verify", "--baselines", "dense-4")
+    assert code == 0, err
+    assert "clusters, 6 bits, refined whole" in out
+    assert "…" not in out
     code, _, err, figures = run(*command, "--calibration", run.text, "--calibration-tokens", 640)
     assert code == 0, err
     assert (figures["rounding"], figures["calibration"]["tokens"]) == ("gptq", 640)
