@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,8 +50,8 @@ from sparse_runtime.clusters.text import (
     parse_source,
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
-from sparse_runtime.errors import DataError, ModelError
-from sparse_runtime.files import write_json, write_tensors
+from sparse_runtime.errors import ConfigError, DataError, ModelError
+from sparse_runtime.files import atomic_folder, check_new_folder, write_json, write_tensors
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
@@ -65,6 +65,7 @@ def build_clusters(
     config: BuildConfig | None = None,
     *,
     output: str | Path | None = None,
+    packed_output: str | Path | None = None,
     model_name: str = "",
     progress: ProgressReporter | None = None,
     times: dict[str, float] | None = None,
@@ -80,6 +81,9 @@ def build_clusters(
         config: settings.
         output: folder to write the artifact to; without it nothing is kept on disk, and an
             interrupted build starts over.
+        packed_output: new folder for the model as it was packed, with its tokenizer: what the artifact
+            fits best, as ``sparsify(weights=…)`` rounds without calibration text. Only with
+            ``weights``.
         model_name: recorded in the artifact.
         progress: draws bars; transformers' own if None.
         times: filled with the seconds that each stage took here; they are no part of the artifact.
@@ -95,6 +99,13 @@ def build_clusters(
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     settings = (config or BuildConfig()).resolved()
+    if packed_output is not None:
+        if settings.weights is None:
+            raise ConfigError(
+                f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
+                "weights as well, or leave packed_output out"
+            )
+        check_new_folder(Path(packed_output))
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     _check_in_memory(layers)
@@ -112,6 +123,8 @@ def build_clusters(
     build = _Build(
         model, layers, text, num_fit, settings, model_name, progress, {} if times is None else times
     )
+    if packed_output is not None:
+        build.save_packed = lambda: _save_packed(model, tokenizer, Path(packed_output))
     if output is None:
         with TemporaryDirectory() as work:
             return build.run(Path(work))
@@ -167,6 +180,7 @@ class _Build:
     model_name: str
     progress: ProgressReporter
     times: dict[str, float]
+    save_packed: Callable[[], None] | None = None
 
     def run(self, work: Path) -> ClusterSet:
         """All stages; what they find stays in ``work``."""
@@ -218,7 +232,10 @@ class _Build:
                     packed(self.model, fit_windows, settings.weights, self.progress)
                 )
                 context = _of_packed(context)
-            return self._fit(context, fingerprint, record)
+            clusters = self._fit(context, fingerprint, record)
+            if self.save_packed is not None:
+                self.save_packed()
+            return clusters
 
     def _fit(
         self, context: BuildContext, fingerprint: dict[str, Any], record: dict[str, Any]
@@ -272,6 +289,12 @@ class _Build:
             write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
         saved = load_file(file)
         return [saved[str(position)] for position in range(len(saved))], settings, {}
+
+
+def _save_packed(model: Any, tokenizer: Any, folder: Path) -> None:
+    with atomic_folder(folder) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
 
 
 def _of_packed(context: BuildContext) -> BuildContext:

@@ -31,8 +31,8 @@ class BuildConfig:
             to ``norm`` with a warning where memory does not suffice for a backward pass.
             ``awc-paper`` is always binary.
         allocation: how the budget is spent. ``global`` (default with ``awc``) cuts all sets at one
-            price of a neuron (see ``sparse_runtime.artifact.bands``); ``uniform`` gives every set the same
-            size, as ``awc-paper`` always does.
+            price of a neuron (see ``sparse_runtime.artifact.bands``); ``uniform`` gives every set the
+            same size, as ``awc-paper`` always does.
         verify: leave neurons that are needed by some of a cluster's tokens only to a look; needs,
             and is the default with, allocation ``global``.
         fisher_tokens: calibration tokens of the backward passes that estimate the loss's

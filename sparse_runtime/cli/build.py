@@ -56,6 +56,13 @@ _Budget = Annotated[
         callback=SHARE.callback,
     ),
 ]
+_Packed = Annotated[
+    Path | None,
+    typer.Option(
+        help="With --weights: new folder for the packed model, which the artifact fits best.",
+        metavar="FOLDER",
+    ),
+]
 _Importance = Annotated[str | None, typer.Option(help="fisher (default of awc), norm or binary.")]
 _Allocation = Annotated[
     str | None,
@@ -111,6 +118,7 @@ def build(
         int, typer.Option(callback=POSITIVE.callback, help="Clusters per layer.")
     ] = 256,
     weights: _Weights = None,
+    packed: _Packed = None,
     budget: _Budget = None,
     router: Annotated[str, typer.Option(help="auto, linear, or a rank.")] = "auto",
     max_tokens: Annotated[
@@ -149,7 +157,7 @@ def build(
         paper_init=paper_init,  # type: ignore[arg-type]
         paper_pooled=paper_pooled,
     )
-    summary = _build(model, output, data, config, dtype, device)
+    summary = _build(model, output, data, config, packed, dtype, device)
     write_figures(json_file, summary)
 
 
@@ -158,6 +166,7 @@ def _build(
     output: Path,
     data: list[str] | None,
     config: BuildConfig,
+    packed: Path | None,
     dtype: str,
     device: str | None,
 ) -> dict[str, Any]:
@@ -175,6 +184,7 @@ def _build(
             sources,
             config,
             output=output,
+            packed_output=packed,
             model_name=model,
             progress=RichProgress(err),
             times=times,

@@ -2,15 +2,18 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from helpers import make_tiny_model, make_tiny_model_of
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 from sparse_runtime import ClusterSet, cost_report, sparsify
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
-from sparse_runtime.errors import ConfigError, ModelError
+from sparse_runtime.cost import PlaneCost
+from sparse_runtime.errors import ConfigError, ModelError, OutputFolderError
 
 CONFIG = BuildConfig(
     num_clusters=6, budget=0.7, window=50, max_tokens=2000, distill=4, correction_rank=2
@@ -53,6 +56,73 @@ def test_equal_builds_are_equal(tiny_tokenizer, text, tmp_path):
     stages = {"capture", "fisher", "router choice", "layers", "loop_weights", "distill", "scores"}
     assert all(set(taken) == stages and min(taken.values()) >= 0 for taken in times)
     assert "seconds" not in (tmp_path / "0" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("bits", [4, 6])
+def test_builds_for_planes(tiny_tokenizer, text, tmp_path, bits):
+    """In a packed model, whose float weights come back; the artifact says what it is for."""
+    model = make_tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    cost = PlaneCost(32, 44, 0, base=4, residual=bits - 4)
+    budget = 0.8 * cost.whole_bytes / cost.dense_bytes
+    config = replace(CONFIG, weights=bits, budget=budget)
+    times = {}
+    built = build_clusters(
+        model,
+        tiny_tokenizer,
+        [text],
+        config,
+        output=tmp_path / "built",
+        packed_output=tmp_path / "packed",
+        times=times,
+    )
+    assert "pack" in times
+    assert getattr(model.config, "quantization_config", None) is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    loaded = ClusterSet.from_pretrained(tmp_path / "built")
+    for index, layer in built.layers.items():
+        found = loaded.layers[index]
+        assert (found.weights, found.base_error) == (bits, layer.base_error)
+        assert (0 < layer.base_error < 0.2) == (bits > 4)
+        assert layer.maybe_sets is None or layer.tau >= 1
+    assert loaded.build["config"]["weights"] == bits
+    sparsify(model, loaded, weights=bits, prefill="sparse")
+    with torch.inference_mode():
+        model(input_ids=torch.tensor(tiny_tokenizer("gnmaeh" * 20)["input_ids"])[None])
+    assert cost_report(model).cost_share == pytest.approx(budget, rel=0.15)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert packed.config.quantization_config.bits == bits
+    sparsify(packed, loaded)  # its fingerprint is the float model's
+
+
+def test_a_build_for_planes_that_fails_leaves_the_floats(tiny_tokenizer, text, monkeypatch):
+    model = make_tiny_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    monkeypatch.setattr(build, "_fit_layers", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        build_clusters(model, tiny_tokenizer, [text], replace(CONFIG, weights=6, budget=0.6))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert getattr(model.config, "quantization_config", None) is None
+
+
+@pytest.mark.parametrize("options", [{"verify": False}, {"allocation": "uniform"}])
+def test_planes_need_looks_and_a_price(options):
+    with pytest.raises(ConfigError, match=r"^weights is 6, which has no effect with"):
+        BuildConfig(weights=6, **options)
+
+
+def test_a_packed_folder_that_cannot_be(tiny_model, tiny_tokenizer, text, tmp_path):
+    with pytest.raises(ConfigError, match=r"packed_output is .* give weights"):
+        build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG, packed_output=tmp_path / "p")
+    (tmp_path / "p").write_text("in the way")
+    config = replace(CONFIG, weights=6, budget=0.6)
+    with pytest.raises(OutputFolderError, match="is a file"):
+        build_clusters(tiny_model, tiny_tokenizer, [text], config, packed_output=tmp_path / "p")
+
+
+def test_default_budgets():
+    assert BuildConfig().resolved().budget == 0.5
+    assert BuildConfig(weights=6).resolved().budget == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2"])
