@@ -24,6 +24,7 @@ from sparse_runtime.eval.baselines.dense_formats import (
     DenseFormat,
     GgufBlocks,
 )
+from sparse_runtime.eval.baselines.look_all import LOOK_ALL
 from sparse_runtime.eval.baselines.masked_ffn import Baseline, Masks, PromptMasks
 from sparse_runtime.eval.baselines.neuron_sets import Griffin, Oracle, Random, Static
 from sparse_runtime.eval.baselines.thresholds import Cats, Teal, Wina
@@ -59,13 +60,15 @@ def named_baselines(names: Sequence[str]) -> tuple[list[Baseline], list[DenseFor
         ConfigError: there is none of a name, or it asks for a package that is not installed. ``all``
             asks for none.
     """
-    known = (*BASELINES, *FORMATS, *FORMAT_GROUPS)
+    known = (*BASELINES, LOOK_ALL, *FORMATS, *FORMAT_GROUPS)
     methods: dict[str, None] = {}
     formats: dict[str, DenseFormat] = {}
     for name in names:
         if name == "all":
             methods |= dict.fromkeys(BASELINES)
             formats |= {n: form for n, form in FORMATS.items() if form not in _NOT_OF_ALL}
+        elif name == LOOK_ALL:
+            pass  # the artifact's own, without its clusters
         elif name in BASELINES:
             methods[name] = None
         elif name in known:

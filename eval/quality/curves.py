@@ -34,6 +34,7 @@ from sparse_runtime.eval.baselines.dense_formats import (
     DensePlanes,
     stored_in_four_bits,
 )
+from sparse_runtime.eval.baselines.look_all import LOOK_ALL, without_clusters
 from sparse_runtime.eval.baselines.masked_ffn import (
     Baseline,
     CostMeter,
@@ -106,6 +107,8 @@ def evaluate_curves(
         model, clusters, budgets, verify, calibration, protocol or Protocol(), planes, config
     )
     methods, formats = named_baselines(baselines)
+    if LOOK_ALL in baselines or "all" in baselines:
+        run.looks_at_all = True
     run.check(methods, formats)
     # Whatever cannot work shows here, before the first run; over planes, once these are there.
     cuts = run.cuts(model) if planes is None else []
@@ -123,8 +126,13 @@ def evaluate_curves(
 
 @dataclass(frozen=True)
 class _Cut:
-    """An artifact cut for a budget, with or without looks."""
+    """An artifact cut for a budget, with or without looks.
 
+    Attributes:
+        method: its name in the rows.
+    """
+
+    method: str
     budget: float
     verify: bool
     clusters: ClusterSet
@@ -146,7 +154,7 @@ class _Run:
     ) -> None:
         self.model, self.clusters, self.protocol = model, clusters, protocol
         self.budgets, self.verify, self.calibration = budgets, verify, calibration
-        self.planes = planes
+        self.planes, self.looks_at_all = planes, False
         own = EVALUATION if planes is None else SparseConfig(prefill="sparse")
         self.config = own if config is None else config
         self.curves: list[Curve] = []
@@ -170,15 +178,16 @@ class _Run:
             recut(self.model, self.clusters, budget=max(self.budgets))
 
     def cuts(self, model: nn.Module) -> list[_Cut]:
-        """The artifact for each budget, over the weights of a model."""
+        """The artifact for each budget, over the weights of a model; without its clusters, too."""
+        artifacts = {"clusters": self.clusters}
+        if self.looks_at_all:
+            artifacts[LOOK_ALL] = without_clusters(self.clusters)
         return [
-            _Cut(
-                budget,
-                self.clusters.verified if looks is None else looks,
-                recut(model, self.clusters, budget=budget, verify=looks),
-            )
+            _Cut(name, budget, verified, recut(model, artifact, budget=budget, verify=looks))
+            for name, artifact in artifacts.items()
             for budget in self.budgets
             for looks in self.verify
+            if (verified := artifact.verified if looks is None else looks) or name != LOOK_ALL
         ]
 
     def add_texts(self, texts: Sequence[tuple[str, Tensor]]) -> None:
@@ -200,12 +209,12 @@ class _Run:
                         score = self.protocol.score(
                             model,
                             curve.tokens,
-                            f"budget {cut.budget}, {looks}",
+                            f"budget {cut.budget:.3f}, {cut.method} {looks}",
                             reference=curve.dense,
                         )
                     curve.add(
                         score,
-                        "clusters",
+                        cut.method,
                         amounts(model),
                         budget=cut.budget,
                         verify=cut.verify,

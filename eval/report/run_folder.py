@@ -146,10 +146,14 @@ def _at(budget: float | None) -> str:
     return "" if budget is None else f" at {budget:g}"
 
 
+# Methods that skip neurons over planes.
+_SPARSE = ("clusters", "look-all")
+
+
 def method_label(row: dict[str, Any]) -> str:
     """What readers call the method of a row of ``evaluate_curves``."""
-    if row["method"] == "clusters" and row["weights"] is not None:
-        label = f"clusters, {row['weights']} bits{_rounding(row)}"
+    if row["method"] in _SPARSE and row["weights"] is not None:
+        label = f"{_method_name(row)}, {row['weights']} bits{_rounding(row)}"
         return label if row["verify"] is not False else f"{label}, refined whole"
     if row["weights"] is not None:
         return f"dense, {row['weights']} bits{_rounding(row)}"
@@ -162,7 +166,7 @@ def method_label(row: dict[str, Any]) -> str:
 def series_label(row: dict[str, Any]) -> str:
     """What readers call the line that a row is a point of: dense formats of a kind make one."""
     dense = row["method"] in GGUF_LABELS or (
-        row["method"] != "clusters" and row["weights"] is not None
+        row["method"] not in _SPARSE and row["weights"] is not None
     )
     return FORMAT_LABELS.get(row["rounding"], row["method"]) if dense else method_label(row)
 

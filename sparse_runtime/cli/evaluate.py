@@ -66,7 +66,7 @@ BudgetsOption = Annotated[
 BaselinesOption = Annotated[
     str | None,
     typer.Option(
-        help="Beside other methods at the same budgets: oracle,teal,wina,cats,deja-vu,griffin,"
+        help="Beside other methods at the same budgets: oracle,teal,wina,cats,deja-vu,griffin,look-all,"
         "awc-paper,static,random; and FFN weights in dense formats, a row each: dense-8, dense-6, "
         "dense-5, dense-4, dense-3 (planes), the same with -mse (scales by E[x²]) or -gptq "
         "(compensated), q8_0, q5_0, q4_0 (GGUF). dense, dense-mse, dense-gptq and gguf stand for "

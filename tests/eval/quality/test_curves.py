@@ -12,6 +12,7 @@ from sparse_runtime.clusters.calibrated_packing import pack_calibrated
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.baselines.deja_vu import DejaVu
 from sparse_runtime.eval.baselines.dense_formats import FORMATS, GGUF_NAMES, DensePlanes
+from sparse_runtime.eval.baselines.look_all import without_clusters
 from sparse_runtime.eval.baselines.registry import BASELINES
 from sparse_runtime.eval.paper.clusters import AwcPaper
 from sparse_runtime.eval.quality import rows as rows_module
@@ -19,6 +20,7 @@ from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
 from sparse_runtime.eval.quality.curves import evaluate_curves
 from sparse_runtime.eval.quality.perplexity import score_text
 from sparse_runtime.eval.quality.rows import Protocol
+from sparse_runtime.eval.report.run_folder import method_label
 
 IDS = torch.randint(0, 250, (96,), generator=torch.Generator().manual_seed(0))
 WINDOWS = torch.randint(0, 250, (12, 32), generator=torch.Generator().manual_seed(1))
@@ -69,6 +71,30 @@ def test_rows_agree_with_single_runs(tiny_model, clusters):
         assert rows[0.5, False]["counted"] < rows[0.8, False]["counted"]
     with torch.inference_mode():
         assert torch.equal(tiny_model(IDS[None]).logits, before)
+
+
+@pytest.mark.parametrize("planes", [None, DensePlanes(6)])
+def test_looking_at_all_is_one_set_for_all_tokens(tiny_model, clusters, planes):
+    """With looks at the same budgets; without them there is nothing to look with."""
+    result = evaluate_curves(
+        tiny_model,
+        clusters,
+        [("text", IDS)],
+        budgets=[0.5],
+        verify=[True, False] if planes is None else [True],
+        baselines=["look-all"],
+        planes=planes,
+        protocol=Protocol(window=32),
+    )
+    rows = {(row["method"], row["verify"]): row for row in result["results"][0]["rows"]}
+    assert ("look-all", False) not in rows
+    alone = rows["look-all", True]
+    merged = without_clusters(clusters)
+    assert {layer.num_clusters for layer in merged.layers.values()} == {1}
+    assert clusters.layers[0].num_clusters == 6
+    assert alone["weights"] == (None if planes is None else 6)
+    assert alone["cost_share"] == pytest.approx(rows["clusters", True]["cost_share"], abs=0.15)
+    assert method_label(alone).startswith("look-all")
 
 
 def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkeypatch):
