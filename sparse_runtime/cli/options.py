@@ -107,7 +107,7 @@ TauOption = Annotated[
     float | None,
     typer.Option(
         help="With packed weights: refine neurons whose look is so many times what counting takes "
-        "[default: 2]",
+        "[default: as the sets were cut, or 2]",
         callback=ONE_OR_MORE.callback,
     ),
 ]
