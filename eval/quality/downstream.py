@@ -23,7 +23,7 @@ from sparse_runtime.clusters.text.records import file_records
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
-from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.ffn.counts import bytes_per_token, count_cost
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 
@@ -112,7 +112,8 @@ def evaluate_tasks(
     Returns:
         ``rows`` of ``task``, ``metric``, ``higher_is_better``, ``documents``, and ``dense``,
         ``dense_error``, ``sparse`` and ``sparse_error`` (standard errors over documents; None where
-        the metric has none); ``cost_share`` of all tokens; ``limit``.
+        the metric has none); ``cost_share`` of all tokens; ``bytes_per_token`` of the
+        whole model's weights; ``limit``.
 
     Raises:
         ConfigError: lm-eval is not installed, or there is no such task.
@@ -139,10 +140,16 @@ def evaluate_tasks(
                     rows += _rows(before, after)
                     advance(1)
                 cost = count_cost(sparse_modules(model), element_size=2)
+                read = bytes_per_token(model)
             finally:
                 if config.weights is None and config.linear_weights is None:
                     unsparsify(model)
-    return {"rows": rows, "cost_share": cost.cost_share, "limit": limit}
+    return {
+        "rows": rows,
+        "cost_share": cost.cost_share,
+        "bytes_per_token": read,
+        "limit": limit,
+    }
 
 
 def check_task(task: str) -> tuple[str, Path | None]:

@@ -88,8 +88,16 @@ class StageCosts:
     looks_first: bool = False
 
     @classmethod
-    def of(cls, cost: FFNCost, base_error: float = 0.0) -> StageCosts:
-        """Of a layer's neurons, by their bytes."""
+    def of(cls, cost: FFNCost, base_error: float = 0.0, *, verify: bool = True) -> StageCosts:
+        """Of a layer's neurons, by their bytes.
+
+        Args:
+            cost: of the layer.
+            base_error: ρ².
+            verify: False: planes are read whole, and nothing is decided on the way.
+        """
+        if cost.looks_first and not verify:
+            return cls(count=cost.whole_bytes / cost.dense_bytes)
         look, count, refine = (
             size / cost.neuron_bytes
             for size in (cost.look_bytes, cost.count_bytes, cost.refine_bytes)

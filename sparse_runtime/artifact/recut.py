@@ -41,7 +41,8 @@ def recut(
     Args:
         model: the model that the artifact was built for.
         clusters: with the layers' centroids.
-        budget: mean cost share over all layers, in (0, 1]; the artifact's own if None.
+        budget: mean cost share over all layers, in (0, 1], bits per FFN weight and token ÷ 16; the
+            artifact's own if None.
         verify: with or without a band of neurons that looks decide on; as the artifact is
             if None.
         layer_budgets: layer index -> cost share of its own (1: dense). The other layers share what
@@ -134,7 +135,8 @@ class _Part:
         self._centroids = clusters.centroids
         self._cost = layer_cost(layer, clusters.extra_elements, verified=verify)
         error = clusters.base_error if layer.bits == clusters.weights else None
-        self._stages = StageCosts.of(self._cost, _BASE_ERROR if error is None else error)
+        error = _BASE_ERROR if error is None else error
+        self._stages = StageCosts.of(self._cost, error, verify=verify)
         step = -(-clusters.centroids.mean_squares.numel() // _SEARCH_VALUES)
         self._sample = clusters.centroids.every(step)
 
@@ -162,6 +164,8 @@ class _Part:
         neurons = self._layer.intermediate_size
         scale = neurons / bands.sure.shape[1]
         amounts = (bands.computed, bands.looked, bands.refined)
+        if self._cost.looks_first and bands.maybe is None:  # read whole
+            amounts = (bands.computed, bands.computed, bands.computed)
         share = self._cost.share(*(amount * scale for amount in amounts))
         whole = self._whole_share
         return share if bands.loss * scale < price * neurons * (whole - share) else whole

@@ -52,8 +52,11 @@ _Weights = Annotated[
 _Budget = Annotated[
     float | None,
     typer.Option(
-        help="Mean cost share, router included; 0.5, or 0.64 of what planes take.",
-        callback=SHARE.callback,
+        help="Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included; "
+        "0.5, or 0.64 of what planes take.",
+        metavar="SHARE",
+        parser=str,
+        callback=SHARE.read,
     ),
 ]
 _Packed = Annotated[

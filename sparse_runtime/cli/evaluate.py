@@ -60,7 +60,8 @@ PromptTokensOption = Annotated[
 BudgetsOption = Annotated[
     str | None,
     typer.Option(
-        help="Compare these cost shares, with commas: with looks and without, or over --weights."
+        help="Compare these cost shares, or bits per FFN weight (4bits), with commas: with looks and "
+        "without, or over --weights."
     ),
 ]
 BaselinesOption = Annotated[

@@ -333,7 +333,8 @@ def tasks(
     out.print(table)
     bits = share_in_bits(result["cost_share"])
     out.print(
-        f"cost share {result['cost_share']:.3f} ({bits:.2f} bits per FFN weight); ± is the standard "
+        f"cost share {result['cost_share']:.3f} ({bits:.2f} bits per FFN weight, "
+        f"{result['bytes_per_token'] / 1e9:.3f} GB of weights per token); ± is the standard "
         "error over documents"
     )
     record: dict[str, Any] = {"model": model, "clusters": clusters, "planes": planes}

@@ -18,6 +18,7 @@ from sparse_runtime import (
 )
 from sparse_runtime.artifact.bands import LayerCentroids, StageCosts, cut_bands
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.ffn.counts import read_counts
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.models.ffn_layers import find_ffn_layers, layer_cost
@@ -281,7 +282,8 @@ def test_packed_models_are_cut_by_what_planes_cost(tiny_model, clusters, bits, t
         layer.weights, layer.base_error = bits, 0.02
     pack_model(tiny_model, bits)
     cost = layer_cost(find_ffn_layers(tiny_model, packed=True)[0], 0, verified=True)
-    cut = recut(tiny_model, clusters, budget=0.8 * cost.whole_bytes / cost.dense_bytes)
+    whole = cost.whole_bytes / cost.dense_bytes
+    cut = recut(tiny_model, clusters, budget=0.8 * whole, verify=True)
     assert any(layer.maybe_sets is not None for layer in cut.layers.values())
     for layer in cut.layers.values():
         if layer.maybe_sets is None:  # all neurons
@@ -302,6 +304,14 @@ def test_packed_models_are_cut_by_what_planes_cost(tiny_model, clusters, bits, t
     sparsify(tiny_model, loaded, tau=3.0, check_fingerprint=False)
     taus = {module.stages.tau for module in sparse_modules(tiny_model) if module.stages is not None}
     assert taus == {3.0}
+    unsparsify(tiny_model)
+    sparsify(tiny_model, loaded, budget=0.6 * whole, verify=False, prefill="sparse")
+    assert all(module.stages is None for module in sparse_modules(tiny_model))
+    with torch.inference_mode():
+        tiny_model(torch.randint(0, 250, (1, 30), generator=torch.Generator().manual_seed(0)))
+    for module in sparse_modules(tiny_model):  # what is read is read whole
+        counts = read_counts(module)
+        assert 0 < counts.looked_at == counts.computed == counts.refined
 
 
 def test_excess_lowers_the_aim(tiny_model, clusters, tmp_path):

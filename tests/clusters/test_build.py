@@ -89,7 +89,7 @@ def test_builds_for_planes(tiny_tokenizer, text, tmp_path, bits):
     sparsify(model, loaded, weights=bits, prefill="sparse")
     with torch.inference_mode():
         model(input_ids=torch.tensor(tiny_tokenizer("gnmaeh" * 20)["input_ids"])[None])
-    assert cost_report(model).cost_share == pytest.approx(budget, rel=0.15)
+    assert cost_report(model).bits_per_weight == pytest.approx(16 * budget, rel=0.15)
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
     assert packed.config.quantization_config.bits == bits
     sparsify(packed, loaded)  # its fingerprint is the float model's
