@@ -106,8 +106,9 @@ def test_tasks_in_bits(figures, monkeypatch):
     rows[0] |= dict.fromkeys(("dense", "sparse"), 0.5) | {"dense_error": None, "sparse_error": None}
     monkeypatch.setattr(
         "sparse_runtime.eval.quality.downstream.evaluate_tasks",
-        lambda *given, **options: {"rows": rows, "cost_share": 0.25},
+        lambda *given, **options: {"rows": rows, "cost_share": 0.25, "bytes_per_token": 2e9},
     )
     record, out = figures("tasks", "--task", "x", "--budget", "8bits")
     assert record["bits_per_weight"] == 4
-    assert "cost share 0.250 (4.00 bits per FFN weight)" in out
+    assert record["bytes_per_token"] == 2e9
+    assert "(4.00 bits per FFN weight, 2.000 GB of weights per token)" in out

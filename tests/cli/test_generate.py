@@ -170,7 +170,7 @@ def test_centroids_are_for_cuts_only(run, tiny_model, tiny_folder, tmp_path, mon
     """Their file, most of an artifact, may be left out of a copy."""
     text = tmp_path / "text.txt"
     text.write_text("alpha beta gamma " * 20)
-    tasks = {"rows": [], "cost_share": 0.5}
+    tasks = {"rows": [], "cost_share": 0.5, "bytes_per_token": 1e6}
     monkeypatch.setattr(
         "sparse_runtime.eval.quality.downstream.evaluate_tasks", lambda *a, **options: tasks
     )
