@@ -230,7 +230,7 @@ def _price(parts: Sequence[_Part], share: float) -> float:
             "a smaller router rank"
         )
     # Layers that output nothing have no loss; 1e-30 is below any that counts. Looking at a neuron in
-    # planes takes a tenth of a float neuron's bytes at least: at e⁴ times the largest loss nothing pays.
+    # planes takes a tenth of a float neuron's bytes at least: at e⁴ times the largest loss none pays.
     high = math.log(max(1e-30, *(part.largest_loss for part in parts))) + 4
     low = high - 50
     for _ in range(40):
