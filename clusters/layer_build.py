@@ -238,7 +238,7 @@ def uncut_layer(
     bias = None
     if config.cluster_bias:
         left_out = fitted.centroids.mean_activations.masked_fill(fitted.sets, 0)
-        bias = left_out @ layer.rows()[2].float().cpu()
+        bias = left_out @ layer.down_rows().float().cpu()
     state = {name: tensor.detach() for name, tensor in fitted.router.state_dict().items()}
     return LayerClusters(
         active_sets=pack_bits(fitted.sets),

@@ -41,7 +41,7 @@ class LayerClusters:
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its look record
             [I]; None without ``maybe_sets``.
         tau: over planes, such a neuron is refined where |h̃|·factor > τ; None where sets were cut for
-            float weights, or are never refined.
+            float weights.
         weights: bits of the planes that the clusters were built for; None for float weights.
         base_error: of these planes, the share of e² that is lost where neurons are counted by their
             base planes.

@@ -178,7 +178,7 @@ class _Part:
         shift, correction, left_out = self._compensation(bands)
         bias = None
         if self._clusters.cluster_bias is not None:
-            down = self._layer.rows()[2]
+            down = self._layer.down_rows()
             bias = (bands.left_out.to(down) @ down).float().cpu()
             if shift is not None and bands.share_left_out > 0:
                 bias += shift

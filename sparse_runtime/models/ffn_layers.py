@@ -119,6 +119,12 @@ class FFNLayer:
         """Of its planes; None for float weights."""
         return None if self.format is None else self.format.bits
 
+    def down_rows(self) -> Tensor:
+        """The last of :meth:`rows` alone: values of gate and up would take twice its memory again."""
+        if self.packed:
+            return self.mlp.planes.rounded()[2].values()  # type: ignore[union-attr,operator]
+        return self.down.weight.detach().t()
+
     def rows(self, *, base: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Gate, up and transposed down, each [I, H]: weights, or the values of planes in float32.
 
