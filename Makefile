@@ -77,9 +77,9 @@ format: $(STAMP)
 bench: $(STAMP)
 	test -f runs/demo/clusters/config.json || $(BIN)/sparse-runtime demo --output runs/demo
 	mkdir -p runs/bench
-	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --batches 1,2,4,8,16,32 \
+	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --budget 0.5 --batches 1,2,4,8,16,32 \
 		--json runs/bench/demo.json
-	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --no-verify \
+	$(BIN)/sparse-runtime bench demo --clusters runs/demo/clusters --budget 0.5 --no-verify \
 		--json runs/bench/demo-no-looks.json
 	$(BIN)/sparse-runtime bench --shape mistral-7b --density 0.5,0.3 --repeats 3 --new-tokens 8 \
 		--json runs/bench/mistral-7b.json

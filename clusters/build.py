@@ -11,7 +11,7 @@ import hashlib
 import json
 import shutil
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,9 +28,10 @@ from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.context import BuildContext, timed
-from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights
+from sparse_runtime.clusters.fisher import LayerFisher, NoBackwardPassError, fisher_weights
 from sparse_runtime.clusters.layer_build import (
     FittedLayer,
+    cluster_weights,
     fit_layer,
     fit_paper_clusters,
     held_out_scores,
@@ -54,6 +55,7 @@ from sparse_runtime.errors import ConfigError, DataError, ModelError
 from sparse_runtime.files import atomic_folder, check_new_folder, write_json, write_tensors
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
+from sparse_runtime.predictors.training import route
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
 from sparse_runtime.version import __version__
 
@@ -99,13 +101,11 @@ def build_clusters(
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     settings = (config or BuildConfig()).resolved()
-    if packed_output is not None:
-        if settings.weights is None:
-            raise ConfigError(
-                f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
-                "weights as well, or leave packed_output out"
-            )
-        check_new_folder(Path(packed_output))
+    if packed_output is not None and settings.weights is None:
+        raise ConfigError(
+            f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
+            "weights as well, or leave packed_output out"
+        )
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     _check_in_memory(layers)
@@ -124,7 +124,7 @@ def build_clusters(
         model, layers, text, num_fit, settings, model_name, progress, {} if times is None else times
     )
     if packed_output is not None:
-        build.save_packed = lambda: _save_packed(model, tokenizer, Path(packed_output))
+        build.packed_output = _PackedOutput(tokenizer, Path(packed_output))
     if output is None:
         with TemporaryDirectory() as work:
             return build.run(Path(work))
@@ -180,7 +180,7 @@ class _Build:
     model_name: str
     progress: ProgressReporter
     times: dict[str, float]
-    save_packed: Callable[[], None] | None = None
+    packed_output: _PackedOutput | None = None
 
     def run(self, work: Path) -> ClusterSet:
         """All stages; what they find stays in ``work``."""
@@ -197,6 +197,8 @@ class _Build:
                 **record,
             },
         )
+        if self.packed_output is not None:
+            self.packed_output.check(work)
         with timed(self.times, "capture"):
             states = capture_hidden_states(
                 self.model,
@@ -209,8 +211,8 @@ class _Build:
             fisher, settings, fallback = self._fisher(work)
         record |= {"config": settings.record(), **fallback}
         # Layers fitted with and without Fisher weights never mix.
-        work = work / settings.importance
-        work.mkdir(exist_ok=True)
+        own = work / settings.importance
+        own.mkdir(exist_ok=True)
         context = BuildContext(
             self.model,
             self.text.windows,
@@ -219,7 +221,7 @@ class _Build:
             fisher,
             settings,
             self.num_fit,
-            work,
+            own,
             self.progress,
             self.times,
         )
@@ -233,8 +235,8 @@ class _Build:
                 )
                 context = _of_packed(context)
             clusters = self._fit(context, fingerprint, record)
-            if self.save_packed is not None:
-                self.save_packed()
+            if self.packed_output is not None:
+                self.packed_output.save(self.model, work)
             return clusters
 
     def _fit(
@@ -248,7 +250,13 @@ class _Build:
             fitted = _fit_layers(context, rank)
         clusters = ClusterSet(
             layers={
-                layer.index: uncut_layer(layer, settings, one, context.base_error(position))
+                layer.index: uncut_layer(
+                    layer,
+                    settings,
+                    one,
+                    context.base_error(position),
+                    _cluster_weights(context, position, one),
+                )
                 for position, (layer, one) in enumerate(zip(context.layers, fitted, strict=True))
             },
             fingerprint=fingerprint,
@@ -266,8 +274,8 @@ class _Build:
         clusters.build = {**record, "router_rank": rank, "layers": figures}
         return clusters
 
-    def _fisher(self, work: Path) -> tuple[list[Tensor] | None, BuildSettings, dict[str, str]]:
-        """Fisher weights, the settings that the build goes on with, and why, if they are others."""
+    def _fisher(self, work: Path) -> tuple[list[LayerFisher] | None, BuildSettings, dict[str, str]]:
+        """Fisher information, the settings that the build goes on with, and why, if they are others."""
         settings = self.settings
         if settings.fisher_tokens is None:
             return None, settings, {}
@@ -276,7 +284,7 @@ class _Build:
             windows = self.text.windows
             count = max(1, min(self.num_fit, settings.fisher_tokens) // windows.shape[1])
             try:
-                weights = fisher_weights(self.model, windows[:count], progress=self.progress)
+                found = fisher_weights(self.model, windows[:count], progress=self.progress)
             except NoBackwardPassError as error:
                 warnings.warn(
                     f"importance 'fisher' falls back to 'norm', and layers are not weighed and "
@@ -286,15 +294,38 @@ class _Build:
                     stacklevel=4,
                 )
                 return None, settings.without_backward(), {"fallback": str(error)}
-            write_tensors(file, {str(i): tensor for i, tensor in enumerate(weights)}, {})
+            parts = [(f"{i}.", vars(layer)) for i, layer in enumerate(found)]
+            write_tensors(file, {p + name: t for p, own in parts for name, t in own.items()}, {})
         saved = load_file(file)
-        return [saved[str(position)] for position in range(len(saved))], settings, {}
+        layers = [
+            LayerFisher(saved[f"{i}.neurons"], saved[f"{i}.tokens"])
+            for i in range(len(self.layers))
+        ]
+        return layers, settings, {}
 
 
-def _save_packed(model: Any, tokenizer: Any, folder: Path) -> None:
-    with atomic_folder(folder) as temporary:
-        model.save_pretrained(temporary)
-        tokenizer.save_pretrained(temporary)
+@dataclass(frozen=True)
+class _PackedOutput:
+    """Where the packed model goes; a build that goes on leaves what it has saved there before."""
+
+    tokenizer: Any
+    folder: Path
+
+    def check(self, work: Path) -> None:
+        if not self._saved(work).exists():
+            check_new_folder(self.folder)
+
+    def save(self, model: Any, work: Path) -> None:
+        if self._saved(work).exists():
+            return
+        with atomic_folder(self.folder) as temporary:
+            model.save_pretrained(temporary)
+            self.tokenizer.save_pretrained(temporary)
+        self._saved(work).touch()
+
+    def _saved(self, work: Path) -> Path:
+        """There once the model is."""
+        return work / "packed"
 
 
 def _of_packed(context: BuildContext) -> BuildContext:
@@ -331,6 +362,15 @@ def _fit_layers(context: BuildContext, rank: int | None) -> list[FittedLayer]:
             fitted.append(load_fitted(file))
             advance(1)
     return fitted
+
+
+def _cluster_weights(context: BuildContext, position: int, fitted: FittedLayer) -> Tensor | None:
+    """What the tokens of a layer's clusters count; None without Fisher information."""
+    if context.fisher is None:
+        return None
+    gradients = context.fisher[position].tokens
+    states = context.states.layer(position, 0, len(gradients))
+    return cluster_weights(route(fitted.router, states), gradients, len(fitted.sets))
 
 
 def _score_layers(

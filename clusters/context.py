@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
+from sparse_runtime.clusters.fisher import LayerFisher
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
 from sparse_runtime.models.ffn_layers import FFNLayer
 from sparse_runtime.progress import ProgressReporter
@@ -27,7 +28,7 @@ class BuildContext:
         windows: token ids [W, window] int64, held-out ones last.
         states: of these windows.
         layers: the model's FFNs.
-        fisher: Fisher weights of each layer [I], if the build has them.
+        fisher: of each layer, if the build has it; of the first tokens.
         config: what the build runs.
         num_fit: tokens to fit on.
         work: folder of intermediate results.
@@ -40,7 +41,7 @@ class BuildContext:
     windows: Tensor
     states: HiddenStates
     layers: list[FFNLayer]
-    fisher: list[Tensor] | None
+    fisher: list[LayerFisher] | None
     config: BuildSettings
     num_fit: int
     work: Path
@@ -60,7 +61,7 @@ class BuildContext:
 
     def fisher_of(self, position: int) -> Tensor | None:
         """Fisher weights of a layer [I], if the build has them."""
-        return None if self.fisher is None else self.fisher[position]
+        return None if self.fisher is None else self.fisher[position].neurons
 
     def base_error(self, position: int) -> float | None:
         """ρ² of a layer's base planes; None for float weights."""

@@ -1,13 +1,15 @@
-"""Diagonal empirical Fisher information of FFN activations."""
+"""Diagonal Fisher information of FFN activations, by neuron and by token."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -27,15 +29,30 @@ class NoBackwardPassError(SparseRuntimeError):
     """A backward pass over the model cannot run: memory does not suffice, or weights are offloaded."""
 
 
+@dataclass(frozen=True, eq=False)
+class LayerFisher:
+    """How much the model's predictions depend on an FFN.
+
+    Attributes:
+        neurons: w_i = sqrt(mean_t (∂loss/∂h_i(t))²) [I] float32.
+        tokens: ‖∂loss/∂y(t)‖² of each token's output [n] float32; NaN where a window is left out.
+    """
+
+    neurons: Tensor
+    tokens: Tensor
+
+
 def fisher_weights(
     model: Any, windows: Tensor, *, progress: ProgressReporter | None = None
-) -> list[Tensor]:
-    """w_i = sqrt(mean_t (∂loss/∂h_i(t))²) of every neuron, by one backward pass per window.
+) -> list[LayerFisher]:
+    """Fisher information of every layer, by one backward pass per window.
 
-    With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the rise of a token's loss, in the same
-    unit for all layers (the second-order term with the empirical Fisher as curvature; LeCun et al.,
-    Optimal Brain Damage, 1989). A window in which gradients explode is left out of the mean: one
-    token in 8,192 multiplied the early layers' weights by six (docs/LOG.md).
+    With it, ½·Σ (h_i·w_i)² over the neurons left out estimates the divergence of the predictions, in
+    the same unit for all layers: the second-order term, for which labels are drawn from the
+    predictions themselves (Martens, New Insights and Perspectives on the Natural Gradient Method, JMLR
+    2020, tells them from the text's own labels); the draw depends on the window alone. A window in
+    which gradients explode is left out of the mean: one token in 8,192 multiplied the early layers'
+    weights by six (docs/LOG.md).
 
     Parameters get no gradient, and decoder layers are checkpointed where a window's activations are
     large (see :func:`checkpointed`): memory is then those of one layer, and the hidden states between
@@ -47,7 +64,7 @@ def fisher_weights(
         progress: reports one unit per window.
 
     Returns:
-        Per layer, weights [I] float32 on the CPU.
+        Of each layer, on the CPU.
 
     Raises:
         NoBackwardPassError: memory does not suffice, or weights are offloaded.
@@ -57,21 +74,11 @@ def fisher_weights(
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise NoBackwardPassError(f"weights are offloaded, {offloaded[0]} among them")
-    means: list[list[Tensor]] = [[] for _ in layers]
+    watched = [_Gradients() for _ in layers]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
-
-    def watch(position: int) -> Any:
-        def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            def add(gradient: Tensor) -> None:
-                means[position].append(gradient.float().square().flatten(0, -2).mean(0))
-
-            arguments[0].register_hook(add)
-
-        return hook
-
-    for position, layer in enumerate(layers):
-        handles.append(layer.down.register_forward_pre_hook(watch(position)))
+    for layer, gradients in zip(layers, watched, strict=True):
+        handles.append(layer.down.register_forward_hook(gradients.watch))
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -81,9 +88,9 @@ def fisher_weights(
         ):
             for row in windows.split(1):
                 ids = row.to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-                # Summed, not averaged: each token's own loss, as the empirical Fisher wants.
-                torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum").backward()
+                logits = model(input_ids=ids, use_cache=False).logits[0].float()
+                # Summed, not averaged: each token's own loss, as the Fisher information wants.
+                F.cross_entropy(logits, _drawn(logits, row), reduction="sum").backward()
                 advance(1)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -98,20 +105,46 @@ def fisher_weights(
         for parameter in trained:
             parameter.requires_grad_(True)
     return [
-        _weights(torch.stack(of_windows), layer.name, model.dtype)
-        for layer, of_windows in zip(layers, means, strict=True)
+        gradients.fisher(layer.name, model.dtype)
+        for layer, gradients in zip(layers, watched, strict=True)
     ]
 
 
-def _weights(values: Tensor, name: str, dtype: torch.dtype) -> Tensor:
-    """w [I] of a layer from its windows' mean squared gradients [W, I]."""
-    if not values.sum(-1).isfinite().any():
-        raise ModelError(
-            f"{name}: the gradients of all {len(values)} windows hold infinities or NaN, computed in "
-            f"{dtype}; build in bfloat16 or float32 (--dtype), or with importance 'norm', "
-            "loop_weights off and distill 0, which need no gradients"
+class _Gradients:
+    """Squared gradients of one layer, window by window."""
+
+    def __init__(self) -> None:
+        self._neurons: list[Tensor] = []
+        self._tokens: list[Tensor] = []
+
+    def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the layer's down projection."""
+        inputs[0].register_hook(
+            lambda gradient: self._neurons.append(gradient.float().square().flatten(0, -2).mean(0))
         )
-    return robust_mean(values).sqrt().cpu()
+        output.register_hook(
+            lambda gradient: self._tokens.append(gradient.float().square().sum(-1).flatten())
+        )
+
+    def fisher(self, name: str, dtype: torch.dtype) -> LayerFisher:
+        """Of all windows with usual gradients. Raises ModelError if none has finite ones."""
+        values = torch.stack(self._neurons)
+        if not values.sum(-1).isfinite().any():
+            raise ModelError(
+                f"{name}: the gradients of all {len(values)} windows hold infinities or NaN, computed "
+                f"in {dtype}; build in bfloat16 or float32 (--dtype), or with importance 'norm', "
+                "loop_weights off and distill 0, which need no gradients"
+            )
+        kept = usual_windows(values)
+        tokens = torch.stack(self._tokens).masked_fill(~kept.unsqueeze(-1), float("nan"))
+        return LayerFisher(values[kept].mean(0).sqrt().cpu(), tokens.flatten().cpu())
+
+
+def _drawn(logits: Tensor, window: Tensor) -> Tensor:
+    """Labels [n] out of what is predicted [n, V]."""
+    generator = torch.Generator().manual_seed(int(window.sum()))
+    shares = logits.detach().softmax(-1).cpu().nan_to_num(nan=1.0)
+    return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
 
 
 def _out_of_memory(error: BaseException) -> bool:
@@ -122,15 +155,14 @@ def _out_of_memory(error: BaseException) -> bool:
     )
 
 
-def robust_mean(values: Tensor) -> Tensor:
-    """Mean over windows [W, I] without those whose sum is far beyond the median window's: [I].
+def usual_windows(values: Tensor) -> Tensor:
+    """Windows [W, I] whose sum is not far beyond the median window's, bool [W].
 
     On text, windows differ by a factor of two or three; one with an exploding gradient by thirty,
     one whose gradients overflow by any.
     """
-    values = values[values.sum(-1).isfinite()]
     totals = values.sum(-1)
-    return values[totals <= _MOST_OF_MEDIAN * totals.median()].mean(0)
+    return totals <= _MOST_OF_MEDIAN * totals[totals.isfinite()].median()
 
 
 @contextmanager

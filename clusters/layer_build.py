@@ -44,6 +44,8 @@ from sparse_runtime.predictors.training import (
 _CHUNK_TOKENS = 4096
 # Weight, in tokens, of the layer's mean pattern in a recomputed centroid (docs/LOG.md).
 _SHRINKAGE = 8.0
+# Likewise, of the mean gradient in a cluster's.
+_WEIGHT_SHRINKAGE = 20.0
 # Before a reassignment one epoch is enough: the start in closed form is nearly there.
 _ROUND_TRAINING = RouterTraining(max_epochs=1)
 
@@ -230,8 +232,34 @@ def layer_centroids(
     return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights)
 
 
+def cluster_weights(assignment: Tensor, gradients: Tensor, num_clusters: int) -> Tensor:
+    """v_k = sqrt(mean of ‖∂loss/∂y(t)‖² over a cluster's tokens ÷ mean over all) [K] float32.
+
+    What is left out of a token's output changes predictions the more, the larger that gradient is, and
+    clusters differ by factors of two. Shrunk toward one by :data:`_WEIGHT_SHRINKAGE` tokens.
+
+    Args:
+        assignment: clusters of some tokens [n] int64.
+        gradients: as of ``LayerFisher.tokens`` [n].
+        num_clusters: K.
+    """
+    known = gradients.isfinite()
+    assignment, gradients = assignment[known], gradients[known].double()
+    mean = gradients.mean()
+    if not mean > 0:  # a layer that outputs nothing may still have none
+        return torch.ones(num_clusters)
+    sums = torch.zeros(num_clusters, dtype=torch.float64)
+    sums = sums.index_add_(0, assignment, gradients / mean) + _WEIGHT_SHRINKAGE
+    counts = torch.bincount(assignment, minlength=num_clusters) + _WEIGHT_SHRINKAGE
+    return (sums / counts).sqrt().float()
+
+
 def uncut_layer(
-    layer: FFNLayer, config: BuildSettings, fitted: FittedLayer, base_error: float | None = None
+    layer: FFNLayer,
+    config: BuildSettings,
+    fitted: FittedLayer,
+    base_error: float | None = None,
+    weights: Tensor | None = None,
 ) -> LayerClusters:
     """The artifact's layer with sets of equal size, before a price cuts better ones."""
     size = fitted.sets.sum(-1).float().mean().item()
@@ -247,6 +275,7 @@ def uncut_layer(
         router_up=state["up"],
         router_bias=state["bias"],
         cluster_bias=bias,
+        cluster_weights=weights,
         weights=config.weights,
         base_error=base_error,
         centroids=fitted.centroids,

@@ -102,4 +102,6 @@ def cuttable_cluster_set(model) -> ClusterSet:
     result = random_cluster_set(model, 0.5)
     for index, layer in result.layers.items():
         layer.centroids = random_centroids(6, 44, seed=index, scale=10.0 ** (index - 1))
+        generator = torch.Generator().manual_seed(index)
+        layer.cluster_weights = torch.rand(6, generator=generator) + 0.5
     return result

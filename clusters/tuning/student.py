@@ -99,7 +99,7 @@ class StudentFFN(nn.Module):
         with torch.no_grad():
             ids = masks.route(x)
             chosen = masks.chosen(ids, h)
-            refined = masks.refined(chosen, h)
+            refined = masks.refined(chosen, ids, h)
         if rows.base is None:
             y = (h * chosen) @ rows.down_t
         else:
@@ -111,7 +111,7 @@ class StudentFFN(nn.Module):
         if self.measured is not None:
             self.measured.append((_root_mean_square(missing), _root_mean_square(x)))
         if self.restored is not None:
-            self.left_out = masks.left_out(chosen, refined, full.detach())
+            self.left_out = masks.left_out(chosen, refined, ids, full.detach())
             y = y + self.restored.to(x.dtype) * missing
         y = y + bias
         correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
@@ -190,6 +190,9 @@ class _Masks:
         if clusters.maybe_sets is not None and clusters.factors is not None:
             self._maybe = unpack_bits(clusters.maybe_sets.to(weight.device), neurons)
             self._factors = clusters.factors.to(weight.device)
+        self._cluster_weights = torch.ones(clusters.num_clusters, device=weight.device)
+        if clusters.cluster_weights is not None:
+            self._cluster_weights = clusters.cluster_weights.to(weight.device).float()
         self._neuron_weights: Tensor | None = None
         if clusters.centroids is not None:
             self._neuron_weights = clusters.centroids.neuron_weights.to(weight.device).float()
@@ -207,18 +210,23 @@ class _Masks:
         chosen = self._sure[ids]
         if self._maybe is None or self._factors is None:
             return chosen
-        return chosen | (self._maybe[ids] & (h.abs() * self._factors > 1))
+        return chosen | (self._maybe[ids] & (self._evidence(ids, h) > 1))
 
-    def refined(self, chosen: Tensor, h: Tensor) -> Tensor:
+    def refined(self, chosen: Tensor, ids: Tensor, h: Tensor) -> Tensor:
         """Neurons that residual planes are read of, bool [n, I], out of the chosen ones."""
         if self._factors is None:
             return chosen
-        return chosen & (h.abs() * self._factors > self._tau)
+        return chosen & (self._evidence(ids, h) > self._tau)
 
-    def left_out(self, chosen: Tensor, refined: Tensor, h: Tensor) -> float:
+    def _evidence(self, ids: Tensor, h: Tensor) -> Tensor:
+        assert self._factors is not None
+        return h.abs() * (self._factors * self._cluster_weights[ids].unsqueeze(-1))
+
+    def left_out(self, chosen: Tensor, refined: Tensor, ids: Tensor, h: Tensor) -> float:
         """Mean over tokens of Σ e² over the neurons that are not chosen, and ρ²·e² of the unrefined."""
         assert self._neuron_weights is not None, "left_out needs centroids"
-        squares = (h.float() * self._neuron_weights).square()
+        weights = self._neuron_weights * self._cluster_weights[ids].unsqueeze(-1)
+        squares = (h.float() * weights).square()
         lost = torch.where(chosen, squares * self._base_error, squares)
         return lost.masked_fill_(refined & chosen, 0).sum(-1).mean().item()
 

@@ -46,6 +46,7 @@ def _merged(layer: LayerClusters) -> LayerClusters:
         router_down=None,
         router_up=torch.zeros(1, layer.hidden_size),
         router_bias=torch.zeros(1),
+        cluster_weights=None,
         cluster_bias=None if layer.cluster_bias is None else mean(layer.cluster_bias),
         bias_shift=None if layer.bias_shift is None else mean(layer.bias_shift),
         centroids=LayerCentroids(

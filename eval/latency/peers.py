@@ -24,6 +24,7 @@ import torch
 
 from sparse_runtime.api import reset_cost, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
 from sparse_runtime.attention import fast_attention, slow_attention
 from sparse_runtime.cost import DENSE_BITS
 from sparse_runtime.errors import SparseRuntimeError
@@ -272,7 +273,8 @@ def random_gguf(python: str, folder: Path, shape: str, kind: str) -> Path:
 
 def _time_demo(python: str, _: Mapping[str, Path]) -> dict[str, Any]:
     model, _tokenizer = load_model("demo", dtype=torch.bfloat16)
-    return bench_peers(model, _demo_clusters(), [_demo_peer(python)], rounds=2 * ROUNDS)
+    clusters = recut(model, _demo_clusters(), budget=_DENSITY)
+    return bench_peers(model, clusters, [_demo_peer(python)], rounds=2 * ROUNDS)
 
 
 def _time_shape(python: str, files: Mapping[str, Path]) -> dict[str, Any]:
@@ -319,7 +321,7 @@ def _demo_peer(python: str) -> Peer:
 
 
 def _demo_clusters() -> ClusterSet:
-    return ClusterSet.from_pretrained("runs/demo/clusters", centroids=False)
+    return ClusterSet.from_pretrained("runs/demo/clusters", centroids=True)
 
 
 #: Parts of a run, by what they are called in the figures.

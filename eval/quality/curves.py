@@ -182,13 +182,19 @@ class _Run:
         artifacts = {"clusters": self.clusters}
         if self.looks_at_all:
             artifacts[LOOK_ALL] = without_clusters(self.clusters)
-        return [
+        found = [
             _Cut(name, budget, verified, recut(model, artifact, budget=budget, verify=looks))
             for name, artifact in artifacts.items()
             for budget in self.budgets
             for looks in self.verify
             if (verified := artifact.verified if looks is None else looks) or name != LOOK_ALL
         ]
+        if self.looks_at_all and not any(cut.method == LOOK_ALL for cut in found):
+            self._leave_out(LOOK_ALL, None, "it is nothing without looks")
+        return found
+
+    def _leave_out(self, method: str, budget: float | None, reason: str) -> None:
+        self.left_out.append({"method": method, "budget": budget, "reason": reason})
 
     def add_texts(self, texts: Sequence[tuple[str, Tensor]]) -> None:
         """Run the model as it is."""
@@ -226,7 +232,7 @@ class _Run:
         """Run the model in a dense format, and the clusters over it if it is their planes."""
         obstacle = form.obstacle(self.model)
         if obstacle is not None:
-            self.left_out.append({"method": form.name, "budget": None, "reason": obstacle})
+            self._leave_out(form.name, None, obstacle)
             return
         bits = form.bits_per_weight(self.model)
         started = time.perf_counter()
@@ -252,11 +258,9 @@ class _Run:
             budget: _reason_against(method, budget, layers, self.protocol)
             for budget in self.budgets
         }
-        self.left_out += [
-            {"method": method.name, "budget": budget, "reason": reason}
-            for budget, reason in reasons.items()
-            if reason is not None
-        ]
+        for budget, reason in reasons.items():
+            if reason is not None:
+                self._leave_out(method.name, budget, reason)
         possible = [budget for budget in self.budgets if reasons[budget] is None]
         if not possible:
             return

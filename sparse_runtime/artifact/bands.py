@@ -1,10 +1,10 @@
 """Which neurons of a cluster are computed, looked at first, or skipped, for any budget.
 
 Two things are traded for each neuron of each cluster: the loss that leaving it out is estimated to
-cost, e² = (h·w)² with the Fisher weights w (the factor ½ is common to all), and the bytes it takes, at
-a price of λ for those of a bfloat16 neuron. With l, c and r the bytes of its look, of counting and of
-refining it in parts of these, and ρ² the share of e² that is still lost where it is counted by its base
-planes:
+cost, e² = (h·w·v)² with the Fisher weights w of neurons and v of clusters (the factor ½ is common to
+all), and the bytes it takes, at a price of λ for those of a bfloat16 neuron. With l, c and r the bytes
+of its look, of counting and of refining it in parts of these, and ρ² the share of e² that is still lost
+where it is counted by its base planes:
 
     never:  E[e²]                                 the neuron is skipped
     sure:   c·λ                                   it is computed; float weights only
@@ -60,6 +60,19 @@ class LayerCentroids:
             self.mean_activations[:, ::step],
             self.shares,
             self.neuron_weights[::step],
+        )
+
+    def weighted(self, cluster_weights: Tensor | None) -> LayerCentroids:
+        """Where the e of a cluster's tokens counts so many times [K]; None: once."""
+        if cluster_weights is None:
+            return self
+        factor = cluster_weights.float().unsqueeze(-1)
+        return LayerCentroids(
+            self.mean_squares.float() * factor.square(),
+            self.mean_magnitudes.float() * factor,
+            self.mean_activations,
+            self.shares,
+            self.neuron_weights,
         )
 
     def static_set(self, size: float) -> Tensor:

@@ -155,7 +155,7 @@ def expected_tensors(config: Mapping[str, Any], name: str) -> dict[str, Expected
         index = entry["index"]
         sizes = sizes_of(entry, fingerprint["hidden_size"], neurons[index])
         for key in TENSORS:
-            if key.file == name and (key.when is None or entry[key.when]):
+            if key.file == name and (key.when is None or entry.get(key.when)):
                 shape = tuple(sizes[letter] for letter in key.shape)
                 expected[f"layers.{index}.{key.name}"] = ExpectedTensor(
                     key, index, shape, neurons[index]

@@ -162,6 +162,7 @@ LAYER_KEYS: dict[str, LayerKey] = {
     "cluster_bias": LayerKey(FLAG, _has("cluster_bias")),
     "correction_rank": LayerKey(whole(0), attrgetter("correction_rank")),
     "verified": LayerKey(FLAG, _has("maybe_sets")),
+    "weighted": LayerKey(FLAG, _has("cluster_weights"), since=3),
     "distilled": LayerKey(FLAG, _has("bias_shift")),
     "left_out": LayerKey(LEFT_OUT, attrgetter("left_out"), since=2),
     "weights": LayerKey(BITS, attrgetter("weights"), since=3),
@@ -210,6 +211,7 @@ TENSORS: tuple[TensorKey, ...] = (
     TensorKey("correction.up", "correction_up", "CH", _HALF, when="correction_rank"),
     TensorKey("maybe_sets", "maybe_sets", "KB", _BITS, when="verified"),
     TensorKey("factors", "factors", "I", _FLOAT, when="verified", least=0),
+    TensorKey("cluster_weights", "cluster_weights", "K", _FLOAT, when="weighted", least=0),
     *(
         TensorKey(name, f"centroids.{name}", shape, dtype, file=CENTROIDS_FILE, least=least)
         for name, shape, dtype, least in (

@@ -40,6 +40,8 @@ class LayerClusters:
             None.
         factors: such a neuron is computed where |h̃|·factor > 1, with h̃ from its look record
             [I]; None without ``maybe_sets``.
+        cluster_weights: what e counts in a cluster's tokens, so many times which factors are for them
+            [K]; None: all alike.
         tau: over planes, such a neuron is refined where |h̃|·factor > τ; None where sets were cut for
             float weights.
         weights: bits of the planes that the clusters were built for; None for float weights.
@@ -60,6 +62,7 @@ class LayerClusters:
     left_out: float | None = None
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
+    cluster_weights: Tensor | None = None
     tau: float | None = None
     weights: int | None = None
     base_error: float | None = None

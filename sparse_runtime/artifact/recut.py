@@ -132,13 +132,13 @@ class _Part:
         assert clusters.centroids is not None
         self._layer = layer
         self._clusters = clusters
-        self._centroids = clusters.centroids
+        self._centroids = clusters.centroids.weighted(clusters.cluster_weights)
         self._cost = layer_cost(layer, clusters.extra_elements, verified=verify)
         error = clusters.base_error if layer.bits == clusters.weights else None
         error = _BASE_ERROR if error is None else error
         self._stages = StageCosts.of(self._cost, error, verify=verify)
-        step = -(-clusters.centroids.mean_squares.numel() // _SEARCH_VALUES)
-        self._sample = clusters.centroids.every(step)
+        step = -(-self._centroids.mean_squares.numel() // _SEARCH_VALUES)
+        self._sample = self._centroids.every(step)
 
     @property
     def largest_loss(self) -> float:

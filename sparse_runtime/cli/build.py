@@ -21,10 +21,11 @@ from sparse_runtime.cli.options import (
     RevisionOption,
     SeedOption,
     WindowOption,
+    budget_option,
     resolve_dtype,
 )
 from sparse_runtime.cli.progress import RichProgress
-from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSITIVE, SHARE
+from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSITIVE
 from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
@@ -51,12 +52,9 @@ _Weights = Annotated[
 ]
 _Budget = Annotated[
     float | None,
-    typer.Option(
-        help="Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included; "
-        "0.5, or 0.64 of what planes take.",
-        metavar="SHARE",
-        parser=str,
-        callback=SHARE.read,
+    budget_option(
+        "Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included; "
+        "0.5, or 0.64 of what planes take."
     ),
 ]
 _Packed = Annotated[

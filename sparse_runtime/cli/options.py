@@ -68,14 +68,18 @@ TestOption = Annotated[
         help="Held-out text; if not given, the data's test split, or text that is split off."
     ),
 ]
+
+
+def budget_option(text: str) -> Any:
+    """An option that takes a cost share, or bits; ``text`` is its help."""
+    return typer.Option(help=text, metavar="SHARE", parser=str, callback=SHARE.read)
+
+
 BudgetOption = Annotated[
     float | None,
-    typer.Option(
-        help="Cut the sets for this cost share (0.25), or bits per FFN weight and token (4.0bits), "
-        "instead of their own.",
-        metavar="SHARE",
-        parser=str,
-        callback=SHARE.read,
+    budget_option(
+        "Cut the sets for this cost share (0.25), or bits per FFN weight and token (4.0bits), "
+        "instead of their own."
     ),
 ]
 VerifyOption = Annotated[
@@ -120,11 +124,8 @@ RampOption = Annotated[
 ]
 NewBudgetOption = Annotated[
     float,
-    typer.Option(
-        help="Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included.",
-        metavar="SHARE",
-        parser=str,
-        callback=SHARE.read,
+    budget_option(
+        "Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included."
     ),
 ]
 SeedOption = Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -14,10 +14,9 @@ from sparse_runtime.cli.figures import (
     check_output_folder,
     write_figures,
 )
-from sparse_runtime.cli.generation import encode_prompt, generate_text
 from sparse_runtime.cli.options import JsonOption, resolve_dtype
 from sparse_runtime.cli.progress import RichProgress
-from sparse_runtime.cli.tables import print_quality
+from sparse_runtime.cli.tables import print_curves
 from sparse_runtime.files import write_json
 
 
@@ -58,20 +57,11 @@ def demo(
     ] = Path("runs/demo"),
     json_file: JsonOption = None,
 ) -> None:
-    """Build, generate and judge on the bundled small model; a second run reuses the artifact."""
+    """Build for planes and compare with float and dense 4-bit weights, on the bundled small model."""
     from sparse_runtime.eval.demo import run_demo
 
-    dtype = resolve_dtype("auto", None)
-    result = run_demo(output, out, RichProgress(err), _continuation, dtype)
-    print_quality("pydoc, held-out topics", result["quality"])
+    result = run_demo(output, out, RichProgress(err), resolve_dtype("auto", None))
+    print_curves(result["curves"])
     write_json(output / "demo.json", result)
     out.print(escape(f"artifact in {output / 'clusters'}, figures in {output / 'demo.json'}"))
     write_figures(json_file, result)
-
-
-def _continuation(
-    model: Any, tokenizer: Any, prompt: str, variant: str, **options: Any
-) -> dict[str, Any]:
-    """Continue a text without a chat template."""
-    inputs = encode_prompt(tokenizer, prompt, raw=True)
-    return generate_text(model, tokenizer, inputs, variant, **options)

@@ -32,7 +32,12 @@ class FFNBuffers(nn.Module):
     def tables(self) -> ClusterTables:
         """Sets of the clusters."""
         b = self._buffers
-        return ClusterTables(b["active_sets"], b["maybe_sets"], b["factors"])  # type: ignore[arg-type]
+        return ClusterTables(
+            b["active_sets"],  # type: ignore[arg-type]
+            b["maybe_sets"],
+            b["factors"],
+            b["cluster_weights"],
+        )
 
     @property
     def router(self) -> RouterWeights:

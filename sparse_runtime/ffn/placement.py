@@ -68,11 +68,13 @@ def placed(
         for name, tensor in floats.items()
     }
     tensors["active_sets"] = clusters.active_sets.to(device)
-    tensors["maybe_sets"] = tensors["factors"] = None
+    tensors["maybe_sets"] = tensors["factors"] = tensors["cluster_weights"] = None
     if looks and clusters.maybe_sets is not None and clusters.factors is not None:
         tensors["maybe_sets"] = clusters.maybe_sets.to(device)
         # The kernels want the factors in float32, whatever the weights are.
         tensors["factors"] = clusters.factors.to(device, torch.float32)
+        if clusters.cluster_weights is not None:
+            tensors["cluster_weights"] = clusters.cluster_weights.to(device, torch.float32)
     return tensors
 
 

@@ -264,7 +264,7 @@ class SparseFFN(FFNBuffers):
             route: hidden states [n, H] -> cluster ids [n] int64.
             tables: sets of as many clusters.
         """
-        names = ("active_sets", "maybe_sets", "factors")
+        names = ("active_sets", "maybe_sets", "factors", "cluster_weights")
         before = self.route, [self._buffers[name] for name in names]
         try:
             # Without operands every call goes the general way, which looks for both.

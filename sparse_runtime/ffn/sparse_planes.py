@@ -94,7 +94,8 @@ class SparsePlaneFFN(SparseFFN):
         b = self._buffers
         sure, maybe = b["active_sets"], b["maybe_sets"]
         assert sure is not None
-        return ClusterTables(sure if maybe is None else sure | maybe, None, b["factors"])
+        candidates = sure if maybe is None else sure | maybe
+        return ClusterTables(candidates, None, b["factors"], b["cluster_weights"])
 
     def _own_weights(self) -> tuple[Tensor, ...]:
         return ()

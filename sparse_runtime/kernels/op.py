@@ -39,7 +39,7 @@ def sparse_ffn(
     y_t = Σ_{i ∈ S_t} h_i(x_t) · down_t[i],    h_i(x) = act(gate[i]·x) · (up[i]·x)
 
     S_t is ``active_sets[cluster_ids[t]]``, plus the neurons i of ``maybe_sets[cluster_ids[t]]`` whose
-    look record gives |h̃_i|·factors[i] > 1.
+    look record gives |h̃_i|·factors[i]·v > 1, with v = ``cluster_weights[cluster_ids[t]]``, or 1.
 
     Args:
         x: hidden states [n, H], of the weights' dtype.
@@ -80,6 +80,7 @@ def sparse_ffn(
         tables.factors,
         # Never None: torch 2.10 cannot mutate an argument that is left at its default.
         x.new_zeros(2, dtype=torch.int64) if row_counts is None else row_counts,
+        tables.cluster_weights if looks else None,
     )
     return output
 
@@ -137,6 +138,7 @@ def routed_ffn(
         compensation.correction_down,
         compensation.correction_up,
         *(() if backend == "cpu" else (counters.programs,)),
+        tables.cluster_weights if looks else None,
     )
     return result
 
@@ -162,11 +164,12 @@ def _sparse_ffn(
     look: Tensor | None,
     factors: Tensor | None,
     row_counts: Tensor,
+    cluster_weights: Tensor | None = None,
 ) -> Tensor:
     return sparse_ffn_reference(
         x,
         FFNWeights(w_gate, w_up, w_down_t, activation, look),
-        ClusterTables(sets, maybe_sets, factors),
+        ClusterTables(sets, maybe_sets, factors, cluster_weights),
         cluster_ids,
         row_counts,
     )
@@ -208,6 +211,7 @@ def _check_arguments(
         "row_counts": (row_counts, (2,), torch.int64),
         "maybe_sets": (tables.maybe_sets, bitmaps, torch.uint8),
         "factors": (tables.factors, (neurons,), torch.float32),
+        "cluster_weights": (tables.cluster_weights, (clusters,), torch.float32),
         "look": (weights.look, records, torch.uint8),
     }
     if tables.maybe_sets is not None or tables.factors is not None:

@@ -40,11 +40,14 @@ class ClusterTables:
             None. Neurons that are in ``active_sets`` too are computed.
         factors: such a neuron is computed where |h̃|·factor > 1 [I] float32; None without
             ``maybe_sets``.
+        cluster_weights: what a cluster's tokens count; their factors are so many times as large
+            [K] float32. None: all count alike.
     """
 
     active_sets: Tensor
     maybe_sets: Tensor | None = None
     factors: Tensor | None = None
+    cluster_weights: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +55,7 @@ class Stages:
     """How far the neurons of a token are read, by e = |h̃|·factor.
 
     Attributes:
-        factors: [I] float32.
+        factors: [I] float32; times the weight of the token's cluster, if clusters have weights.
         tau: a neuron is counted from its base planes where 1 < e ≤ tau, and refined by its residual
             planes beyond; ∞: never refined, 1: always.
         width: of the ramp over which a neuron's share grows from 0 to 1; 0: a step.

@@ -30,7 +30,12 @@ from sparse_runtime.kernels.operands import (
 )
 from sparse_runtime.kernels.plane_reference import plane_ffn_reference
 from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, linear_parts
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, add_compensation, routed_ids
+from sparse_runtime.kernels.reference import (
+    ACTIVATION_FUNCTIONS,
+    add_compensation,
+    routed_ids,
+    token_factors,
+)
 
 #: Up to so many tokens kernels compute rows from planes. Matrix units of a GPU take 16 at a time, so
 #: that fewer cost as much; from where on unpacking is faster there has not been measured.
@@ -135,7 +140,10 @@ def routed_plane_ffn(
     ids = routed_ids(x, router) if cluster_ids is None else cluster_ids
     counters.clusters.scatter_add_(0, ids, torch.ones_like(ids))
     candidates = unpack_bits(tables.active_sets[ids], planes.look.shape[0])
-    output = plane_ffn_reference(x, planes, candidates, stages, counters.rows)
+    factors = None
+    if stages is not None:
+        factors = token_factors(stages.factors, tables.cluster_weights, ids)
+    output = plane_ffn_reference(x, planes, candidates, stages, counters.rows, factors)
     return add_compensation(output, x, ids, compensation)
 
 
@@ -168,6 +176,7 @@ def _staged(
         compensation.correction_down if compensation else None,
         compensation.correction_up if compensation else None,
         *(() if counters is None or counters.programs is None else (counters.programs,)),
+        tables.cluster_weights if tables and stages else None,
     )
     return result
 

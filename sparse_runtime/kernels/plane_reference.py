@@ -17,6 +17,7 @@ def plane_ffn_reference(
     candidates: Tensor | None = None,
     stages: Stages | None = None,
     row_counts: Tensor | None = None,
+    factors: Tensor | None = None,
 ) -> Tensor:
     """Compute a gated FFN from planes, reading each neuron only as far as it matters.
 
@@ -36,6 +37,7 @@ def plane_ffn_reference(
         stages: thresholds, or None.
         row_counts: incremented by the neurons counted (the refined ones included), looked at and
             refined, summed over tokens [3] int64, or None.
+        factors: of each token [n, I], in place of the stages' own.
 
     Returns:
         y [n, H] of x's dtype, computed in float32.
@@ -56,7 +58,7 @@ def plane_ffn_reference(
         counted = refined = candidates
     else:
         look = activations(base=True)
-        evidence = look.abs() * stages.factors
+        evidence = look.abs() * (stages.factors if factors is None else factors)
         counted = candidates & ~(evidence <= 1)
         refined = counted & ~(evidence <= stages.tau)
         share = torch.where(counted, ramp(evidence, stages.width), 0)

@@ -42,7 +42,8 @@ def sparse_ffn_reference(
     if tables.maybe_sets is not None and tables.factors is not None:
         assert weights.look is not None
         maybe = unpack_bits(tables.maybe_sets[cluster_ids], neurons) & ~chosen
-        chosen |= maybe & confirmed(x, weights.look, tables.factors, weights.activation)
+        factors = token_factors(tables.factors, tables.cluster_weights, cluster_ids)
+        chosen |= maybe & confirmed(x, weights.look, factors, weights.activation)
     if row_counts is not None:
         row_counts += torch.stack([chosen.sum(), maybe.sum()])
     if x.shape[0] > _GATHER_MAX_TOKENS:
@@ -73,10 +74,17 @@ def activations(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return ACTIVATION_FUNCTIONS[activation](F.linear(x, gate)) * F.linear(x, up)
 
 
+def token_factors(factors: Tensor, cluster_weights: Tensor | None, cluster_ids: Tensor) -> Tensor:
+    """Factors [I], or those of each token [n, I] where clusters have weights [K]."""
+    if cluster_weights is None:
+        return factors
+    return factors * cluster_weights[cluster_ids].unsqueeze(-1)
+
+
 def confirmed(x: Tensor, look: Tensor, factors: Tensor, activation: str) -> Tensor:
     """Neurons that a look at their records finds needed, not |h̃|·factor ≤ 1, bool [n, I].
 
-    h̃ is the activation by the records' values, in float32.
+    Factors are [I] or [n, I]. h̃ is the activation by the records' values, in float32.
     """
     h = activations(x.float(), *unpack_look(look, LOOK_FORMAT, x.shape[1]), activation)
     return ~(h.abs() * factors <= 1)  # so that NaN is computed, not skipped

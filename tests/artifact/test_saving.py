@@ -277,8 +277,11 @@ def test_what_a_killed_process_left_is_no_obstacle(tmp_path, clusters):
 
 class TestFormat1:
     @pytest.fixture
-    def old(self, folder, tiny_model):
+    def old(self, clusters, folder, tiny_model):
         """The artifact as version 1 wrote it."""
+        for layer in clusters.layers.values():
+            layer.cluster_weights = None
+        clusters.save_pretrained(folder)
         config = read_config(folder)
         fingerprint = config["fingerprint"]
         _note_version_1.cache_clear()
@@ -293,7 +296,7 @@ class TestFormat1:
             "weights_sha256": self.digest(tiny_model),
         }
         for entry in config["layers"]:
-            for name in ("left_out", "weights", "base_error", "tau"):
+            for name in ("left_out", "weights", "base_error", "tau", "weighted"):
                 del entry[name]
         (folder / CONFIG_FILE).write_text(json.dumps(config))
         return folder

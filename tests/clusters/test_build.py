@@ -120,6 +120,29 @@ def test_a_packed_folder_that_cannot_be(tiny_model, tiny_tokenizer, text, tmp_pa
         build_clusters(tiny_model, tiny_tokenizer, [text], config, packed_output=tmp_path / "p")
 
 
+def test_a_packed_folder_stays_when_a_build_goes_on(
+    tiny_model, tiny_tokenizer, text, tmp_path, monkeypatch
+):
+    """Interrupted after the model was saved, before the artifact was; for other settings, refused."""
+    config = replace(CONFIG, weights=6, budget=0.6)
+    folders = {"output": tmp_path / "built", "packed_output": tmp_path / "packed"}
+
+    def built(config):
+        return build_clusters(tiny_model, tiny_tokenizer, [text], config, **folders)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(build.ClusterSet, "save_pretrained", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            built(config)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
+    built(config)
+    assert ClusterSet.from_pretrained(tmp_path / "built")
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "packed").iterdir()}
+    assert before == after
+    with pytest.raises(OutputFolderError, match="exists and holds"):
+        built(replace(config, seed=1))
+
+
 def test_default_budgets():
     assert BuildConfig().resolved().budget == 0.5
     assert BuildConfig(weights=6).resolved().budget == pytest.approx(0.25)

@@ -7,46 +7,70 @@ import torch
 
 from sparse_runtime import SparseConfig, cost_report, sparse_modules, sparsify
 from sparse_runtime.clusters import BuildConfig, build_clusters, fisher
-from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights, robust_mean
+from sparse_runtime.clusters.fisher import NoBackwardPassError, fisher_weights, usual_windows
 from sparse_runtime.clusters.importance import importance_scorer
-from sparse_runtime.clusters.layer_build import layer_centroids
+from sparse_runtime.clusters.layer_build import cluster_weights, layer_centroids
 from sparse_runtime.clusters.layer_data import LayerData
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 
 def test_fisher_weights_match_autograd(tiny_model):
+    """By labels that are drawn from what the model predicts, for each window alike."""
     windows = torch.randint(0, 250, (2, 10), generator=torch.Generator().manual_seed(0))
     weights = fisher_weights(tiny_model, windows)
 
-    sums = [torch.zeros(44) for _ in range(3)]
+    sums, norms = [torch.zeros(44) for _ in range(3)], [[] for _ in range(3)]
     for row in windows:
-        kept = []
+        kept, outputs = [], []
         handles = [
             layer.mlp.down_proj.register_forward_pre_hook(
                 lambda m, a, kept=kept: (a[0].retain_grad(), kept.append(a[0]))[0]
             )
             for layer in tiny_model.model.layers
         ]
-        logits = tiny_model(row.unsqueeze(0)).logits[0, :-1]
-        torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").backward()
+        handles += [
+            layer.mlp.register_forward_hook(
+                lambda m, a, output, outputs=outputs: (
+                    output.retain_grad(),
+                    outputs.append(output),
+                )[0]
+            )
+            for layer in tiny_model.model.layers
+        ]
+        logits = tiny_model(row.unsqueeze(0)).logits[0]
+        drawn = torch.Generator().manual_seed(int(row.sum()))
+        labels = torch.multinomial(logits.detach().softmax(-1), 1, generator=drawn)[:, 0]
+        torch.nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for handle in handles:
             handle.remove()
         for total, h in zip(sums, kept, strict=True):
             total += h.grad[0].square().sum(0)
-    for weight, total in zip(weights, sums, strict=True):
+        for norm, y in zip(norms, outputs, strict=True):
+            norm.append(y.grad[0].square().sum(-1))
+    for weight, total, norm in zip(weights, sums, norms, strict=True):
         assert total.min() > 0
-        torch.testing.assert_close(weight, (total / 20).sqrt())
+        torch.testing.assert_close(weight.neurons, (total / 20).sqrt())
+        torch.testing.assert_close(weight.tokens, torch.cat(norm))
+
+
+def test_cluster_weights_are_relative_and_shrunk():
+    """Two clusters of 20 tokens, one with four times the other's gradients; NaN tells nothing."""
+    assignment = torch.tensor([0] * 20 + [1] * 20 + [2, 1])
+    gradients = torch.tensor([1.0] * 20 + [4.0] * 20 + [float("nan")] * 2)
+    found = cluster_weights(assignment, gradients, 3)
+    assert found.square().tolist() == pytest.approx([(0.4 + 1) / 2, (1.6 + 1) / 2, 1.0])
+    assert cluster_weights(assignment, torch.zeros(42), 3).tolist() == [1, 1, 1]
 
 
 def test_a_window_with_exploding_gradients_is_left_out():
     usual = torch.tensor([[1.0, 3.0], [2.0, 2.0], [4.0, 8.0]])
-    assert robust_mean(usual).tolist() == pytest.approx([7 / 3, 13 / 3])
-    exploded = torch.cat([usual, torch.tensor([[100.0, 5.0]])])
-    assert torch.equal(robust_mean(exploded), robust_mean(usual))
+    assert usual_windows(usual).all()
+    exploded = torch.cat([usual, torch.tensor([[100.0, 5.0], [float("inf"), 1.0]])])
+    assert usual_windows(exploded).tolist() == [True, True, True, False, False]
     # Twice as much in one neuron is no reason, nor is one window alone.
-    assert robust_mean(exploded[3:]).tolist() == [100.0, 5.0]
-    assert robust_mean(torch.zeros(3, 2)).tolist() == [0.0, 0.0]
+    assert usual_windows(exploded[3:4]).all()
+    assert usual_windows(torch.zeros(3, 2)).all()
 
 
 @pytest.mark.parametrize("by_fisher", [False, True])
@@ -87,7 +111,8 @@ def test_fisher_checkpoints_large_models_and_puts_the_flags_back(
     weights = fisher_weights(tiny_model, windows)
     handle.remove()
     assert len(calls) == forwards
-    torch.testing.assert_close(weights, expected)
+    for found, layer in zip(weights, expected, strict=True):
+        torch.testing.assert_close(vars(found), vars(layer))
     after = [(m.training, getattr(m, "gradient_checkpointing", None)) for m in tiny_model.modules()]
     assert after == flags
 

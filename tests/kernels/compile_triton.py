@@ -21,7 +21,7 @@ CONFIG = TritonConfig()
 POINTERS = {
     "ids": "*i64", "cluster_counts": "*i64", "row_counts": "*i64", "rows": "*i32", "count": "*i32",
     "counters": "*i32", "counter": "*i32", "projected": "*fp32", "partial": "*fp32",
-    "factors": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "member": "*u8",
+    "factors": "*fp32", "cluster_weights": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "member": "*u8",
     "finer_parts": "*fp32", "look": "*u8", "count_records": "*u8", "refine": "*u8", "records": "*u8",
     "tau": "fp32", "width": "fp32",
 }  # fmt: skip
@@ -44,7 +44,7 @@ ROUTE = [
     for flags in variants(CORRECTION=[0, 16], LISTED=[False, True], COUNTED=[True])
 ]  # fmt: skip
 LOOK = [
-    {**flags, "BASE": 4, "BLOCK_I": CONFIG.look_rows, "UNITS": 2}
+    {**flags, "WEIGHTED": flags["VERIFY"], "BASE": 4, "BLOCK_I": CONFIG.look_rows, "UNITS": 2}
     for flags in variants(
         H=[4096, 896],
         VERIFY=[False, True],
@@ -64,7 +64,7 @@ PLANE_KERNELS = {
     "plane_gate_up_kernel": [
         {
             **plane, "ACTIVATION": "silu", "CLUSTERED": staged, "STAGED": staged, "RAMP": staged,
-            "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
+            "WEIGHTED": staged, "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
         }
         for plane, staged in zip([*PLANES, PLANES[0]], [True, True, True, False], strict=True)
     ],

@@ -76,6 +76,7 @@ def triton_routed_ffn(
     correction_down: Tensor | None,
     correction_up: Tensor | None,
     counters: Tensor,
+    cluster_weights: Tensor | None = None,
 ) -> Tensor:
     """Route tokens and compute their clusters' neurons, bias and correction.
 
@@ -98,6 +99,7 @@ def triton_routed_ffn(
         correction_down: [c, H] or None, as the next.
         correction_up: [c, H].
         counters: :func:`num_counters` zeros, int32; calls that may overlap need their own.
+        cluster_weights: [K] float32, or None: all ones.
 
     Returns:
         [n, H], dtype of x.
@@ -105,7 +107,7 @@ def triton_routed_ffn(
     outputs = []
     for tokens in x.contiguous().split(MAX_TOKENS):
         call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
-        call.counts = row_counts
+        call.counts, call.cluster_weights = row_counts, cluster_weights
         call.counters = counters
         call.bias = cluster_bias
         call.correction = None if correction_down is None else (correction_down, correction_up)
@@ -133,6 +135,7 @@ def triton_sparse_ffn(
     look: Tensor | None,
     factors: Tensor | None,
     row_counts: Tensor,
+    cluster_weights: Tensor | None = None,
 ) -> Tensor:
     """Compute the neurons of given clusters; arguments of :func:`sparse_runtime.kernels.sparse_ffn`."""
     counters = torch.zeros(num_counters(x.shape[1]), dtype=torch.int32, device=x.device)
@@ -140,7 +143,7 @@ def triton_sparse_ffn(
     parts = x.contiguous().split(MAX_TOKENS), cluster_ids.contiguous().split(MAX_TOKENS)
     for tokens, ids in zip(*parts, strict=True):
         call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
-        call.counts = row_counts
+        call.counts, call.cluster_weights = row_counts, cluster_weights
         call.counters = counters
         with torch.cuda.device_of(x):
             call.assign(ids)
@@ -198,6 +201,7 @@ class _Call:
         self.neurons = w_gate.shape[0]
         self.config = _config(str(x.device), self.hidden_size, self.neurons, x.dtype)
         self.counts: Tensor | None = None
+        self.cluster_weights: Tensor | None = None
         self.bias: Tensor | None = None
         self.correction: Any = None
         self.counters = x
@@ -253,10 +257,12 @@ class _Call:
         maybe_sets, look, factors = self.look or (self.sets, self.sets, self.x)
         self.member = self.x.new_empty(self.tokens, self.neurons, dtype=torch.uint8)
         look_kernel[(-(-self.neurons // config.look_rows), self.tokens)](
-            self.x, self.ids, self.sets, maybe_sets, look, factors, self.member, self.rows,
+            self.x, self.ids, self.sets, maybe_sets, look, factors,
+            self.x if self.cluster_weights is None else self.cluster_weights, self.member, self.rows,
             self.count, self.count if self.counts is None else self.counts,
             self.counters[_LOOK_COUNTER:], self.neurons, self.sets.shape[1],
-            H=self.hidden_size, BASE=LOOK_BITS, VERIFY=verify, LISTED=self.tokens == 1,
+            H=self.hidden_size, BASE=LOOK_BITS, VERIFY=verify,
+            WEIGHTED=self.cluster_weights is not None, LISTED=self.tokens == 1,
             COUNTED=self.counts is not None, ACTIVATION=self.activation, BLOCK_I=config.look_rows,
             UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             num_warps=config.look_warps,

@@ -13,10 +13,11 @@ from sparse_runtime.kernels.triton.plane_kernels import _gate_up
 
 @triton.jit
 def look_kernel(
-    x, ids, sets, maybe_sets, look, factors, member, rows, count, row_counts, counter,
+    x, ids, sets, maybe_sets, look, factors, cluster_weights, member, rows, count, row_counts, counter,
     neurons, set_bytes,
-    H: tl.constexpr, BASE: tl.constexpr, VERIFY: tl.constexpr, LISTED: tl.constexpr,
-    COUNTED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
+    H: tl.constexpr, BASE: tl.constexpr, VERIFY: tl.constexpr, WEIGHTED: tl.constexpr,
+    LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Tell the neurons that each token computes, by their look records. Grid (I / BLOCK_I, n).
 
@@ -36,6 +37,8 @@ def look_kernel(
             )  # fmt: skip
             h = tl.reshape(_activate(gate, ACTIVATION) * up, [BLOCK_I])
             factor = tl.load(factors + i, mask=valid, other=0)
+            if WEIGHTED:
+                factor *= tl.load(cluster_weights + cluster)
             # Not "above one": NaN is computed, not skipped.
             computed = computed | (looked & ((tl.abs(h) * factor <= 1) == 0))
             if COUNTED:

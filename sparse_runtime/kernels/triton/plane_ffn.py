@@ -63,6 +63,7 @@ def triton_plane_ffn(
     correction_down: Tensor | None,
     correction_up: Tensor | None,
     counters: Tensor,
+    cluster_weights: Tensor | None = None,
 ) -> Tensor:
     """Read the neurons of tokens' clusters as far as they matter; add bias and correction.
 
@@ -91,6 +92,7 @@ def triton_plane_ffn(
         correction_up: [c, H].
         counters: :func:`sparse_runtime.kernels.triton.ffn.num_counters` zeros, int32; calls that may
             overlap need their own.
+        cluster_weights: [K] float32, or None: all ones.
 
     Returns:
         [n, H], dtype of x.
@@ -102,6 +104,7 @@ def triton_plane_ffn(
     def compute(tokens: Tensor) -> Tensor:
         call = _PlaneCall(tokens, streams, (base, residual), activation, counters, sets)
         call.counts, call.bias = row_counts, cluster_bias
+        call.cluster_weights = cluster_weights
         call.correction = None if correction_down is None else (correction_down, correction_up)
         if cluster_ids is not None:
             call.take(next(ids_of_parts), cluster_counts)
@@ -287,12 +290,13 @@ class _PlaneCall(_Call):
         # Two rows of a neuron are one step's rows, 16 at least for several tokens.
         block = config.look_rows if one else max(8, config.many_rows // 2)
         plane_kernels.plane_gate_up_kernel[(-(-self.neurons // block),)](
-            self.x, self.ids, self.sets, activations if factors is None else factors, look, refine,
+            self.x, self.ids, self.sets, activations if factors is None else factors,
+            activations if self.cluster_weights is None else self.cluster_weights, look, refine,
             activations, finer, self.rows, self.count,
             self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
             ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
-            RAMP=width > 0, BLOCK_I=block,
+            WEIGHTED=self.cluster_weights is not None, RAMP=width > 0, BLOCK_I=block,
             UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             **_tokens(self.x, config.look_warps, config),
         )  # fmt: skip

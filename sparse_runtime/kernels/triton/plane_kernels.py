@@ -6,12 +6,9 @@ whole unit lanes are bytes in their order, so that a thread loads 16 at a time; 
 if it has fewer groups, goes through the same code with other addresses and idle lanes. Four lanes side
 by side, a *quad*, share a scale.
 
-Everything that depends on the data stays on the device, and what several programs add up is added in
-the same order every time: see ``kernels.py``. H is a constant for the compiler, because the alignment
-of records follows from it: unknown, they would be loaded byte by byte.
-
-Sums are in float32. Products of several tokens go to matrix units in tf32 if tokens have 16 bits: of
-these and of a scale times a base code or a residual code nothing is lost by that.
+Order and place of sums are as in ``kernels.py``. H is a constant for the compiler, as the alignment
+of records follows from it: unknown, they would be loaded byte by byte. Sums are in float32; tf32 loses
+nothing of tokens of 16 bits, nor of a scale times a code.
 """
 
 from __future__ import annotations
@@ -230,11 +227,11 @@ def _ramp(evidence, width, RAMP: tl.constexpr):
 
 @triton.jit
 def plane_gate_up_kernel(
-    x, ids, sets, factors, look, refine, activations, finer_parts, rows, count, row_counts, counter,
-    n, neurons, set_bytes, tau, width,
+    x, ids, sets, factors, cluster_weights, look, refine, activations, finer_parts, rows, count,
+    row_counts, counter, n, neurons, set_bytes, tau, width,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
-    CLUSTERED: tl.constexpr, STAGED: tl.constexpr, RAMP: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_I: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    CLUSTERED: tl.constexpr, STAGED: tl.constexpr, WEIGHTED: tl.constexpr, RAMP: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Look at candidates, refine those that matter most. Grid (I / BLOCK_I,).
 
@@ -259,8 +256,11 @@ def plane_gate_up_kernel(
         h = _activate(gate, ACTIVATION) * up
         counted, refined = mine, mine
         if STAGED:
-            factor = tl.load(factors + i, mask=i < neurons, other=0)
-            evidence = tl.abs(h) * factor[None, :]
+            factor = tl.load(factors + i, mask=i < neurons, other=0)[None, :]
+            if WEIGHTED:
+                own = tl.load(ids + t, mask=t < n, other=0)
+                factor = factor * tl.load(cluster_weights + own)[:, None]
+            evidence = tl.abs(h) * factor
             # Not "above": NaN is refined, not skipped.
             counted = mine & ((evidence <= 1) == 0)
             refined = counted & ((evidence <= tau) == 0)

@@ -95,6 +95,17 @@ def test_looking_at_all_is_one_set_for_all_tokens(tiny_model, clusters, planes):
     assert alone["weights"] == (None if planes is None else 6)
     assert alone["cost_share"] == pytest.approx(rows["clusters", True]["cost_share"], abs=0.15)
     assert method_label(alone).startswith("look-all")
+    assert not result["left_out"]
+    without = evaluate_curves(
+        tiny_model,
+        clusters,
+        [("text", IDS)],
+        budgets=[0.5],
+        verify=[False],
+        baselines=["look-all"],
+        protocol=Protocol(window=32),
+    )
+    assert [row["reason"] for row in without["left_out"]] == ["it is nothing without looks"]
 
 
 def test_dense_runs_once_and_baselines_stand_beside(tiny_model, clusters, monkeypatch):
@@ -153,7 +164,8 @@ def test_all_baselines(tiny_model, clusters, monkeypatch):
         )
         left_out = {row["method"]: row["reason"] for row in result["left_out"]}
         # Rows of 44 neurons are no whole blocks of 32.
-        assert list(left_out) == [*GGUF_NAMES, *([] if prompt_tokens else ["griffin"])]
+        alone = ["look-all", *GGUF_NAMES, *([] if prompt_tokens else ["griffin"])]
+        assert list(left_out) == alone
         assert left_out["q8_0"] == "its blocks hold 32 weights, and rows have 44"
         if not prompt_tokens:
             assert "takes its neurons from a prompt" in left_out["griffin"]

@@ -43,12 +43,12 @@ const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char*
   return bias.data();
 }
 
-const float* factors_of(Argument& factors, int64_t neurons) {
-  factors.inspect(1);
-  factors.expect_dtype(aoti_torch_dtype_float32(), "float32");
-  factors.expect_size(0, neurons, "I");
-  factors.expect_contiguous();
-  return static_cast<const float*>(factors.data());
+const float* floats_of(Argument& values, int64_t size, const char* letter) {
+  values.inspect(1);
+  values.expect_dtype(aoti_torch_dtype_float32(), "float32");
+  values.expect_size(0, size, letter);
+  values.expect_contiguous();
+  return static_cast<const float*>(values.data());
 }
 
 Stream stream_of(Argument& records, const char* name, int64_t rows, int64_t bytes) {
@@ -132,6 +132,8 @@ Clusters clusters_of(Argument& sets, int64_t neurons) {
 void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
   if (maybe_sets.given() != look.given() || maybe_sets.given() != factors.given())
     fail("maybe_sets, look and factors go together: all of them or none");
+  if (cluster_weights.given() && !factors.given())
+    fail("cluster_weights without factors, which alone they are for");
   clusters.row_counts = counts_of(row_counts, 2, "the number of counts");
   if (!maybe_sets.given()) return;
   maybe_sets.inspect(2);
@@ -141,7 +143,9 @@ void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
   maybe_sets.expect_rows();
   clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
                            stream_of(look, "look", ffn.num_neurons, look_bytes(ffn.hidden_size)),
-                           factors_of(factors, ffn.num_neurons)};
+                           floats_of(factors, ffn.num_neurons, "I"), nullptr};
+  if (cluster_weights.given())
+    clusters.verification.cluster_weights = floats_of(cluster_weights, clusters.count, "K");
 }
 
 Router router_of(const Argument& x, Argument& down, Argument& up, Argument& bias) {

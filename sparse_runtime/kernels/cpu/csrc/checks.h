@@ -16,13 +16,14 @@ Clusters clusters_of(Argument& sets, int64_t neurons);
 
 // The optional last arguments of both sparse operations.
 struct VerificationArguments {
-  Argument maybe_sets, look, factors, row_counts;
+  Argument maybe_sets, look, factors, row_counts, cluster_weights;
 
-  explicit VerificationArguments(const StableIValue* stack)
+  VerificationArguments(const StableIValue* stack, StableIValue weights)
       : maybe_sets("maybe_sets", Argument::optional_handle(stack[0])),
         look("look", Argument::optional_handle(stack[1])),
         factors("factors", Argument::optional_handle(stack[2])),
-        row_counts("row_counts", Argument::optional_handle(stack[3])) {}
+        row_counts("row_counts", Argument::optional_handle(stack[3])),
+        cluster_weights("cluster_weights", Argument::optional_handle(weights)) {}
 
   void check_into(Clusters& clusters, const Ffn& ffn);
 };
@@ -40,8 +41,8 @@ void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_
 // A bias of x's dtype and so many elements, or null where it is not given.
 const void* bias_of(const Argument& x, Argument& bias, int64_t size, const char* letter);
 
-// Factors of looks [I] in float32.
-const float* factors_of(Argument& factors, int64_t neurons);
+// A vector in float32: factors of looks [I], or weights of clusters [K].
+const float* floats_of(Argument& values, int64_t size, const char* letter);
 
 // Records of bytes, whose scales stand at even addresses; any number of them where `rows` is below
 // zero.

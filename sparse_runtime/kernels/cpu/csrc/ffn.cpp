@@ -107,7 +107,7 @@ void list_rows(Pass& pass, const Inputs& inputs) {
 }
 
 // What the parts look with, and at.
-void prepare_looks(Pass& pass, Tokens x, const TokenMemory& memory) {
+void prepare_looks(Pass& pass, Tokens x, const int64_t* ids, const TokenMemory& memory) {
   const Ffn& ffn = *pass.ffn;
   const Verification& band = pass.clusters.verification;
   const Stream none = {nullptr, 0};
@@ -117,6 +117,8 @@ void prepare_looks(Pass& pass, Tokens x, const TokenMemory& memory) {
   pass.look.ffn = &pass.planes;
   pass.look.isa = pass.isa;
   pass.look.stages.factors = band.factors;
+  pass.look.stages.cluster_weights = band.cluster_weights;
+  pass.look.ids = ids;
   pass.look.x = round_tokens(*pass.isa, ffn.dtype, ffn.element_size, x, ffn.hidden_size, memory);
   pass.look.step_rows =
       at_least(at_most(kStepBytes / at_least(look_bytes(ffn.hidden_size), 1), kStepRows), kPlaneRows);
@@ -196,7 +198,7 @@ void run_pass(const Ffn& ffn, Tokens x, const Clusters& clusters, const int64_t*
   const Inputs inputs = take_memory(pass, x.count, most_parts);
   pass.x = pack(*pass.kernels, x, ffn.element_size, ffn.hidden_size, inputs.packed);
   list_rows(pass, inputs);
-  if (clusters.verification.maybe_sets) prepare_looks(pass, x, inputs.tokens);
+  if (clusters.verification.maybe_sets) prepare_looks(pass, x, ids, inputs.tokens);
   pass.num_parts = at_most(threads_for_rows(ffn, pass.num_rows), most_parts);
   run_parts(pass, ids, y);
   if (clusters.row_counts) count_rows(pass);

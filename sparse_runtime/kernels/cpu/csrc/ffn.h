@@ -36,6 +36,7 @@ struct Verification {
   int64_t stride;             // bytes
   Stream look;                // [I] in kLookFormat
   const float* factors;       // [I]
+  const float* cluster_weights;  // [K] or null
 };
 
 // Bitmaps of the neurons each cluster computes, [K, ceil(I / 8)].

@@ -17,14 +17,14 @@ using namespace sparse_ffn;
 const char* const kSparseFfn =
     "cpu_sparse_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
     "Tensor cluster_ids, str activation, Tensor? maybe_sets=None, Tensor? look=None, "
-    "Tensor? factors=None, Tensor(a!)? row_counts=None) -> Tensor";
+    "Tensor? factors=None, Tensor(a!)? row_counts=None, Tensor? cluster_weights=None) -> Tensor";
 
 void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
   Argument w_down_t("w_down_t", stack[3]), sets("sets", stack[4]);
   Argument cluster_ids("cluster_ids", stack[5]);
   StringArgument activation(stack[6]);
-  VerificationArguments verification(stack + 7);
+  VerificationArguments verification(stack + 7, stack[11]);
 
   const Tokens tokens = tokens_of(x);
   const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
@@ -75,7 +75,8 @@ const char* const kRoutedFfn =
     "Tensor? router_down, Tensor router_up, Tensor? router_bias, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
     "Tensor? look=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
-    "Tensor? correction_down=None, Tensor? correction_up=None) -> Tensor";
+    "Tensor? correction_down=None, Tensor? correction_up=None, Tensor? cluster_weights=None) -> "
+    "Tensor";
 
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
@@ -85,7 +86,7 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument cluster_bias("cluster_bias", Argument::optional_handle(stack[8]));
   Argument counts("cluster_counts", Argument::optional_handle(stack[9]));
   StringArgument activation(stack[10]);
-  VerificationArguments verification(stack + 11);
+  VerificationArguments verification(stack + 11, stack[17]);
   Argument correction_down("correction_down", Argument::optional_handle(stack[15]));
   Argument correction_up("correction_up", Argument::optional_handle(stack[16]));
 

@@ -121,7 +121,7 @@ void verify(const Pass& pass, PlanePart& looker, PlaneStep& step, Kept& kept) {
     for (uint64_t left = step.wanted[r]; left; left &= left - 1) {
       const int64_t t = __builtin_ctzll(left);
       // Not below the bound, so that NaN is computed.
-      if (!(fabsf(step.looks[t * kStepRows + r]) * factor <= 1.0f))
+      if (!(fabsf(step.looks[t * kStepRows + r]) * (factor * weight_of(pass.look, t)) <= 1.0f))
         step.counted[r] |= uint64_t(1) << t;
     }
     looker.counts[1] += __builtin_popcountll(step.wanted[r]);

@@ -84,6 +84,7 @@ void run_pass(const PlaneFfn& ffn, Tokens x, const Clusters& clusters, const int
   pass.isa = &isa;
   pass.clusters = clusters;
   pass.stages = stages;
+  pass.ids = ids;
   pass.x = round_tokens(isa, ffn.dtype, size, x, hidden, token_memory);
   pass.rows = nullptr;
   pass.num_rows = ffn.num_neurons;

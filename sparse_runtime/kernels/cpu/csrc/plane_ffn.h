@@ -17,7 +17,8 @@ struct PlaneFfn {
 
 // How far neurons are read; without factors every candidate is refined.
 struct Stages {
-  const float* factors;  // [I] or null
+  const float* factors;          // [I] or null
+  const float* cluster_weights;  // [K]: what factors are multiplied by; or null
   float tau;
   float width;
 };

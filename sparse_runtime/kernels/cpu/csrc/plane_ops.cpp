@@ -33,7 +33,7 @@ const char* const kPlaneFfn =
     "str activation, Tensor? sets, Tensor? cluster_ids, Tensor? router_down, Tensor? router_up, "
     "Tensor? router_bias, Tensor? factors, float tau, float width, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, Tensor(b!)? row_counts, Tensor? correction_down, "
-    "Tensor? correction_up) -> Tensor";
+    "Tensor? correction_up, Tensor? cluster_weights=None) -> Tensor";
 
 void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), look("look", stack[1]), count("count", stack[2]);
@@ -50,6 +50,7 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument row_counts("row_counts", Argument::optional_handle(stack[17]));
   Argument correction_down("correction_down", Argument::optional_handle(stack[18]));
   Argument correction_up("correction_up", Argument::optional_handle(stack[19]));
+  Argument cluster_weights("cluster_weights", Argument::optional_handle(stack[20]));
 
   const Tokens tokens = tokens_of(x);
   const DTypeInfo info = x.float_dtype();
@@ -64,15 +65,17 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   ffn.refine =
       stream_of(refine, "refine", ffn.num_neurons, 3 * plane_bytes(hidden, format.residual));
 
-  Stages stages = {nullptr, float(number(stack[13])), float(number(stack[14]))};
+  Stages stages = {nullptr, nullptr, float(number(stack[13])), float(number(stack[14]))};
   if (!(stages.tau >= 1.0f)) fail("tau is below 1, or not a number");
   if (!(stages.width >= 0.0f)) fail("width is negative, or not a number");
-  if (factors.given()) stages.factors = factors_of(factors, ffn.num_neurons);
+  if (factors.given()) stages.factors = floats_of(factors, ffn.num_neurons, "I");
   Compensation compensation = correction_of(x, correction_down, correction_up);
   Clusters clusters = {};
   const int64_t* ids = nullptr;
   if (sets.given()) {
     clusters = clusters_of(sets, ffn.num_neurons);
+    if (cluster_weights.given())
+      stages.cluster_weights = floats_of(cluster_weights, clusters.count, "K");
     bias_into(compensation, x, cluster_bias, clusters.count);
     if (cluster_ids.given()) {
       ids = ids_of(cluster_ids, tokens.count, clusters.count);
@@ -84,7 +87,7 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
       run_router(info.dtype, info.size, tokens, hidden, router, clusters.count, routed);
       ids = routed;
     }
-  } else if (cluster_bias.given() || cluster_ids.given() || up.given()) {
+  } else if (cluster_bias.given() || cluster_ids.given() || up.given() || cluster_weights.given()) {
     fail("there are clusters, but no sets");
   }
   clusters.row_counts = counts_of(row_counts, 3, "the number of counts");

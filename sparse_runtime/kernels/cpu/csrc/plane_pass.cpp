@@ -103,7 +103,7 @@ void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
       const float factor = stages.factors[step.index[r]];
       for (uint64_t left = step.wanted[r]; left; left &= left - 1) {
         const int64_t t = __builtin_ctzll(left);
-        const float evidence = fabsf(step.looks[t * kStepRows + r]) * factor;
+        const float evidence = fabsf(step.looks[t * kStepRows + r]) * (factor * weight_of(pass, t));
         step.evidence[t * kStepRows + r] = evidence;
         // Not below a bound, so that NaN is refined.
         if (!(evidence <= 1.0f)) counted |= uint64_t(1) << t;

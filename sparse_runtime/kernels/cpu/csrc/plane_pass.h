@@ -23,7 +23,7 @@ struct PlaneStep {
   float* gate;      // [tokens, kStepRows]: dot products with base planes
   float* up;
   float* looks;     // their activation
-  float* evidence;  // |look| * factor
+  float* evidence;  // |look| * factor * weight
 };
 
 struct PlanePass {
@@ -31,6 +31,7 @@ struct PlanePass {
   const Isa* isa;
   Clusters clusters;
   Stages stages;
+  const int64_t* ids;  // of the tokens' clusters
   Groups groups;
   PlaneTokens x;
   const int32_t* rows;  // null: all neurons
@@ -39,6 +40,12 @@ struct PlanePass {
   int64_t num_parts;
   int64_t sum_stride;  // floats: 256 for each unit
 };
+
+// What a token's factors are multiplied by.
+inline float weight_of(const PlanePass& pass, int64_t token) {
+  const float* const weights = pass.stages.cluster_weights;
+  return weights ? weights[pass.ids[token]] : 1.0f;
+}
 
 // What one part works with.
 struct PlanePart {
