@@ -119,12 +119,15 @@ bench-gpu: $(STAMP)
 report: $(STAMP)
 	test -f $(REPORT)/clusters/config.json || $(BIN)/sparse-runtime build demo \
 		-o $(REPORT)/clusters $(CALIBRATION) --json $(REPORT)/build.json
+	test -f $(REPORT)/clusters-6-bits/config.json || $(BIN)/sparse-runtime build demo --weights 6 \
+		--budget 4bits -o $(REPORT)/clusters-6-bits $(CALIBRATION) --json $(REPORT)/build-6-bits.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
 		--json $(REPORT)/eval.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
 		--budgets 0.3,0.4,0.5,0.6,0.7 --baselines $(BASELINES) --json $(REPORT)/quality.json
-	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
-		--weights 6 --budgets 0.18,0.22,0.26,0.3 --baselines $(FORMATS) --json $(REPORT)/planes.json
+	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters-6-bits --data $(TEST) \
+		--max-tokens 8192 --weights 6 --rounding gptq --budgets 2.8bits,3.3bits,3.8bits,4.3bits,4.8bits \
+		--baselines look-all,$(FORMATS) --json $(REPORT)/planes.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \
 		--budgets 0.5 --verify --baselines $(OTHER_BASELINES) --json $(REPORT)/predictors.json
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data $(TEST) --max-tokens 8192 \

@@ -28,10 +28,11 @@ from sparse_runtime.ffn.patch import owners
 from sparse_runtime.models import load_model
 from sparse_runtime.progress import ProgressReporter
 
-DATA = "pydoc"
-PROMPTS = ("What is the capital of France?", "What is a list comprehension in Python?")
+#: Text that ships with Python, and conversations that the model has with itself.
+DATA = ("pydoc,weight=5", "self,weight=3")
+PROMPTS = ("Why is the sky blue?", "What is a list comprehension in Python?")
 # Sized for ten minutes on two cores; `build` without options spends more on quality.
-BUILD = BuildConfig(weights=6, budget=0.25, max_tokens=24_576, router="32", distill=20)
+BUILD = BuildConfig(weights=6, budget=0.25, max_tokens=16_384, router="32", distill=14)
 #: What users would take instead: all neurons in as many bits as ours reads.
 _OPPONENT = DensePlanes(4, "gptq")
 _EVALUATION_TOKENS = 4096
@@ -59,14 +60,13 @@ def run_demo(
     floats, tokenizer = load_model("demo", dtype=dtype)
     clusters = _built(floats, tokenizer, folder, progress)
     ours, _ = load_model(str(folder / "model"), dtype=dtype)
-    text = calibration_windows(
-        [parse_source(DATA)], tokenizer, max_tokens=ROUNDING_TOKENS, window=BUILD.window
-    )
-    tokens = token_stream(
-        parse_source(DATA), tokenizer, max_tokens=_EVALUATION_TOKENS, split="test"
-    )
+    source = parse_source(DATA[0])
+    text = calibration_windows([source], tokenizer, max_tokens=ROUNDING_TOKENS, window=BUILD.window)
+    tokens = token_stream(source, tokenizer, max_tokens=_EVALUATION_TOKENS, split="test")
     protocol = Protocol(progress=progress)
-    curve = Curve(f"{DATA}, held-out topics", tokens, protocol.score(floats, tokens, "float"))
+    curve = Curve(
+        f"{source.name}, held-out topics", tokens, protocol.score(floats, tokens, "float")
+    )
     with _OPPONENT.stored(floats, text.windows, progress=progress) as opponent:
         score = protocol.score(opponent, tokens, "dense, 4 bits", reference=curve.dense)
         bits = reading_of_bits(_OPPONENT.bits_per_weight(floats))
@@ -105,7 +105,7 @@ def _built(model: Any, tokenizer: Any, folder: Path, progress: ProgressReporter)
     return build_clusters(
         model,
         tokenizer,
-        [DATA],
+        DATA,
         BUILD,
         output=artifact,
         packed_output=packed,

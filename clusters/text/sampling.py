@@ -10,20 +10,30 @@ from torch import Tensor
 from sparse_runtime.errors import ConfigError
 
 _SEQUENCE = 256
+# Of those, at most this many for what a user says.
+_MESSAGE = 64
 # Bounds the memory of the keys and values: sequences that are sampled at a time.
-_BATCH = 16
+_BATCH = 32
 # Added to the seed of text that is to be held out.
 _TEST_SEED = 0x7E57
+# People have answers sampled below the temperature at which a model is calibrated.
+_ANSWER_TEMPERATURE = 0.7
+# Stands for what a user says while a template is taken apart.
+_MARK = "\ue000"
 
 
 def sampled_tokens(
     model: Any, tokenizer: Any, max_tokens: int | None, *, split: str, seed: int
 ) -> Tensor:
-    """Sample at temperature 1, in sequences of 256 tokens at most, each from the beginning.
+    """Sample sequences of 256 tokens at most.
+
+    Of a model with a chat template half of the tokens are conversations: what a user says is sampled
+    too, after the words that a template puts before it (Magpie, arXiv 2406.08464), and then answered.
+    The others are texts from their beginning. Temperature is 1, and 0.7 for answers.
 
     Args:
         model: a causal language model.
-        tokenizer: names the token that a text begins with.
+        tokenizer: names the token that a text begins with, and has the template.
         max_tokens: as many.
         split: ``test`` samples from another seed than ``train``.
         seed: of sampling; the global random state stays as it is.
@@ -38,30 +48,109 @@ def sampled_tokens(
         raise ConfigError("data source 'self' needs the model to sample from; pass model")
     if max_tokens is None:
         raise ConfigError("data source 'self' needs a number of tokens to sample; set max_tokens")
-    # A tokenizer may name a token that the model lacks.
-    rows = model.get_input_embeddings().weight.shape[0]
-    known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
-    start = next((token for token in known if token is not None and token < rows), 0)
-    length = min(_SEQUENCE, max_tokens)
-    longest = getattr(model.config, "max_position_embeddings", None)
-    if longest is not None:
-        length = max(1, min(length, longest - 1))
+    sampler = _Sampler(model, tokenizer, min(_SEQUENCE, max_tokens))
+    opening = _opening(tokenizer)
     sequences: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
         torch.manual_seed(seed + (_TEST_SEED if split == "test" else 0))
-        while sum(len(s) for s in sequences) < max_tokens:
-            prompt = torch.full((_BATCH, 1), start, device=model.device)
-            sampled = model.generate(
-                prompt,
-                attention_mask=torch.ones_like(prompt),
-                do_sample=True,
-                temperature=1.0,
-                top_k=0,
-                top_p=1.0,
-                max_new_tokens=length,
-                min_new_tokens=length,
-                pad_token_id=start,
-            )
-            sequences += list(sampled[:, 1:].cpu())
+        total = spoken = 0
+        while total < max_tokens:
+            chats: list[Tensor] = []
+            if opening is not None and 2 * spoken <= total:
+                chats = sampler.conversations(opening)
+                spoken += sum(map(len, chats))
+            if opening is not None and not chats:
+                opening = None  # it says nothing there
+            sequences += chats or sampler.texts()
+            total = sum(map(len, sequences))
     return torch.cat(sequences)[:max_tokens].clone()
+
+
+class _Sampler:
+    def __init__(self, model: Any, tokenizer: Any, length: int) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        # A tokenizer may name a token that the model lacks.
+        self._rows = model.get_input_embeddings().weight.shape[0]
+        known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
+        self._start = next((t for t in known if t is not None and t < self._rows), 0)
+        longest = getattr(model.config, "max_position_embeddings", None)
+        self._length = length if longest is None else max(1, min(length, longest - 1))
+
+    def texts(self) -> list[Tensor]:
+        """From the beginning, none of which ends early."""
+        prompts = [torch.tensor([self._start])] * _BATCH
+        return self._continued(prompts, self._length, ends=False)
+
+    def conversations(self, opening: Tensor) -> list[Tensor]:
+        """Questions and answers, with all that the template puts around them."""
+        most = min(_MESSAGE, self._length)
+        said = self._continued([opening] * _BATCH, most)
+        messages = (self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said)
+        prompts = [
+            torch.tensor(
+                self._tokenizer.apply_chat_template(
+                    [{"role": "user", "content": message}],
+                    add_generation_prompt=True,
+                    return_dict=True,
+                )["input_ids"]
+            )
+            for message in messages
+            if message
+        ]
+        prompts = [
+            ids for ids in prompts if len(ids) < self._length and int(ids.max()) < self._rows
+        ]
+        if not prompts:
+            return []
+        answers = self._continued(prompts, self._length - most, temperature=_ANSWER_TEMPERATURE)
+        return [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
+
+    def _continued(
+        self,
+        prompts: list[Tensor],
+        new_tokens: int,
+        *,
+        ends: bool = True,
+        temperature: float = 1.0,
+    ) -> list[Tensor]:
+        """What comes after each of some prompts, up to an end token."""
+        new_tokens = max(1, new_tokens)
+        longest = max(map(len, prompts))
+        ids = torch.full((len(prompts), longest), self._start)
+        mask = torch.zeros_like(ids)
+        for row, prompt in enumerate(prompts):
+            ids[row, longest - len(prompt) :] = prompt
+            mask[row, longest - len(prompt) :] = 1
+        device = self._model.device
+        sampled = self._model.generate(
+            ids.to(device),
+            attention_mask=mask.to(device),
+            do_sample=True,
+            temperature=temperature,
+            top_k=0,
+            top_p=1.0,
+            max_new_tokens=new_tokens,
+            min_new_tokens=None if ends else new_tokens,
+            pad_token_id=self._start,
+        )[:, longest:].cpu()
+        if not ends:
+            return list(sampled)
+        return [row[: self._end(row)] for row in sampled]
+
+    def _end(self, row: Tensor) -> int:
+        """Tokens up to the first end token, and with it."""
+        ends = self._model.generation_config.eos_token_id
+        ends = [ends] if isinstance(ends, int) else ends or []
+        found = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+        return len(row) if not len(found) else int(found[0]) + 1
+
+
+def _opening(tokenizer: Any) -> Tensor | None:
+    """What a chat template puts before the first thing a user says; None without a template."""
+    if getattr(tokenizer, "chat_template", None) is None:
+        return None
+    text = tokenizer.apply_chat_template([{"role": "user", "content": _MARK}], tokenize=False)
+    before = text.partition(_MARK)[0]
+    ids = tokenizer(before, add_special_tokens=False)["input_ids"]
+    return torch.tensor(ids) if ids else None

@@ -13,6 +13,7 @@ from sparse_runtime.errors import DataError, SparseRuntimeError
 from sparse_runtime.eval.report.markdown import escaped, markdown_table, records_table, run_line
 from sparse_runtime.eval.report.run_folder import (
     CURVE_FILES,
+    GGUF_LABELS,
     RunFolder,
     by_bits,
     method_label,
@@ -63,7 +64,9 @@ _OTHERS = {
 
 
 def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
-    """Every method on the first text at one budget, and what runs over planes or in a dense format.
+    """Two tables of the first text: quantized weights by the bits read, then float ones at one budget.
+
+    Of dense planes the first holds those with the clusters' own rounding.
 
     Raises:
         DataError: the run has no quality.json, or not this budget.
@@ -75,21 +78,29 @@ def readme_table(run: RunFolder, *, budget: float = 0.5) -> str:
     if figures is None or not any(row["budget"] == budget for row in rows):
         raise DataError(f"the run has no quality.json with a budget of {budget:g}")
     result = curves[title]
-    dense = result["dense"]["perplexity"]
+    measured = (
+        f"{figures['model']}, {title}, {result['tokens']} tokens in windows of {figures['window']}, "
+        f"dense perplexity {result['dense']['perplexity']:.2f}, {figures['dtype']}, "
+        f"{figures['host']['date']}."
+    )
+    quantized = [row for row in rows if row["weights"] is not None or row["method"] in GGUF_LABELS]
+    own = {row["rounding"] for row in quantized if row["method"] == "clusters"}
+    quantized = [row for row in quantized if row["rounding"] in {*own, None}]
+    floats = [row for row in rows if row["budget"] == budget and row["weights"] is None]
+    parts = [_readme_part("weights of a few bits", quantized)] if quantized else []
+    parts += ["Over float weights, at half of the FFNs' bytes:\n"] if quantized else []
+    parts += [_readme_part("every token sparse", floats), f"{escaped(measured)}\n"]
+    return "\n".join(parts)
+
+
+def _readme_part(name: str, rows: list[dict[str, Any]]) -> str:
     lines = [["dense", "16", "0", "", "1", "1", ""]]
     for row in by_bits(rows):
-        if row["budget"] not in (None, budget) and row["weights"] is None:
-            continue
         label = escaped(method_label(row))
         label = f"**{label}**" if row["method"] == "clusters" else label
         lines.append([label, *_quality(row)])
     columns = ["bits", "KL", "95 %", "top-1", "perplexity ÷ dense", "95 %"]
-    measured = (
-        f"{figures['model']}, {title}, {result['tokens']} tokens in windows of {figures['window']}, "
-        f"dense perplexity {dense:.2f}, {figures['dtype']}, {figures['host']['date']}."
-    )
-    table = markdown_table(["every token sparse", *columns], lines)
-    return f"{table}\n{escaped(measured)}\n"
+    return markdown_table([name, *columns], lines)
 
 
 def replaced(text: str, table: str) -> str:

@@ -25,7 +25,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "eval": ("eval MODEL --clusters DIR", figures.EVAL),
     "quality": (f"{_CURVES} …", figures.CURVES),
     "planes": (
-        "eval MODEL --clusters DIR --weights 6 --budgets … --baselines dense,dense-gptq,gguf",
+        "eval MODEL --clusters DIR --weights 6 --rounding gptq --budgets … --baselines look-all,…",
         figures.CURVES,
     ),
     "predictors": (f"{_CURVES} deja-vu,awc-paper", figures.CURVES),
@@ -41,6 +41,7 @@ CLUSTERS_FOLDER = "clusters"
 #: ``method`` of a row of ``evaluate_curves`` -> what readers call it.
 METHOD_LABELS = {
     "clusters": "clusters",
+    "look-all": "looking at all",
     "oracle": "oracle, per token",
     "teal": "TEAL",
     "wina": "WINA",

@@ -183,6 +183,40 @@ def test_self_samples_without_touching_the_global_state(tiny_model, tiny_tokeniz
         stream("self", tiny_tokenizer, 40)
 
 
+_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+
+
+def test_half_of_self_are_conversations(tiny_model, tiny_tokenizer):
+    """Where the model has a template: what a user says is sampled, and answered."""
+    tiny_tokenizer.chat_template = _TEMPLATE
+    options = {"max_tokens": 15_000, "model": tiny_model}
+    ids = stream("self", tiny_tokenizer, **options)
+    assert len(ids) == 15_000
+    assert torch.equal(ids, stream("self", tiny_tokenizer, **options))
+    text = tiny_tokenizer.decode(ids)
+    assert text.startswith("<user>")
+    turns = text.split("<user>")[1:]
+    assert len(turns) > 10
+    assert all("</s><assistant>" in turn for turn in turns[:-1])
+    messages = {turn.partition("</s>")[0] for turn in turns}
+    assert len(messages) > len(turns) // 2
+    assert 0.3 < text.rindex("<user>") / len(text) < 0.7  # the rest are texts from their beginning
+
+
+def test_a_model_that_says_nothing_gives_texts(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = _TEMPLATE
+    with torch.no_grad():  # after "<user>" comes the end
+        tiny_model.lm_head.weight.zero_()
+        tiny_model.lm_head.weight[257] = 1.0
+        tiny_model.model.norm.weight.fill_(1.0)
+    tiny_model.generation_config.eos_token_id = list(range(260))
+    ids = stream("self", tiny_tokenizer, 300, model=tiny_model)
+    assert len(ids) == 300
+
+
 def test_windows_are_mixed_by_weight(text_file, tmp_path, tiny_tokenizer):
     other = tmp_path / "other.txt"
     other.write_text("z" * 20_000)

@@ -389,21 +389,23 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     # Those of the other files on the same text; TEAL stands there once.
     more = json.loads((run_folder / "predictors.json").read_text())["results"][0]["rows"]
     rows += [row for row in more if row["method"] == "random"]
-    rows += json.loads((run_folder / "planes.json").read_text())["results"][0]["rows"]
+    planes = json.loads((run_folder / "planes.json").read_text())["results"][0]["rows"]
+    planes = [row for row in planes if row["rounding"] == "gptq"]  # as of the clusters' planes
     cells = [line for line in lines if line.startswith("| ")]
-    table = cells[2:]
-    assert len(table) == 1 + len(rows)
-    header = [cell.strip() for cell in cells[0].split("|")[1:-1]]
-    assert header[1:] == ["bits", "KL", "95 %", "top-1", "perplexity ÷ dense", "95 %"]
-    assert {line.split("|")[1].strip() for line in table} >= {
-        "dense", "**clusters with looks**", "**clusters, 6 bits, GPTQ**", "dense, 4 bits, GPTQ",
-        "dense, 8 bits", "TEAL",
-    }  # fmt: skip
-    for column, key in ((2, "bits_per_weight"), (3, "kl")):
-        shown = [float(line.split("|")[column]) for line in table[1:]]
-        expected = sorted(rows, key=lambda row: (-row["bits_per_weight"], row["kl"]))
-        tolerance = 5.1e-3 if key == "bits_per_weight" else 1e-4
-        assert shown == pytest.approx([row[key] for row in expected], abs=tolerance)
+    second = 2 + 1 + len(planes)
+    for part, expected in ((cells[:second], planes), (cells[second:], rows)):
+        header = [cell.strip() for cell in part[0].split("|")[1:-1]]
+        assert header[1:] == ["bits", "KL", "95 %", "top-1", "perplexity ÷ dense", "95 %"]
+        assert len(part) == 3 + len(expected)
+        expected = sorted(expected, key=lambda row: (-row["bits_per_weight"], row["kl"]))
+        for column, key in ((2, "bits_per_weight"), (3, "kl")):
+            shown = [float(line.split("|")[column]) for line in part[3:]]
+            tolerance = 5.1e-3 if key == "bits_per_weight" else 1e-4
+            assert shown == pytest.approx([row[key] for row in expected], abs=tolerance)
+    names = {line.split("|")[1].strip() for line in cells}
+    assert {"dense", "**clusters with looks**", "**clusters, 6 bits, GPTQ**", "TEAL"} <= names
+    assert "dense, 4 bits, GPTQ" in names
+    assert "dense, 8 bits" not in names
     text = document.read_text()
     for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
         assert title in text
