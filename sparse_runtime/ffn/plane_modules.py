@@ -24,6 +24,7 @@ from sparse_runtime.kernels.planes import (
     unpack_linear,
 )
 from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
+from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
@@ -296,15 +297,17 @@ class PlaneFFN(PlaneModule):
         """The module that it replaced, of the same class, with projections of the packed values."""
         size, neurons, planes = self.hidden_size, self.intermediate_size, self.planes
         device = self.look.device
-        gate, up = (_float_linear(size, neurons, self.dtype, device) for _ in range(2))
-        down = _float_linear(neurons, size, self.dtype, device)
+        inputs = [neurons] * 2 if len(self.projections) == 3 else [2 * neurons]
+        linears = [_float_linear(size, rows, self.dtype, device) for rows in inputs]
+        linears.append(_float_linear(neurons, size, self.dtype, device))
+        gate, up, down = split_projections(*(linear.weight for linear in linears))
         for first in range(0, neurons, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
             values = [part.values().to(self.dtype) for part in planes.rounded(rows)]
-            gate.weight[rows], up.weight[rows] = values[0], values[1]
-            down.weight[:, rows] = values[2].t()
+            gate[rows], up[rows] = values[0], values[1]
+            down[:, rows] = values[2].t()
         module = _shallow(self._float[0])
-        module._modules.update(zip(self.projections, (gate, up, down), strict=True))
+        module._modules.update(zip(self.projections, linears, strict=True))
         return module.train(self.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ def check_finite(places: Places) -> None:
         ModelError: there is a NaN or an infinity; the message names the matrix.
     """
     for layer in places.ffns:
-        for name, linear in zip(layer.projections, (layer.gate, layer.up, layer.down), strict=True):
+        for name, linear in layer.linears().items():
             refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
     for place in places.linears:
         refuse_infinite(f"{place.name}.weight", opened(place.linear, torch.float32).weight)
@@ -132,7 +132,9 @@ def opened(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:
 
 def opened_ffn(layer: FFNLayer) -> FFNLayer:
     """An FFN's projections with float weights."""
-    gate, up, down = (opened(linear, layer.dtype) for linear in (layer.gate, layer.up, layer.down))
+    if not layer.int8:
+        return layer
+    gate, up, down = (opened(linear, layer.dtype) for linear in layer.linears().values())
     return replace(layer, gate=gate, up=up, down=down)
 
 

@@ -36,6 +36,7 @@ from sparse_runtime.ffn.plane_places import (
     tied_weights,
     untie,
 )
+from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint, kept_samples
 
@@ -147,10 +148,11 @@ class PlaneQuantizer(HfQuantizer):
             for plane, data in module.own_planes().items()
         }
         if self._problem is None:
+            self._unreleased += sum(weight.nbytes for weight in weights)
             if name in self._positions:
+                weights = list(split_projections(*weights))
                 self._samples[name] = kept_samples(self._positions[name], *weights)
             module.round_into(planes, *weights)
-            self._unreleased += sum(weight.nbytes for weight in weights)
             if self._unreleased >= _RELEASED_AT:
                 release_pages(self._files)
                 self._unreleased = 0
@@ -316,8 +318,10 @@ def _not_loaded(model: nn.Module) -> Iterator[str]:
 
 def _shape(module: PlaneModule, part: str) -> tuple[int, ...]:
     if isinstance(module, PlaneFFN):
-        sizes = module.intermediate_size, module.hidden_size
-        return sizes[::-1] if part == f"{module.projections[2]}.weight" else sizes
+        rows, size = module.intermediate_size, module.hidden_size
+        if part == f"{module.projections[-1]}.weight":
+            return size, rows
+        return rows * (4 - len(module.projections)), size
     assert isinstance(module, PlaneLinear)
     return module.out_features, module.in_features
 

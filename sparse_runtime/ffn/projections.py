@@ -29,10 +29,10 @@ def projection_problem(
 
     Args:
         owner: the FFN.
-        projections: names of gate, up and down in it.
+        projections: names in it of gate, up and down, or of the one with both, and down.
         sizes: I and H that the clusters are for.
     """
-    kinds = set()
+    kinds, rows = set(), sizes[0] * (4 - len(projections))
     for name in projections:
         linear = owner._modules.get(name)
         problem = "is not there" if linear is None else weight_problem(linear)
@@ -43,7 +43,7 @@ def projection_problem(
         assert weight is not None
         if weight.device.type == "meta":
             return f"{name} has its weights offloaded"
-        expected = sizes[::-1] if name == projections[-1] else sizes
+        expected = sizes[::-1] if name == projections[-1] else (rows, sizes[1])
         if weight.shape != expected:
             return f"{name} has weights {list(weight.shape)}; the clusters are for {list(expected)}"
         kinds.add((weight.dtype, weight.device))

@@ -40,6 +40,7 @@ from sparse_runtime.kernels.operands import (
     FFNWeights,
 )
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
+from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
 
 # One at a time: two threads may find the same changed weights.
@@ -62,7 +63,7 @@ class SparseFFN(FFNBuffers):
 
     Attributes:
         layer_index: of the decoder layer.
-        projections: names of gate, up and down in the FFN.
+        projections: names in the FFN of gate, up and down, or of the one with both, and down.
         name: of the FFN in the model.
         activation: of the FFN, by the kernels' name.
         config: options of ``sparsify``.
@@ -232,9 +233,10 @@ class SparseFFN(FFNBuffers):
         return self._projection_weights()
 
     def _projection_weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate, up and down; the first two may be views."""
         modules = self._owner[0]._modules
-        gate, up, down = (modules[name]._parameters["weight"] for name in self.projections)  # type: ignore[union-attr]
-        return gate, up, down  # type: ignore[return-value]
+        weights = (modules[name]._parameters["weight"] for name in self.projections)  # type: ignore[union-attr]
+        return split_projections(*weights)  # type: ignore[arg-type]
 
     @property
     def weights(self) -> FFNWeights:

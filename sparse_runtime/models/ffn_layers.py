@@ -1,58 +1,29 @@
-"""Where a model type keeps its gated FFN: the one table to extend for a new architecture."""
+"""The gated FFNs of a model: found in its decoder layers by structure, and proven by numbers."""
 
 from __future__ import annotations
 
-import functools
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.cost import FFNCost, PlaneCost
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.kernels.linear import weight_problem
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
+from sparse_runtime.models.ffn_forms import (
+    LinearRows,
+    forms_of,
+    is_linear,
+    is_plain_pair,
+    prove,
+)
 from sparse_runtime.models.int8_linears import int8_problem, is_int8
 
-#: ``hidden_act`` of a transformers config -> activation name of the kernels.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_new": "gelu_tanh",
-    "relu": "relu",
-}
-
-
-@dataclass(frozen=True)
-class FFNArchitecture:
-    """One row of the table: how to find the gated FFNs of a model type.
-
-    ``mlp`` is a regular expression that a module's full name must end with; its group 1 is the layer
-    index. ``gate``, ``up`` and ``down`` are the names of the three linears inside that module, and
-    ``act`` that of its activation, which must be the one that the config field ``activation`` names.
-    """
-
-    mlp: str = r"layers\.(\d+)\.mlp"
-    gate: str = "gate_proj"
-    up: str = "up_proj"
-    down: str = "down_proj"
-    act: str = "act_fn"
-    activation: str = "hidden_act"
-
-
-#: model_type -> FFN layout. Adding a row is all that another SwiGLU-like model needs.
-ARCHITECTURES: dict[str, FFNArchitecture] = {
-    "llama": FFNArchitecture(),
-    "mistral": FFNArchitecture(),
-    "qwen2": FFNArchitecture(),
-}
+# Names of stacked experts' matrices [E, …] in transformers.
+_EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "input_linear")
 
 
 @dataclass(frozen=True)
@@ -60,8 +31,9 @@ class FFNLayer:
     """A gated FFN found in a model.
 
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; ``parent`` holds ``mlp`` under the
-    attribute ``attribute``, and ``projections`` are the names of the three in ``mlp``. Of an FFN whose
-    weights are packed in planes (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of the three.
+    attribute ``attribute``, and ``projections`` are the names in ``mlp`` of the three, or of the one
+    whose halves are gate and up, and of down. Of an FFN whose weights are packed in planes
+    (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them.
     """
 
     index: int
@@ -69,11 +41,11 @@ class FFNLayer:
     parent: nn.Module
     attribute: str
     mlp: nn.Module
-    gate: nn.Linear
-    up: nn.Linear
+    gate: nn.Linear | LinearRows
+    up: nn.Linear | LinearRows
     down: nn.Linear
     activation: str
-    projections: tuple[str, str, str] = ("gate_proj", "up_proj", "down_proj")
+    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
 
     @property
     def packed(self) -> bool:
@@ -83,7 +55,7 @@ class FFNLayer:
     @property
     def int8(self) -> bool:
         """Whether some of its projections are int8 rows with scales."""
-        return not self.packed and any(map(is_int8, (self.gate, self.up, self.down)))
+        return any(map(is_int8, self.linears().values()))
 
     @property
     def hidden_size(self) -> int:
@@ -118,6 +90,11 @@ class FFNLayer:
     def bits(self) -> int | None:
         """Of its planes; None for float weights."""
         return None if self.format is None else self.format.bits
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Its linear layers by their names in the FFN; none if it is packed."""
+        modules = self.mlp._modules
+        return {} if self.packed else {name: modules[name] for name in self.projections}  # type: ignore[misc]
 
     def down_rows(self) -> Tensor:
         """The last of :meth:`rows` alone: values of gate and up would take twice its memory again."""
@@ -165,31 +142,13 @@ def packed_bits(model: nn.Module) -> int | None:
     return next((form.bits for form in forms), None)
 
 
-def architecture_of(model: nn.Module) -> FFNArchitecture:
-    """Return the table row of a model.
-
-    Raises:
-        UnsupportedArchitectureError: the model type has no row.
-    """
-    config = getattr(model, "config", None)
-    model_type = getattr(config, "model_type", None)
-    if model_type not in ARCHITECTURES:
-        supported = ", ".join(sorted(ARCHITECTURES))
-        raise UnsupportedArchitectureError(
-            f"model type {model_type!r} is not in the architecture table (supported: {supported}). "
-            "If its FFN is down(act(gate(x)) * up(x)), add a row: "
-            "sparse_runtime.models.ffn_layers.ARCHITECTURES[model_type] = FFNArchitecture(...)"
-        )
-    return ARCHITECTURES[model_type]
-
-
 def find_ffn_layers(
     model: nn.Module, *, packed: bool = False, int8: bool = False
 ) -> list[FFNLayer]:
-    """Find the gated FFNs of a model, in layer order.
+    """Find the gated FFNs of a model's decoder layers, in their order.
 
-    Wrappers around the model (PEFT, ``torch.compile``) are looked through: a module counts when its
-    full name *ends* with the architecture's pattern.
+    Vision and audio towers stay out. Wrappers around the model (PEFT, ``torch.compile``) are looked
+    through. Layers without an FFN, as hybrids have, are passed over.
 
     Args:
         model: a causal language model.
@@ -197,34 +156,40 @@ def find_ffn_layers(
         int8: also FFNs with projections of int8 rows (``models/int8_linears.py``).
 
     Raises:
-        UnsupportedArchitectureError: the model type has no row, or an FFN has biases, an unknown
-            activation or quantised weights.
-        NothingMatchedError: no module has the name that the row gives.
+        UnsupportedArchitectureError: an FFN computes something else than down(act(gate·x) ⊙ (up·x)),
+            or its weights are not plain floats; or a layer has experts.
+        NothingMatchedError: no decoder layer holds an FFN.
     """
-    architecture = architecture_of(model)
-    model_type = model.config.model_type  # type: ignore[union-attr]
-    activation = _activation_name(model, architecture)
-    layers = list(_matching_layers(model, architecture, activation))
-    if not layers:
-        raise NothingMatchedError(
-            f"no module of this {type(model).__name__} (model type {model_type!r}) has a name that "
-            f"ends with {architecture.mlp!r} and holds {architecture.gate!r}, {architecture.up!r} "
-            f"and {architecture.down!r}. Pass the whole causal language model, or correct the row "
-            f"ARCHITECTURES[{model_type!r}]"
+    if getattr(getattr(model, "config", None), "model_type", None) is None:
+        raise UnsupportedArchitectureError(
+            f"this {type(model).__name__} has no config with a model_type; expected a causal language "
+            "model of transformers, as AutoModelForCausalLM loads it"
         )
-    for layer in layers:
-        if layer.packed:
-            if not packed:
-                raise UnsupportedArchitectureError(
-                    f"{layer.name} is packed in planes, and this needs float weights; load the model "
-                    "without quantization_config, or call unpack_model(model) for those of the packed "
-                    "values"
-                )
-            continue
-        _check_layer(layer, int8=int8)
-        _check_activation(layer, architecture.act)
-        _check_forward(layer)
-    return sorted(layers, key=lambda layer: layer.index)
+    names = {id(module): name for name, module in model.named_modules()}
+    found, nearest = [], ""
+    for index, decoder_layer in enumerate(_decoder_layers(model, names)):
+        layer, near = _ffn_of(index, decoder_layer, names, model)
+        nearest = nearest or near
+        if layer is not None:
+            found.append(layer)
+    if not found:
+        hint = f" (the nearest is {nearest})" if nearest else ""
+        raise NothingMatchedError(
+            f"no decoder layer of this {type(model).__name__} (model type "
+            f"{model.config.model_type!r}) holds a gated FFN, that is linear layers gate, up and down, "  # type: ignore[union-attr]
+            f"or one with gate and up, and down{hint}. Pass a whole causal language model whose FFNs "
+            "are of that kind"
+        )
+    for layer in found:
+        if not layer.packed:
+            _check_layer(layer, int8=int8)
+        elif not packed:
+            raise UnsupportedArchitectureError(
+                f"{layer.name} is packed in planes, and this needs float weights; load the model "
+                "without quantization_config, or call unpack_model(model) for those of the packed "
+                "values"
+            )
+    return found
 
 
 def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tuple[int, FFNLayer]]:
@@ -241,115 +206,112 @@ def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tu
     return selected
 
 
-def _activation_name(model: nn.Module, architecture: FFNArchitecture) -> str:
-    name = getattr(model.config, architecture.activation, None)
-    if name not in ACTIVATIONS:
-        raise UnsupportedArchitectureError(
-            f"config field {architecture.activation!r} is {name!r}; the kernels know "
-            f"{', '.join(sorted(ACTIVATIONS))}"
-        )
-    return ACTIVATIONS[name]
+def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Module]:
+    """The longest list of modules at the top of the decoder, in terms of what its members hold."""
+    decoder: Any = model
+    if callable(getattr(model, "get_decoder", None)):
+        decoder = model.get_decoder()  # type: ignore[operator]
+    if id(decoder) not in names:
+        decoder = model
+    lists: dict[int, list[nn.ModuleList]] = {}
+    for name, module in decoder.named_modules():
+        if isinstance(module, nn.ModuleList):
+            lists.setdefault(name.count("."), []).append(module)
+    top = lists[min(lists)] if lists else []
+    sizes = [sum(1 for _ in members.modules()) for members in top]
+    return list(top[sizes.index(max(sizes))]) if top else []
 
 
-def _matching_layers(
-    model: nn.Module, architecture: FFNArchitecture, activation: str
-) -> Iterator[FFNLayer]:
-    pattern = re.compile(rf"(?:^|\.){architecture.mlp}$")
-    for name, module in model.named_modules():
-        match = pattern.search(name)
-        if match is None:
+def _ffn_of(
+    index: int, decoder_layer: nn.Module, names: dict[int, str], model: nn.Module
+) -> tuple[FFNLayer | None, str]:
+    """The FFN of a decoder layer, if it has one, and else what comes nearest to one."""
+    proven, refused, nearest = [], [], ""
+    for module in decoder_layer.modules():
+        name = names.get(id(module), "")
+        if is_packed(module):
+            proven.append(_layer(index, name, module, model, module.projections, module.activation))  # type: ignore[arg-type]
             continue
-        projections = [
-            getattr(module, attribute, None)
-            for attribute in (architecture.gate, architecture.up, architecture.down)
-        ]
-        if not is_packed(module) and not all(isinstance(p, nn.Module) for p in projections):
+        if any(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in _EXPERTS):
+            raise UnsupportedArchitectureError(
+                f"{name} ({type(module).__name__}) is a mixture of experts; expected one FFN a layer"
+            )
+        forms = forms_of(module)
+        if not forms:
+            if not nearest and is_plain_pair(module):
+                nearest = f"{name} ({type(module).__name__}), with {_listed(module)}"
             continue
-        parent_name, _, attribute = name.rpartition(".")
-        yield FFNLayer(
-            index=int(match.group(1)),
-            name=name,
-            parent=model.get_submodule(parent_name),
-            attribute=attribute,
-            mlp=module,
-            gate=projections[0],  # type: ignore[arg-type]
-            up=projections[1],  # type: ignore[arg-type]
-            down=projections[2],  # type: ignore[arg-type]
-            activation=activation,
-            projections=(architecture.gate, architecture.up, architecture.down),
-        )
-
-
-def _check_activation(layer: FFNLayer, name: str) -> None:
-    """The module's own activation is the config's; a few numbers tell."""
-    act = getattr(layer.mlp, name, None)
-    x = torch.linspace(-4, 4, 33)
-    with torch.no_grad():
-        # Its forward, not itself: a user's hooks are for the user's calls.
-        found = act.forward(x) if isinstance(act, nn.Module) else None
-    expected = ACTIVATION_FUNCTIONS[layer.activation](x)
-    if found is None or found.shape != x.shape or not torch.allclose(found, expected, atol=1e-4):
+        down: Any = module._modules[forms[0].projections[-1]]
+        proof = prove(module, forms, _device(down))
+        if proof.activation is None:
+            if down.in_features == down.out_features:
+                continue  # three square matrices are more often those of attention
+            refused.append(
+                f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} does "
+                f"not compute down(act(gate(x)) * up(x)) with {_listed(module)}: {proof.reason}"
+            )
+        else:
+            proven.append(
+                _layer(index, name, module, model, proof.form.projections, proof.activation)
+            )
+    if len(proven) > 1:
+        listed = ", ".join(layer.name for layer in proven)
         raise UnsupportedArchitectureError(
-            f"{layer.name}: its activation {name} is {act}, which does not compute "
-            f"{layer.activation!r} as the model's config says; put the model's own back"
+            f"a decoder layer holds {len(proven)} FFNs ({listed}); expected one"
         )
-
-
-def _check_forward(layer: FFNLayer) -> None:
-    """The forward of the module's class is down(act(gate(x)) · up(x)); a few numbers tell.
-
-    It is run on small matrices in place of the projections: their hooks are for the user's calls.
-    """
-    own = type(layer.mlp)
-    device = layer.gate.weight.device
-    if device.type == "meta":  # offloaded
-        return
-    generator = torch.Generator().manual_seed(0)
-    x, gate, up, down = (
-        torch.randn(shape, generator=generator).to(device)
-        for shape in ((1, 3, 6), (10, 6), (10, 6), (6, 10))
-    )
-    probe = own.__new__(own)
-    probe.__dict__.update(layer.mlp.__dict__)
-    probe.__dict__["_modules"] = {
-        name: module and module.forward for name, module in layer.mlp._modules.items()
-    }
-    for name, weight in zip(layer.projections, (gate, up, down), strict=True):
-        probe._modules[name] = functools.partial(F.linear, weight=weight)  # type: ignore[assignment]
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        expected = F.linear(activations(x, gate, up, layer.activation), down)
-        try:
-            # Of a module that is sparse already, what it was before.
-            found = getattr(own, "dense_forward", own.forward)(probe, x)
-            same = torch.allclose(found, expected, rtol=1e-3, atol=1e-3)
-        except Exception as error:
-            same, found = False, error
-    if not same:
-        raised = (
-            f" (tried on small matrices, it raises {found!r})"
-            if isinstance(found, Exception)
-            else ""
-        )
+    if not proven and refused:
         raise UnsupportedArchitectureError(
-            f"{layer.name}: the forward of {own.__module__}.{own.__qualname__} does not compute "
-            f"down(act(gate(x)) * up(x)){raised}; put the model's own class and forward back"
+            f"{refused[-1]}. Put the model's own class and forward back, if they were replaced; else "
+            "this FFN cannot run sparse"
         )
+    return (proven[0] if proven else None), nearest
+
+
+def _device(linear: nn.Module) -> torch.device:
+    """Where to try an FFN; offloaded ones are tried on the CPU."""
+    device = next((p.device for p in linear.parameters()), torch.device("cpu"))
+    return torch.device("cpu") if device.type == "meta" else device
+
+
+def _listed(module: nn.Module) -> str:
+    """Names and sizes of a module's linear layers."""
+    linears = [(name, child) for name, child in module.named_children() if is_linear(child)]
+    return ", ".join(f"{name} [{c.out_features}, {c.in_features}]" for name, c in linears)
+
+
+def _layer(
+    index: int,
+    name: str,
+    mlp: nn.Module,
+    model: nn.Module,
+    projections: tuple[str, ...],
+    activation: str,
+) -> FFNLayer:
+    parent_name, _, attribute = name.rpartition(".")
+    linears: list[Any] = [mlp._modules.get(part) for part in projections]
+    if len(linears) == 2:
+        joint, down = linears
+        linears = [None, None, None]
+        if joint is not None:
+            linears = [LinearRows(joint, second=False), LinearRows(joint, second=True), down]
+    parent = model.get_submodule(parent_name)
+    return FFNLayer(index, name, parent, attribute, mlp, *linears, activation, projections)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
-    for role in ("gate", "up", "down"):
-        linear = getattr(layer, role)
+    for name, linear in layer.linears().items():
         rounded = is_int8(linear)
-        problem = int8_problem(linear) if int8 and rounded else weight_problem(linear)
-        if int8 and rounded and linear.bias is not None:
+        known = int8 and rounded and len(layer.projections) == 3
+        problem = int8_problem(linear) if known else weight_problem(linear)
+        if known and linear.bias is not None:
             problem = "has a bias, which the sparse FFN operation does not compute"
         if problem is not None:
             packing = "sparsify(…, weights=8) packs its int8 rows; or load" if rounded else "Load"
             raise UnsupportedArchitectureError(
-                f"{layer.name}: the {role} projection {problem}. {packing} the model unquantized, and "
+                f"{layer.name}: {name} {problem}. {packing} the model unquantized, and "
                 "merge or remove adapters and parametrizations first"
             )
-    weights = [layer.gate.weight, layer.up.weight, layer.down.weight]
+    weights = [linear.weight for linear in layer.linears().values()]
     present = [weight for weight in weights if weight.device.type != "meta"]  # not offloaded
     kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in present]
     if len(set(kinds)) > 1:

@@ -1,0 +1,239 @@
+"""What a module must be to be taken for a gated FFN: which matrices it has, and the proof by numbers.
+
+Matrices are found by their shapes, not by their names, and every finding is proven: the module's own
+forward, run on small matrices in place of its own, equals down(act(gate·x) ⊙ (up·x)).
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
+
+# Sizes of the small matrices; no multiple of each other, and unlike any real size.
+_H, _I = 6, 10
+# Of float32 rounding, beside the largest value. gelu and its approximation by tanh differ by 2e-4.
+_TOLERANCE = 2e-5
+
+
+@dataclass(frozen=True)
+class FFNForm:
+    """The linear layers of a gated FFN, by their names in its module.
+
+    Attributes:
+        projections: gate, up and down; or one whose first half of rows is gate and the second up,
+            and down.
+    """
+
+    projections: tuple[str, ...]
+
+    @property
+    def fused(self) -> bool:
+        """Whether gate and up are halves of one matrix."""
+        return len(self.projections) == 2
+
+    @property
+    def kind(self) -> str:
+        """In words."""
+        return "gate and up in one matrix" if self.fused else "gated"
+
+
+def split_projections(*weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up [I, H] and down [H, I] of an FFN's two or three matrices, as views."""
+    if len(weights) == 3:
+        return weights
+    joint, down = weights
+    gate, up = joint.chunk(2)
+    return gate, up, down
+
+
+class LinearRows:
+    """Half of the rows of a linear layer, read as a layer of its own without a copy.
+
+    Attributes:
+        linear: the whole layer, [2·I, H].
+        second: which half.
+    """
+
+    def __init__(self, linear: nn.Linear, second: bool) -> None:
+        self.linear, self.second = linear, second
+
+    @property
+    def in_features(self) -> int:
+        """H."""
+        return self.linear.in_features
+
+    @property
+    def out_features(self) -> int:
+        """I."""
+        return self.linear.out_features // 2
+
+    @property
+    def weight(self) -> Tensor:
+        """[I, H]."""
+        size = self.out_features
+        return self.linear.weight[size:] if self.second else self.linear.weight[:size]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [..., H] to [..., I]."""
+        return F.linear(x, self.weight)
+
+
+def is_linear(module: nn.Module | None) -> bool:
+    """Whether a module maps vectors by a matrix, as ``nn.Linear`` and what stands in for it do."""
+    return isinstance(getattr(module, "in_features", None), int) and isinstance(
+        getattr(module, "out_features", None), int
+    )
+
+
+def forms_of(module: nn.Module) -> list[FFNForm]:
+    """How a module's own linear layers could be an FFN's, by their shapes."""
+    linears = {name: child for name, child in module.named_children() if is_linear(child)}
+    sizes: dict[str, tuple[int, int]] = {
+        name: (child.in_features, child.out_features)  # type: ignore[misc]
+        for name, child in linears.items()
+    }
+    names = itertools.permutations(linears, len(linears))
+    if len(linears) == 3:
+        return [
+            FFNForm((gate, up, down))
+            for gate, up, down in names
+            if sizes[gate] == sizes[up] == sizes[down][::-1]
+        ]
+    if len(linears) == 2:
+        return [
+            FFNForm((joint, down))
+            for joint, down in names
+            if sizes[joint] == (sizes[down][1], 2 * sizes[down][0])
+        ]
+    return []
+
+
+def is_plain_pair(module: nn.Module) -> bool:
+    """Whether a module has two linear layers, up and down again, as FFNs without a gate."""
+    linears: list[Any] = [child for child in module.children() if is_linear(child)]
+    return len(linears) == 2 and any(
+        (up.in_features, up.out_features) == (down.out_features, down.in_features)
+        for up, down in itertools.permutations(linears)
+    )
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What a module's forward was found to be.
+
+    Attributes:
+        form: whose names are the right way round.
+        activation: by the kernels' name, or None if it is no gated FFN.
+        reason: why it is not.
+    """
+
+    form: FFNForm
+    activation: str | None
+    reason: str = ""
+
+
+def prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> Proof:
+    """Find out whether a module computes a gated FFN, and which.
+
+    The forward of its class is run on small matrices in place of its projections: their hooks, and
+    its own, are for the user's calls.
+
+    Args:
+        module: with the linear layers of the forms.
+        forms: one or more of :func:`forms_of`.
+        device: to run on.
+    """
+    # Where H is I, shapes do not say which matrix is down.
+    proofs = []
+    for name in dict.fromkeys(form.projections[-1] for form in forms):
+        proofs.append(_prove(module, [f for f in forms if f.projections[-1] == name], device))
+        if proofs[-1].activation is not None:
+            return proofs[-1]
+    return proofs[0]
+
+
+def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> Proof:
+    generator = torch.Generator().manual_seed(0)
+    shapes = ((1, 3, _H), (_I, _H), (_I, _H), (_H, _I))
+    x, first, second, down = (torch.randn(s, generator=generator).to(device) for s in shapes)
+    form = forms[0]
+    matrices = (torch.cat([first, second]), down) if form.fused else (first, second, down)
+    given = dict(zip(form.projections, matrices, strict=True))
+    try:
+        with torch.no_grad(), torch.autocast(device.type, enabled=False):
+            found = _run(module, given, x)
+            trials = list(_trials(forms, given, x))
+    except Exception as error:
+        reason = f"tried on small matrices, it raises {error!r}{_extras(module, form)}"
+        return Proof(form, None, reason)
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        return Proof(form, None, f"it gives {shape} for hidden states {list(x.shape)}")
+    differences = [(float((found - expected).abs().max()), *trial) for trial, expected in trials]
+    difference, best, activation = min(differences, key=lambda entry: entry[0])
+    largest = float(found.abs().max())
+    if difference <= _TOLERANCE * max(1.0, largest):
+        return Proof(best, activation)
+    return Proof(
+        best,
+        None,
+        f"tried on small matrices, its values of up to {largest:.3g} differ by {difference:.3g} or "
+        f"more with any of {', '.join(ACTIVATION_FUNCTIONS)}{_extras(module, best)}",
+    )
+
+
+def _run(module: nn.Module, matrices: dict[str, Tensor], x: Tensor) -> Any:
+    own = type(module)
+    probe = own.__new__(own)
+    probe.__dict__.update(module.__dict__)
+    sizes = _own_sizes(module, list(matrices))
+    for name, value in module.__dict__.items():
+        if type(value) is int and value in sizes:  # which some split by
+            probe.__dict__[name] = sizes[value]
+    probe.__dict__["training"] = False
+    probe.__dict__["_modules"] = {
+        name: child and child.forward for name, child in module._modules.items()
+    }
+    for name, matrix in matrices.items():
+        probe._modules[name] = functools.partial(F.linear, weight=matrix)  # type: ignore[assignment]
+    # Of a module that is sparse already, what it was before.
+    return getattr(own, "dense_forward", own.forward)(probe, x)
+
+
+def _own_sizes(module: nn.Module, names: Sequence[str]) -> dict[int, int]:
+    """A module's H and I, each with the small one that stands for it."""
+    down: Any = module._modules[names[-1]]
+    return {down.out_features: _H, down.in_features: _I}
+
+
+def _trials(
+    forms: Sequence[FFNForm], given: dict[str, Tensor], x: Tensor
+) -> Iterator[tuple[tuple[FFNForm, str], Tensor]]:
+    for form in forms:
+        gate, up, down = split_projections(*(given[name] for name in form.projections))
+        for activation in ACTIVATION_FUNCTIONS:
+            yield (form, activation), F.linear(activations(x, gate, up, activation), down)
+
+
+def _extras(module: nn.Module, form: FFNForm) -> str:
+    """What a module holds beside its projections and an activation, as a likely cause."""
+    extras = [
+        f"{name} ({type(child).__name__})"
+        for name, child in module.named_children()
+        if name not in form.projections and not is_linear(child) and list(child.parameters())
+    ]
+    extras += [
+        name
+        for name, value in vars(module).items()
+        if type(value) is float and value not in (0.0, 1.0)
+    ]
+    return f". Beside its projections it has {', '.join(extras)}" if extras else ""

@@ -1,0 +1,67 @@
+"""Tiny models of transformers' model types, made from each type's default config."""
+
+import torch
+import transformers
+from transformers import CONFIG_MAPPING
+
+from sparse_runtime.eval.report.models_markdown import model_classes
+
+# Fields as configs name them, where they have them.
+_SIZES = {
+    "vocab_size": 260,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "sliding_window": 16,
+    "max_window_layers": 1,
+    "query_pre_attn_scalar": 8,
+    "q_lora_rank": 8,
+    "kv_lora_rank": 8,
+    "qk_rope_head_dim": 4,
+    "qk_nope_head_dim": 4,
+    "v_head_dim": 8,
+    # Of vision towers.
+    "depth": 1,
+    "num_heads": 4,
+    "embed_dim": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+_OFTEN_NONE = ("pad_token_id", "head_dim", "q_lora_rank")
+
+
+def tiny_model_of_type(kind):
+    """A random model of a type, in eval mode; small."""
+    config = _shrunk(CONFIG_MAPPING[kind]())
+    torch.manual_seed(0)
+    model = getattr(transformers, model_classes()[kind])._from_config(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():  # transformers' are too small to tell answers apart
+            if parameter.ndim == 2:
+                parameter.normal_(std=0.2)
+    return model
+
+
+def _shrunk(config):
+    for name, value in _SIZES.items():
+        found = getattr(config, name, "missing")
+        if isinstance(found, int) or (found is None and name in _OFTEN_NONE):
+            setattr(config, name, value)
+    if hasattr(config, "qk_rope_head_dim"):
+        config.head_dim = config.qk_rope_head_dim
+    if isinstance(getattr(config, "rope_parameters", None), dict) and "_vl" in config.model_type:
+        config.rope_parameters["mrope_section"] = [1, 1, 2]
+    for name in ("layer_types", "mlp_layer_types"):
+        if isinstance(getattr(config, name, None), list):
+            setattr(config, name, getattr(config, name)[:2])
+    for name in getattr(config, "sub_configs", {}):
+        if getattr(config, name, None) is not None:
+            _shrunk(getattr(config, name))
+    return config
