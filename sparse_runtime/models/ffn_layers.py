@@ -294,8 +294,8 @@ def _layer(
         linears = [None, None, None]
         if joint is not None:
             linears = [LinearRows(joint, second=False), LinearRows(joint, second=True), down]
-    parent = model.get_submodule(parent_name)
-    return FFNLayer(index, name, parent, attribute, mlp, *linears, activation, projections)
+    parent, (gate, up, down) = model.get_submodule(parent_name), linears
+    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, projections)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
