@@ -160,7 +160,7 @@ def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -
 
 def _check_in_memory(layers: list[FFNLayer]) -> None:
     for layer in layers:
-        for linear in (layer.gate, layer.up, layer.down):
+        for linear in layer.linears().values():
             if linear.weight.device.type == "meta":
                 raise ModelError(
                     f"{layer.name} has no weights in memory: they are offloaded. A build reads every "

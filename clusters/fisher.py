@@ -197,9 +197,12 @@ def checkpointed(model: Any, tokens: int) -> Iterator[None]:
 
 def _kept_bytes(model: Any, tokens: int) -> int:
     """About what a backward pass over so many tokens keeps of the forward pass."""
-    config = model.config
-    values: int = 6 * config.intermediate_size + 12 * config.hidden_size
-    return tokens * values * config.num_hidden_layers * element_size(model.dtype)
+    config = model.config.get_text_config()
+    size: int = config.hidden_size
+    # Of older types the latter may be missing.
+    values = 6 * (getattr(config, "intermediate_size", None) or 4 * size) + 12 * size
+    layers: int = config.num_hidden_layers
+    return tokens * values * layers * element_size(model.dtype)
 
 
 def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:

@@ -27,15 +27,17 @@ class ImportanceScorer:
 
     Attributes:
         gate: gate projection [I, H] float32.
-        up: up projection [I, H] float32.
+        up: up projection [I, H] float32, or None of an FFN without a gate.
         neuron_weights: weight of each neuron's |h| [I] float32.
         activation: kernel name of the activation.
+        biases: of gate and up [I], or None.
     """
 
     gate: Tensor
-    up: Tensor
+    up: Tensor | None
     neuron_weights: Tensor
     activation: str
+    biases: tuple[Tensor | None, Tensor | None] = (None, None)
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Score hidden states [n, H]: e(t, i) = |h(t, i)|·w(i), float32 [n, I], ≥ 0."""
@@ -43,7 +45,8 @@ class ImportanceScorer:
 
     def activations(self, hidden_states: Tensor) -> Tensor:
         """h of hidden states [n, H], float32 [n, I]."""
-        return activations(hidden_states.float(), self.gate, self.up, self.activation)
+        x = hidden_states.float()
+        return activations(x, self.gate, self.up, self.activation, *self.biases)
 
 
 def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> ImportanceScorer:
@@ -58,9 +61,10 @@ def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> 
         neuron_weights = down_t.float().norm(dim=1)
     return ImportanceScorer(
         gate=gate.float(),
-        up=up.float(),
+        up=None if up is None else up.float(),
         neuron_weights=neuron_weights.to(layer.device),
         activation=layer.activation,
+        biases=layer.biases,
     )
 
 

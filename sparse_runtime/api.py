@@ -195,8 +195,7 @@ def _note_other_bits(clusters: ClusterSet, layers: Iterable[FFNLayer]) -> None:
 
 def _obstacle(layer: FFNLayer) -> str | None:
     """Why an FFN cannot be patched; None if it can."""
-    linears = () if layer.packed else (layer.gate, layer.up, layer.down)
-    if any(linear.weight.device.type == "meta" for linear in linears):
+    if any(linear.weight.device.type == "meta" for linear in layer.linears().values()):
         return (
             "accelerate offloads their weights, and moving whole matrices costs more than skipping "
             "rows saves. Give the model more device memory to run them sparsely"

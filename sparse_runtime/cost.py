@@ -55,14 +55,14 @@ def count_size(hidden_size: int, base: int) -> int:
     return plane_size(hidden_size, base) + scales_size(hidden_size)
 
 
-def look_size(hidden_size: int, base: int) -> int:
-    """Bytes of a neuron's look record: gate's and up's base planes, and their scales."""
-    return 2 * count_size(hidden_size, base)
+def look_size(hidden_size: int, base: int, matrices: int = 2) -> int:
+    """Bytes of a neuron's look record: base planes of gate and up, or of one matrix, and scales."""
+    return matrices * count_size(hidden_size, base)
 
 
-def refine_size(hidden_size: int, residual: int) -> int:
-    """Bytes of a neuron's refine record: the residual planes of all three."""
-    return 3 * plane_size(hidden_size, residual)
+def refine_size(hidden_size: int, residual: int, matrices: int = 2) -> int:
+    """Bytes of a neuron's refine record: the residual planes of those, and of down."""
+    return (matrices + 1) * plane_size(hidden_size, residual)
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,7 @@ class FFNCost:
         element_size: bytes per weight (2 for bfloat16).
         verified: a second band of neurons is looked at.
         clustered: sets are read as bitmaps; False for methods that have none.
+        matrices: before the activation: 2 (gate and up), or 1 of an FFN without a gate.
     """
 
     hidden_size: int
@@ -84,14 +85,15 @@ class FFNCost:
     element_size: int = 2
     verified: bool = False
     clustered: bool = True
+    matrices: int = 2
 
     #: Whether every neuron is looked at before it is computed.
     looks_first: ClassVar[bool] = False
 
     @property
     def neuron_bytes(self) -> int:
-        """Bytes of one neuron: its rows of gate, up and transposed down."""
-        return 3 * self.hidden_size * self.element_size
+        """Bytes of one neuron: its rows of gate, up (if there is one) and transposed down."""
+        return (self.matrices + 1) * self.hidden_size * self.element_size
 
     @property
     def count_bytes(self) -> int:
@@ -101,7 +103,7 @@ class FFNCost:
     @property
     def look_bytes(self) -> int:
         """Bytes of one neuron's look record."""
-        return look_size(self.hidden_size, LOOK_BITS)
+        return look_size(self.hidden_size, LOOK_BITS, self.matrices)
 
     @property
     def refine_bytes(self) -> int:
@@ -110,7 +112,7 @@ class FFNCost:
 
     @property
     def dense_bytes(self) -> int:
-        """Bytes of gate, up and down: 3·I·H·b."""
+        """Bytes of gate, up and down: 3·I·H·b; without a gate 2·I·H·b."""
         return self.intermediate_size * self.neuron_bytes
 
     @property

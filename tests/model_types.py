@@ -1,5 +1,7 @@
 """Tiny models of transformers' model types, made from each type's default config."""
 
+from contextlib import suppress
+
 import torch
 import transformers
 from transformers import CONFIG_MAPPING
@@ -27,14 +29,24 @@ _SIZES = {
     "qk_rope_head_dim": 4,
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
+    # Of older types.
+    "n_embd": 32,
+    "n_head": 4,
+    "n_layer": 2,
+    "n_inner": 44,
+    "n_positions": 128,
+    "n_ctx": 128,
+    "rotary_dim": 8,
+    "ffn_hidden_size": 44,
+    "num_heads": 4,
+    "num_layers": 2,
     # Of vision towers.
     "depth": 1,
-    "num_heads": 4,
     "embed_dim": 32,
     "image_size": 28,
     "patch_size": 14,
 }
-_OFTEN_NONE = ("pad_token_id", "head_dim", "q_lora_rank")
+_OFTEN_NONE = ("pad_token_id", "head_dim", "q_lora_rank", "n_inner", "num_key_value_heads")
 
 
 def tiny_model_of_type(kind):
@@ -43,8 +55,9 @@ def tiny_model_of_type(kind):
     torch.manual_seed(0)
     model = getattr(transformers, model_classes()[kind])._from_config(config).eval()
     with torch.no_grad():
-        for parameter in model.parameters():  # transformers' are too small to tell answers apart
-            if parameter.ndim == 2:
+        for name, parameter in model.named_parameters():
+            # transformers' weights are too small to tell answers apart, and its biases zero.
+            if parameter.ndim == 2 or name.endswith(".bias"):
                 parameter.normal_(std=0.2)
     return model
 
@@ -53,7 +66,8 @@ def _shrunk(config):
     for name, value in _SIZES.items():
         found = getattr(config, name, "missing")
         if isinstance(found, int) or (found is None and name in _OFTEN_NONE):
-            setattr(config, name, value)
+            with suppress(AttributeError):  # computed from others
+                setattr(config, name, value)
     if hasattr(config, "qk_rope_head_dim"):
         config.head_dim = config.qk_rope_head_dim
     if isinstance(getattr(config, "rope_parameters", None), dict) and "_vl" in config.model_type:

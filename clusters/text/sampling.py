@@ -74,7 +74,8 @@ class _Sampler:
         self._rows = model.get_input_embeddings().weight.shape[0]
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((t for t in known if t is not None and t < self._rows), 0)
-        longest = getattr(model.config, "max_position_embeddings", None)
+        config = model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
         self._length = length if longest is None else max(1, min(length, longest - 1))
 
     def texts(self) -> list[Tensor]:

@@ -93,8 +93,9 @@ class StudentFFN(nn.Module):
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
         full = rows.activations(x)
+        constant = 0.0 if layer.down_bias is None else layer.down_bias
         if not self.enabled or masks.everything:
-            return (full @ rows.down_t).reshape(hidden_states.shape)
+            return (full @ rows.down_t + constant).reshape(hidden_states.shape)
         h = full if rows.base is None else rows.base.activations(x)
         with torch.no_grad():
             ids = masks.route(x)
@@ -115,7 +116,7 @@ class StudentFFN(nn.Module):
             y = y + self.restored.to(x.dtype) * missing
         y = y + bias
         correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
-        return (y + correction).reshape(hidden_states.shape)
+        return (y + correction + constant).reshape(hidden_states.shape)
 
 
 @dataclass(frozen=True)
@@ -123,29 +124,33 @@ class _Rows:
     """A layer's weights, or the full values of its planes, and their base values if these differ.
 
     Attributes:
-        gate, up, down_t: [I, H], in the model's dtype.
+        gate, up, down_t: [I, H], in the model's dtype; up may be None.
         activation: by the kernels' name.
+        biases: of gate and up [I], or None.
         base: by base planes; None where nothing is refined.
     """
 
     gate: Tensor
-    up: Tensor
+    up: Tensor | None
     down_t: Tensor
     activation: str
+    biases: tuple[Tensor | None, Tensor | None]
     base: _Rows | None = None
 
     @classmethod
     def of(cls, layer: FFNLayer) -> _Rows:
         def rows(base: bool, coarse: _Rows | None = None) -> _Rows:
-            gate, up, down_t = (part.to(layer.dtype) for part in layer.rows(base=base))
-            return cls(gate, up, down_t, layer.activation, coarse)
+            gate, up, down_t = layer.rows(base=base)
+            up = None if up is None else up.to(layer.dtype)
+            weights = gate.to(layer.dtype), up, down_t.to(layer.dtype)
+            return cls(*weights, layer.activation, layer.biases, coarse)
 
         has_base = layer.format is not None and layer.format.residual > 0
         return rows(False, rows(True) if has_base else None)
 
     def activations(self, x: Tensor) -> Tensor:
         """h [n, I] of hidden states [n, H]."""
-        return activations(x, self.gate, self.up, self.activation)
+        return activations(x, self.gate, self.up, self.activation, *self.biases)
 
 
 def _root_mean_square(values: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.quality.forwards import Forward, swapped_forwards
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.progress import ProgressReporter
 
@@ -212,15 +212,14 @@ class GgufBlocks:
         kind = gguf.GGMLQuantizationType[self.name.upper()]
         blocks = [
             gguf.quants.quantize(linear.weight.detach().float().cpu().numpy(), kind)
-            for linear in (layer.gate, layer.up, layer.down)
+            for linear in layer.linears().values()
         ]
-        act = ACTIVATION_FUNCTIONS[layer.activation]
 
         def forward(x: Tensor) -> Tensor:
-            gate, up, down = (
-                torch.from_numpy(gguf.quants.dequantize(part, kind)).to(x) for part in blocks
-            )
-            return F.linear(act(F.linear(x, gate)) * F.linear(x, up), down)
+            parts = (torch.from_numpy(gguf.quants.dequantize(p, kind)).to(x) for p in blocks)
+            gate, up, down = layer.form.split(*parts)
+            h = activations(x, gate, up, layer.activation, *layer.biases)
+            return F.linear(h, down, layer.down_bias)
 
         return forward
 

@@ -183,9 +183,11 @@ def _following(
 
 def activations(layer: FFNLayer, gate_input: Tensor, up_input: Tensor | None = None) -> Tensor:
     """h of an FFN [n, I], for inputs [n, H] of gate and, if it has another one, of up."""
-    act = ACTIVATION_FUNCTIONS[layer.activation]
-    up_input = gate_input if up_input is None else up_input
-    return act(F.linear(gate_input, layer.gate.weight)) * F.linear(up_input, layer.up.weight)
+    gate, up = layer.gate, layer.up
+    h = ACTIVATION_FUNCTIONS[layer.activation](F.linear(gate_input, gate.weight, gate.bias))
+    if up is None:
+        return h
+    return h * F.linear(gate_input if up_input is None else up_input, up.weight, up.bias)
 
 
 def run_neurons(
@@ -230,13 +232,16 @@ def cost_shares(
     Args:
         layer: the FFN.
         gate: share of the gate projection that is read [n], or one for all tokens.
-        up: of the up projection.
+        up: of the up projection, if there is one.
         down: of the down projection [n].
         extra_elements: weights read besides these.
         clustered: a set is read as a bitmap.
     """
-    cost = FFNCost(layer.hidden_size, layer.intermediate_size, extra_elements, clustered=clustered)
-    return cost.share((down + up + gate) / 3 * layer.intermediate_size)
+    matrices = layer.form.matrices
+    sizes = layer.hidden_size, layer.intermediate_size, extra_elements
+    cost = FFNCost(*sizes, clustered=clustered, matrices=matrices)
+    read = down + gate if matrices == 1 else down + up + gate
+    return cost.share(read / (matrices + 1) * layer.intermediate_size)
 
 
 def most(values: Tensor, share: float) -> Tensor:

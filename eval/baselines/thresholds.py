@@ -78,7 +78,7 @@ class WinaMasks:
 
     Attributes:
         share: of the entries of the hidden state, for gate and up apart, and of the activation.
-        norms: of the columns of gate [H], up [H] and down [I], float32.
+        norms: of the columns of gate [H], up [H] (of gate again without one) and down [I], float32.
     """
 
     share: float
@@ -112,7 +112,7 @@ class Wina:
         """Norms of the weights; no text is needed."""
         gate, up, down = (
             linear.weight.detach().float().norm(dim=0)
-            for linear in (layer.gate, layer.up, layer.down)
+            for linear in (layer.gate, layer.up or layer.gate, layer.down)
         )
         return [{self.name: WinaMasks(budget, (gate, up, down))} for budget in budgets]
 
@@ -128,8 +128,8 @@ class CatsMasks:
         gate = ACTIVATION_FUNCTIONS[layer.activation](layer.gate(x))
         kept = gate.abs() > self.threshold
         computed = kept.float().mean(-1)
-        output = layer.down(gate * kept * layer.up(x))
-        return MaskedOutput(output, cost_shares(layer, 1.0, computed, computed), computed)
+        h = gate * kept if layer.up is None else gate * kept * layer.up(x)
+        return MaskedOutput(layer.down(h), cost_shares(layer, 1.0, computed, computed), computed)
 
 
 class Cats:
@@ -139,15 +139,17 @@ class Cats:
     needs_prompt = False
 
     def least_share(self, layer: FFNLayer) -> float:
-        """The gate is a third of the FFN."""
-        return 1 / 3
+        """The gate is a third of the FFN, or half of one without up."""
+        return 1 / (layer.form.matrices + 1)
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
-        """Thresholds of each budget: (3·budget − 1)/2 of the neurons are kept."""
+        """Thresholds of each budget: (3·budget − 1)/2 of the neurons are kept, or 2·budget − 1."""
+        rest = layer.form.matrices
         act = ACTIVATION_FUNCTIONS[layer.activation]
         gate = act(layer.gate(_sample(layer, states))).float().abs()
         return [
-            {self.name: CatsMasks(threshold_for(gate, (3 * budget - 1) / 2))} for budget in budgets
+            {self.name: CatsMasks(threshold_for(gate, ((rest + 1) * budget - 1) / rest))}
+            for budget in budgets
         ]
 
 

@@ -148,7 +148,7 @@ def bench(
     """
     progress = progress or SilentProgress()
     generator = torch.Generator().manual_seed(0)
-    vocabulary = model.config.vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     prompt = torch.randint(0, vocabulary, (1, prompt_tokens), generator=generator)
     bandwidth = ReadBandwidth()
     read_gbps = [bandwidth()]
@@ -313,7 +313,7 @@ def _bench_batch(
     """Decode ``size`` sequences at once, dense and sparse in turns."""
     # Sequences that differ in their last token route differently from there on.
     prompts = prompt.repeat(size, 1)
-    prompts[:, -1] = torch.arange(size) * 7 % run.model.config.vocab_size
+    prompts[:, -1] = torch.arange(size) * 7 % run.model.config.get_text_config().vocab_size
     caches = copy.deepcopy(cache)
     caches.batch_repeat_interleave(size)
     seconds: dict[str, list[float]] = {"dense": [], "sparse": []}

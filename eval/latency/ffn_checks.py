@@ -14,35 +14,41 @@ from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.baselines.registry import captured_states
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.reference import (
-    ACTIVATION_FUNCTIONS,
+    activations,
     add_compensation,
     sparse_ffn_reference,
 )
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 
 # Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
 _TOLERANCE = 0.02
 
 
 class DenseFFN:
-    """A dense FFN in torch's own layouts; a sparse model keeps down transposed.
+    """A dense FFN in torch's own layouts; a sparse model keeps down transposed. Biases are left out.
 
     Args:
         gate: [I, H].
-        up: [I, H].
+        up: [I, H], or None.
         down: [H, I], in any layout; copied.
         activation: its name.
     """
 
-    def __init__(self, gate: Tensor, up: Tensor, down: Tensor, activation: str) -> None:
+    def __init__(self, gate: Tensor, up: Tensor | None, down: Tensor, activation: str) -> None:
         down = down.detach().clone(memory_format=torch.contiguous_format)
-        self.weights = (gate.detach(), up.detach(), down)
-        self.activation: Callable[[Tensor], Tensor] = ACTIVATION_FUNCTIONS[activation]
+        self.weights = (gate.detach(), None if up is None else up.detach(), down)
+        self.activation = activation
+
+    @classmethod
+    def of(cls, layer: FFNLayer) -> DenseFFN:
+        """A layer's, float."""
+        gate, up, down_t = layer.rows()
+        return cls(gate, up, down_t.t(), layer.activation)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map hidden states [n, H] to outputs [n, H]."""
         gate, up, down = self.weights
-        return F.linear(self.activation(F.linear(x, gate)) * F.linear(x, up), down)
+        return F.linear(activations(x, gate, up, self.activation), down)
 
 
 def own_states(

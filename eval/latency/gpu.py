@@ -80,10 +80,7 @@ def bench_gpu(
     prompt = random_prompt(model, 1, prompt_tokens)
     states = own_states(model, clusters, prompt)
     result["inputs"] = "noise" if states is None else "the model's states"
-    dense_ffns = [
-        DenseFFN(layer.gate.weight, layer.up.weight, layer.down.weight, layer.activation)
-        for layer in find_ffn_layers(model)[:_LAYERS]
-    ]
+    dense_ffns = [DenseFFN.of(layer) for layer in find_ffn_layers(model)[:_LAYERS]]
     measurements = len(clusters) * (len(batches) + len(decode_batches)) + len(decode_batches)
     with progress.task("gpu", measurements) as advance:
         dense_steps: dict[int, dict[str, list[float]]] = {}
@@ -121,7 +118,9 @@ _ALL_SPARSE = replace(_DECODE, prefill="sparse")
 def random_prompt(model: Any, batch: int, length: int) -> Tensor:
     """Random tokens [batch, length] on the model's device."""
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(0, model.config.vocab_size, (batch, length), generator=generator)
+    prompt = torch.randint(
+        0, model.config.get_text_config().vocab_size, (batch, length), generator=generator
+    )
     return prompt.to(model.device)
 
 

@@ -84,10 +84,7 @@ def bench_gpu_planes(
         clusters = staged_clusters(model)
         model = model.to(device)
         steps = steps or time_decode(model, *lengths, "dense")
-        floats = [
-            DenseFFN(layer.gate.weight, layer.up.weight, layer.down.weight, layer.activation)
-            for layer in find_ffn_layers(model)[:_LAYERS]
-        ]
+        floats = [DenseFFN.of(layer) for layer in find_ffn_layers(model)[:_LAYERS]]
         pack_model(model, number, linears=number)
         sparsify(model, clusters, config=_ALL_SPARSE)
         modules = [m for m in sparse_modules(model)[:_LAYERS] if isinstance(m, SparsePlaneFFN)]

@@ -18,6 +18,7 @@ from sparse_runtime.eval.latency.host import ReadBandwidth
 from sparse_runtime.eval.latency.timing import in_turns
 from sparse_runtime.ffn.counts import read_counts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 
 # Layers that calls rotate over, at least; together they are beyond every cache, and copied.
 _LAYERS = 2
@@ -194,15 +195,16 @@ class _PrepackedFFN(DenseFFN):
         if weights.gate.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             # What torch.compile with freezing does to a linear layer's weight.
             self.packed = tuple(
-                torch.ops.mkldnn._reorder_linear_weight(weight, 1) for weight in self.weights
+                torch.ops.mkldnn._reorder_linear_weight(weight, 1)
+                for weight in self.weights
+                if weight is not None
             )
 
     def prepacked(self, x: Tensor) -> Tensor:
         assert self.packed is not None
-        gate, up, down = self.packed
-        return _packed_linear(
-            self.activation(_packed_linear(x, gate)) * _packed_linear(x, up), down
-        )
+        gate, *up, down = self.packed
+        h = ACTIVATION_FUNCTIONS[self.activation](_packed_linear(x, gate))
+        return _packed_linear(h * _packed_linear(x, up[0]) if up else h, down)
 
 
 def _packed_linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -186,7 +186,9 @@ def bench_peers(
         SparseRuntimeError: llama.cpp does not run, or nothing of ours ran sparse.
     """
     generator = torch.Generator().manual_seed(0)
-    prompt = torch.randint(3, model.config.vocab_size, (1, prompt_tokens), generator=generator)
+    prompt = torch.randint(
+        3, model.config.get_text_config().vocab_size, (1, prompt_tokens), generator=generator
+    )
     bandwidth, read = ReadBandwidth(), list[float]()
     ours = [(way, Runner(name)) for name, way in ways.items()]
     cache = time_prefill(model, prompt[:, :-1])[1]

@@ -26,8 +26,8 @@ Written by `python -m sparse_runtime.eval.report.models_markdown docs/models.md`
 {version}: each type that `AutoModelForCausalLM` or `AutoModelForImageTextToText` knows, made of its
 default config, without memory for weights. FFNs are found in the decoder's layers by the shapes of
 their linear layers, and proven: the module's own forward, run on small matrices, equals
-down(act(gate·x) ⊙ (up·x)). What a config can ask for beside that (biases) `sparsify` refuses when it
-sees it.
+down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. In planes (`weights=6`) only FFNs with gate
+and up and without biases can run.
 
 {supported} of {all} types can run sparse; tests/models/test_model_types.py runs tiny models of them.
 """
@@ -76,8 +76,11 @@ def judged(kind: str, class_name: str) -> ModelType:
         layers = find_ffn_layers(model)
     except SparseRuntimeError as error:
         return ModelType(kind, None, str(error))
-    names = ", ".join(f"`{name}`" for name in layers[0].projections)
-    return ModelType(kind, f"{names}; {layers[0].activation}")
+    layer = layers[0]
+    biased = any(linear.bias is not None for linear in layer.linears().values())
+    names = ", ".join(f"`{name}`" for name in layer.projections)
+    form = f"{layer.form.kind}: {names}; {layer.activation}{', biases' if biased else ''}"
+    return ModelType(kind, form)
 
 
 def models_markdown(types: list[ModelType], version: str) -> str:

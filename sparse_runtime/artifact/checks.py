@@ -342,12 +342,13 @@ def _check_fingerprint(file: Path, fingerprint: dict[str, Any]) -> None:
             matrices = len(decode_weights(fingerprint["weights"]))
         except (ValueError, RuntimeError):
             matrices = 0
-        if matrices != 3 * len(layers):
+        if matrices not in (2 * len(layers), 3 * len(layers)):
             _refuse(
                 file,
                 "fingerprint.weights",
                 fingerprint["weights"],
-                f"base64 of the samples of {3 * len(layers)} matrices",
+                f"base64 of the samples of {3 * len(layers)} matrices, or without gates of "
+                f"{2 * len(layers)}",
             )
 
 

@@ -24,7 +24,6 @@ from sparse_runtime.kernels.planes import (
     unpack_linear,
 )
 from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
-from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import FFNLayer
 
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
@@ -220,7 +219,7 @@ class PlaneFFN(PlaneModule):
         super().__init__()
         self.hidden_size, self.intermediate_size = layer.hidden_size, layer.intermediate_size
         self.activation, self.format = layer.activation, form
-        self.projections = layer.projections
+        self.form = layer.form
         weight = layer.gate.weight
         self.dtype = weight.dtype
         size, rows = self.hidden_size, self.intermediate_size
@@ -251,6 +250,7 @@ class PlaneFFN(PlaneModule):
             activations: statistics of its activations, K = I, or None; for down.
         """
         module = cls(layer, form)
+        assert layer.up is not None  # see find_places
         weights = (linear.weight for linear in (layer.gate, layer.up, layer.down))
         module.round_into(
             module.own_planes(), *weights, statistics=statistics, activations=activations
@@ -297,17 +297,18 @@ class PlaneFFN(PlaneModule):
         """The module that it replaced, of the same class, with projections of the packed values."""
         size, neurons, planes = self.hidden_size, self.intermediate_size, self.planes
         device = self.look.device
-        inputs = [neurons] * 2 if len(self.projections) == 3 else [2 * neurons]
-        linears = [_float_linear(size, rows, self.dtype, device) for rows in inputs]
+        first_rows, inputs = self.form.first_rows(neurons), self.form.projections[1:]
+        linears = [_float_linear(size, first_rows, self.dtype, device) for _ in inputs]
         linears.append(_float_linear(neurons, size, self.dtype, device))
-        gate, up, down = split_projections(*(linear.weight for linear in linears))
+        gate, up, down = self.form.split(*(linear.weight for linear in linears))
+        assert up is not None  # see find_places
         for first in range(0, neurons, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
             values = [part.values().to(self.dtype) for part in planes.rounded(rows)]
             gate[rows], up[rows] = values[0], values[1]
             down[:, rows] = values[2].t()
         module = _shallow(self._float[0])
-        module._modules.update(zip(self.projections, linears, strict=True))
+        module._modules.update(zip(self.form.projections, linears, strict=True))
         return module.train(self.training)
 
     def forward(self, hidden_states: Tensor) -> Tensor:

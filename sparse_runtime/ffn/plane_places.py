@@ -278,6 +278,8 @@ def _check_ffn(layer: FFNLayer) -> None:
     problem = None
     if parametrize.is_parametrized(mlp):
         problem = "is parametrized"
+    if layer.form.kind == "plain":
+        problem = "has no gate, which planes are not made for yet"
     for name, module in (("", mlp), *mlp.named_children()):
         if name in layer.projections:
             problem = problem or _problem(name, call_problem(module))

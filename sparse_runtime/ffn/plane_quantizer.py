@@ -36,7 +36,6 @@ from sparse_runtime.ffn.plane_places import (
     tied_weights,
     untie,
 )
-from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint, kept_samples
 
@@ -150,7 +149,8 @@ class PlaneQuantizer(HfQuantizer):
         if self._problem is None:
             self._unreleased += sum(weight.nbytes for weight in weights)
             if name in self._positions:
-                weights = list(split_projections(*weights))
+                assert isinstance(module, PlaneFFN)
+                weights = list(module.form.split(*weights))
                 self._samples[name] = kept_samples(self._positions[name], *weights)
             module.round_into(planes, *weights)
             if self._unreleased >= _RELEASED_AT:
@@ -319,9 +319,9 @@ def _not_loaded(model: nn.Module) -> Iterator[str]:
 def _shape(module: PlaneModule, part: str) -> tuple[int, ...]:
     if isinstance(module, PlaneFFN):
         rows, size = module.intermediate_size, module.hidden_size
-        if part == f"{module.projections[-1]}.weight":
+        if part == f"{module.form.projections[-1]}.weight":
             return size, rows
-        return rows * (4 - len(module.projections)), size
+        return module.form.first_rows(rows), size
     assert isinstance(module, PlaneLinear)
     return module.out_features, module.in_features
 

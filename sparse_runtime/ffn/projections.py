@@ -15,6 +15,7 @@ from sparse_runtime.kernels.linear import (
     is_plain,
     weight_problem,
 )
+from sparse_runtime.models.ffn_forms import FFNForm
 
 
 def own_class(owner: nn.Module) -> type[nn.Module]:
@@ -22,18 +23,16 @@ def own_class(owner: nn.Module) -> type[nn.Module]:
     return type(owner).__bases__[1]
 
 
-def projection_problem(
-    owner: nn.Module, projections: Sequence[str], sizes: tuple[int, int]
-) -> str | None:
+def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) -> str | None:
     """Why the kernels cannot read an FFN's projections; None if they can.
 
     Args:
         owner: the FFN.
-        projections: names in it of gate, up and down, or of the one with both, and down.
+        form: its linear layers.
         sizes: I and H that the clusters are for.
     """
-    kinds, rows = set(), sizes[0] * (4 - len(projections))
-    for name in projections:
+    kinds, rows = set(), form.first_rows(sizes[0])
+    for name in form.projections:
         linear = owner._modules.get(name)
         problem = "is not there" if linear is None else weight_problem(linear)
         if problem is not None:
@@ -43,7 +42,7 @@ def projection_problem(
         assert weight is not None
         if weight.device.type == "meta":
             return f"{name} has its weights offloaded"
-        expected = sizes[::-1] if name == projections[-1] else (rows, sizes[1])
+        expected = sizes[::-1] if name == form.projections[-1] else (rows, sizes[1])
         if weight.shape != expected:
             return f"{name} has weights {list(weight.shape)}; the clusters are for {list(expected)}"
         kinds.add((weight.dtype, weight.device))
@@ -61,7 +60,8 @@ class Seen:
     Attributes:
         owner: the FFN.
         weights: name, module, weight, version (None for tensors made in inference mode, which have
-            none) and address of each projection.
+            none), address and bias of each projection.
+        biases: of those that have one: bias, version and address.
         others: names and modules of its other children (the activation).
         own: class that the FFN had before it was made sparse.
         forward: of that class.
@@ -69,7 +69,8 @@ class Seen:
     """
 
     owner: nn.Module
-    weights: tuple[tuple[str, nn.Module, Tensor, int | None, int], ...]
+    weights: tuple[tuple[str, nn.Module, Tensor, int | None, int, Tensor | None], ...]
+    biases: tuple[tuple[Tensor, int | None, int], ...]
     others: tuple[tuple[str, nn.Module], ...]
     own: type[nn.Module]
     forward: Callable[..., Tensor]
@@ -79,33 +80,41 @@ class Seen:
     def of(cls, owner: nn.Module, projections: Sequence[str], besides: nn.Module) -> Seen:
         """Look at a sparse FFN: its projections by name, and all children but ``besides``."""
         modules = owner._modules
-        weights = []
+        weights, biases = [], []
         for name in projections:
             linear = modules[name]
             assert linear is not None
             weight = linear._parameters["weight"]
             assert weight is not None
-            weights.append((name, linear, weight, _version(weight), weight.data_ptr()))
+            bias = linear._parameters["bias"]
+            weights.append((name, linear, weight, _version(weight), weight.data_ptr(), bias))
+            if bias is not None:
+                biases.append((bias, _version(bias), bias.data_ptr()))
         others = tuple(
             (name, module)
             for name, module in modules.items()
             if module is not None and name not in projections and module is not besides
         )
-        held = tuple(weight.detach() for _, _, weight, _, _ in weights)
+        held = tuple(entry[2].detach() for entry in weights)
+        held += tuple(bias.detach() for bias, _, _ in biases)
         own: Any = own_class(owner)
-        return cls(owner, tuple(weights), others, own, own.forward, held)
+        return cls(owner, tuple(weights), tuple(biases), others, own, own.forward, held)
 
     def is_current(self) -> bool:
         """Whether all is as it was and a call means no more than the weights say; for every call."""
         modules = self.owner._modules
-        for name, linear, weight, version, address in self.weights:
+        for name, linear, weight, version, address, bias in self.weights:
             if (
                 modules.get(name) is not linear
                 or not is_plain(linear)
                 or linear._parameters.get("weight") is not weight
+                or linear._parameters.get("bias") is not bias
                 or (version is not None and weight._version != version)
                 or weight.data_ptr() != address
             ):
+                return False
+        for bias, version, address in self.biases:
+            if (version is not None and bias._version != version) or bias.data_ptr() != address:
                 return False
         for name, module in self.others:
             if modules.get(name) is not module or not has_no_hooks(module):
@@ -117,20 +126,23 @@ class Seen:
 
         Writing through ``weight.data`` in place is the one thing that it does not know.
         """
+        seen = [(weight, version, address) for _, _, weight, version, address, _ in self.weights]
         return any(
-            (version is not None and weight._version != version) or weight.data_ptr() != address
-            for _, _, weight, version, address in self.weights
+            (version is not None and tensor._version != version) or tensor.data_ptr() != address
+            for tensor, version, address in (*seen, *self.biases)
         )
 
     def change(self) -> str | None:
         """What is no longer what it was, or has hooks; None if nothing is."""
         modules = self.owner._modules
-        for name, linear, weight, _, _ in self.weights:
+        for name, linear, weight, _, _, bias in self.weights:
             found = modules.get(name)
             if found is not linear or not is_plain(found):
                 return f"{name} {_problem(found) or 'has been replaced'}"
             if found._parameters.get("weight") is not weight:
                 return f"{name} has another weight than when it was made sparse"
+            if found._parameters.get("bias") is not bias:
+                return f"{name} has another bias than when it was made sparse"
         for name, module in self.others:
             if modules.get(name) is not module or not has_no_hooks(module):
                 return f"{name} has been replaced, or has hooks"

@@ -40,7 +40,6 @@ from sparse_runtime.kernels.operands import (
     FFNWeights,
 )
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
-from sparse_runtime.models.ffn_forms import split_projections
 from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
 
 # One at a time: two threads may find the same changed weights.
@@ -63,7 +62,8 @@ class SparseFFN(FFNBuffers):
 
     Attributes:
         layer_index: of the decoder layer.
-        projections: names in the FFN of gate, up and down, or of the one with both, and down.
+        form: of the FFN.
+        projections: names of its linear layers.
         name: of the FFN in the model.
         activation: of the FFN, by the kernels' name.
         config: options of ``sparsify``.
@@ -91,7 +91,7 @@ class SparseFFN(FFNBuffers):
     ) -> None:
         super().__init__()
         self._owner = (layer.mlp,)  # in a tuple: the FFN is the parent, not a child
-        self.projections = layer.projections
+        self.form, self.projections = layer.form, layer.projections
         self.layer_index, self.name, self.activation = layer.index, layer.name, layer.activation
         self.config = config
         self.state = state
@@ -188,7 +188,9 @@ class SparseFFN(FFNBuffers):
 
     def all_rows(self, x: Tensor) -> Tensor:
         """All neurons by the CPU kernels: [n, H] of hidden states [n, H]."""
-        return dense_ffn(x, self.weights)
+        output = dense_ffn(x, self.weights)
+        bias = self._own_biases()[-1]
+        return output if bias is None else output + bias
 
     def dense(self, hidden_states: Tensor) -> Tensor:
         """Run the FFN's own forward: [..., H] of hidden states [..., H]."""
@@ -230,19 +232,26 @@ class SparseFFN(FFNBuffers):
     # What it works on
 
     def _own_weights(self) -> tuple[Tensor, ...]:
-        return self._projection_weights()
+        weights = (*self._projection_weights(), *self._own_biases())
+        return tuple(weight for weight in weights if weight is not None)
 
-    def _projection_weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Gate, up and down; the first two may be views."""
+    def _projection_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gate, up and down; the first two may be views, and up None."""
         modules = self._owner[0]._modules
         weights = (modules[name]._parameters["weight"] for name in self.projections)  # type: ignore[union-attr]
-        return split_projections(*weights)  # type: ignore[arg-type]
+        return self.form.split(*weights)  # type: ignore[arg-type]
+
+    def _own_biases(self) -> list[Tensor | None]:
+        modules = self._owner[0]._modules
+        return [modules[name]._parameters["bias"] for name in self.projections]  # type: ignore[union-attr]
 
     @property
     def weights(self) -> FFNWeights:
         """The projections' weights, and what they are looked at by."""
         gate, up, down = self._projection_weights()
-        return FFNWeights(gate, up, down.t(), self.activation, self._buffers["look"])
+        b = self._buffers
+        biases = b["gate_bias"], b["up_bias"]
+        return FFNWeights(gate, up, down.t(), self.activation, b["look"], *biases)
 
     def _own_cost(self, layer: FFNLayer) -> FFNCost:
         verified = self._clusters.maybe_sets is not None
@@ -302,7 +311,7 @@ class SparseFFN(FFNBuffers):
             self.forget()
             self._get_a_key()
             sizes = self.cost.intermediate_size, self.cost.hidden_size
-            self.problem = projection_problem(self._owner[0], self.projections, sizes)
+            self.problem = projection_problem(self._owner[0], self.form, sizes)
             if self.problem is not None:
                 return None
             gate, _, down = self._projection_weights()
@@ -399,7 +408,7 @@ class SparseFFN(FFNBuffers):
         looks = clusters.maybe_sets is not None and self.backend != "dense"
         tensors = placed(clusters, device, dtype, looks=looks)
         tensors |= counters(clusters.num_clusters, self._stages, device, self._buffers)
-        tensors["look"] = None
+        tensors |= {"look": None, "gate_bias": None, "up_bias": None}
         bound = config.max_sparse_tokens
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
@@ -417,11 +426,12 @@ class SparseFFN(FFNBuffers):
         self._most_sparse_values = most * self._hidden_size
 
     def _derive(self) -> None:
-        """Make the look records of gate and up, if clusters leave neurons to a look."""
+        """Copy biases, and make look records, if clusters leave neurons to a look."""
+        self._take_biases()
         if self._buffers["maybe_sets"] is None:
             return
         gate, up, _ = self._projection_weights()
-        records = look_records(gate.detach(), up.detach())
+        records = look_records(gate.detach(), None if up is None else up.detach())
         before = self._buffers["look"]
         if before is not None and not torch.equal(before, records):
             self.state.warn_once(
@@ -431,6 +441,18 @@ class SparseFFN(FFNBuffers):
                 "change is more than a small one",
             )
         self._buffers["look"] = records
+
+    def _take_biases(self) -> None:
+        """Those before the activation in float32; that of down joins the clusters' own."""
+        b, biases = self._buffers, self._own_biases()
+        for name, bias in zip(("gate_bias", "up_bias"), self.form.split_bias(*biases), strict=True):
+            b[name] = None if bias is None else bias.detach().float().contiguous()
+        down = biases[-1]
+        if down is not None:
+            own = self._clusters.cluster_bias
+            shape = self._clusters.num_clusters, self._hidden_size
+            together = down.detach() if own is None else own.to(down) + down.detach()
+            b["cluster_bias"] = together.expand(shape).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at its own projections.

@@ -81,7 +81,8 @@ def fits(x: Tensor, weight: Tensor) -> bool:
     return x.dtype == weight.dtype and x.device == weight.device
 
 
-_PLAIN_CLASSES = (nn.Linear, FastLinear)
+# Others join them once they are proven.
+_PLAIN_CLASSES = {nn.Linear, FastLinear}
 _PLAIN_WEIGHTS = (nn.Parameter, Tensor)
 
 
@@ -153,7 +154,7 @@ def weight_problem(linear: nn.Module) -> str | None:
 
     The answer completes "the gate projection …".
     """
-    if linear.__class__ not in _PLAIN_CLASSES:
+    if linear.__class__ not in _PLAIN_CLASSES and not _is_linear_class(_class_of(linear)):
         kind = f"{type(linear).__module__}.{type(linear).__qualname__}"
         return f"is a {kind}; expected a plain torch.nn.Linear"
     weight = linear._parameters.get("weight")
@@ -162,13 +163,38 @@ def weight_problem(linear: nn.Module) -> str | None:
     if type(weight) not in _PLAIN_WEIGHTS:
         kind = f"{type(weight).__module__}.{type(weight).__qualname__}"
         return f"has a {kind} as its weight; expected a plain parameter"
-    if linear._parameters.get("bias") is not None:
-        return "has a bias, which the sparse FFN operation does not compute"
+    bias = linear._parameters.get("bias")
+    if bias is not None and (type(bias) not in _PLAIN_WEIGHTS or bias.dtype != weight.dtype):
+        found = f"{type(bias).__qualname__} of {bias.dtype}"
+        return f"has a {found} as its bias; expected a plain parameter of the weight's dtype"
     if weight.layout != torch.strided or weight.dtype not in KERNEL_DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in KERNEL_DTYPES)
         found = str(weight.dtype).removeprefix("torch.")
         return f"has {found} weights of layout {weight.layout}; expected strided {names}"
     return None
+
+
+def _class_of(module: nn.Module) -> Any:
+    return module.__class__
+
+
+@functools.cache
+def _is_linear_class(kind: Any) -> bool:
+    """Whether a subclass of ``nn.Linear``, such as Falcon's, computes the same; a few numbers tell."""
+    if not issubclass(kind, nn.Linear) or kind.__module__.startswith("torch."):
+        return False
+    probe = kind.__new__(kind)
+    try:
+        nn.Linear.__init__(probe, 6, 4)
+        x = torch.linspace(-2, 2, 18).reshape(1, 3, 6)
+        with torch.no_grad():
+            found = kind.forward(probe, x)
+            same = torch.allclose(found, F.linear(x, probe.weight, probe.bias), atol=1e-6)
+    except Exception:
+        return False
+    if same:
+        _PLAIN_CLASSES.add(kind)
+    return same
 
 
 def call_problem(linear: nn.Module) -> str | None:

@@ -13,18 +13,18 @@ from sparse_runtime.kernels.planes import LOOK_FORMAT, Rounded, pack_look
 from sparse_runtime.kernels.rounding import round_rows
 
 
-def look_records(gate: Tensor, up: Tensor) -> Tensor:
+def look_records(gate: Tensor, up: Tensor | None) -> Tensor:
     """Make the look records of an FFN's neurons.
 
     Args:
         gate: gate projection [I, H], bfloat16, float16 or float32.
-        up: up projection [I, H].
+        up: up projection [I, H], or None.
 
     Returns:
         records [I, R] uint8 in ``LOOK_FORMAT``, on the weights' device. A group of weights that holds
         NaN or infinity has NaN for its scale: its neuron is never skipped.
     """
-    return pack_look(_rounded(gate), _rounded(up))
+    return pack_look(_rounded(gate), None if up is None else _rounded(up))
 
 
 def _rounded(weight: Tensor) -> Rounded:

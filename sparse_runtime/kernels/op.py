@@ -36,7 +36,9 @@ def sparse_ffn(
 ) -> Tensor:
     """Compute a gated FFN for each token over the neurons of its cluster only.
 
-    y_t = Σ_{i ∈ S_t} h_i(x_t) · down_t[i],    h_i(x) = act(gate[i]·x) · (up[i]·x)
+    y_t = Σ_{i ∈ S_t} h_i(x_t) · down_t[i],    h_i(x) = act(gate[i]·x + b_i) · (up[i]·x + b'_i)
+
+    or, without up, h_i(x) = act(gate[i]·x + b_i).
 
     S_t is ``active_sets[cluster_ids[t]]``, plus the neurons i of ``maybe_sets[cluster_ids[t]]`` whose
     look record gives |h̃_i|·factors[i]·v > 1, with v = ``cluster_weights[cluster_ids[t]]``, or 1.
@@ -81,6 +83,8 @@ def sparse_ffn(
         # Never None: torch 2.10 cannot mutate an argument that is left at its default.
         x.new_zeros(2, dtype=torch.int64) if row_counts is None else row_counts,
         tables.cluster_weights if looks else None,
+        weights.gate_bias,
+        weights.up_bias,
     )
     return output
 
@@ -139,6 +143,8 @@ def routed_ffn(
         compensation.correction_up,
         *(() if backend == "cpu" else (counters.programs,)),
         tables.cluster_weights if looks else None,
+        weights.gate_bias,
+        weights.up_bias,
     )
     return result
 
@@ -146,7 +152,13 @@ def routed_ffn(
 def dense_ffn(x: Tensor, weights: FFNWeights) -> Tensor:
     """All neurons by the CPU kernels: y [n, H] of hidden states x [n, H] of the weights' dtype."""
     output: Tensor = torch.ops.sparse_runtime.cpu_dense_ffn.default(
-        x, weights.gate, weights.up, weights.down_t, weights.activation
+        x,
+        weights.gate,
+        weights.up,
+        weights.down_t,
+        weights.activation,
+        weights.gate_bias,
+        weights.up_bias,
     )
     return output
 
@@ -155,7 +167,7 @@ def dense_ffn(x: Tensor, weights: FFNWeights) -> Tensor:
 def _sparse_ffn(
     x: Tensor,
     w_gate: Tensor,
-    w_up: Tensor,
+    w_up: Tensor | None,
     w_down_t: Tensor,
     sets: Tensor,
     cluster_ids: Tensor,
@@ -165,10 +177,12 @@ def _sparse_ffn(
     factors: Tensor | None,
     row_counts: Tensor,
     cluster_weights: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     return sparse_ffn_reference(
         x,
-        FFNWeights(w_gate, w_up, w_down_t, activation, look),
+        FFNWeights(w_gate, w_up, w_down_t, activation, look, gate_bias, up_bias),
         ClusterTables(sets, maybe_sets, factors, cluster_weights),
         cluster_ids,
         row_counts,
@@ -200,7 +214,10 @@ def _check_arguments(
     neurons, hidden_size = weights.gate.shape
     clusters = tables.active_sets.shape[0]
     bitmaps = (clusters, packed_size(neurons))
-    records = (neurons, look_size(hidden_size, LOOK_BITS))
+    matrices = 1 if weights.up is None else 2
+    records = (neurons, look_size(hidden_size, LOOK_BITS, matrices))
+    if weights.up is None and weights.up_bias is not None:
+        raise ValueError("up_bias is given, but up is None; expected both or neither")
     expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]] = {
         "x": (x, (x.shape[0], hidden_size), x.dtype),
         "gate": (weights.gate, (neurons, hidden_size), x.dtype),
@@ -213,6 +230,8 @@ def _check_arguments(
         "factors": (tables.factors, (neurons,), torch.float32),
         "cluster_weights": (tables.cluster_weights, (clusters,), torch.float32),
         "look": (weights.look, records, torch.uint8),
+        "gate_bias": (weights.gate_bias, (neurons,), torch.float32),
+        "up_bias": (weights.up_bias, (neurons,), torch.float32),
     }
     if tables.maybe_sets is not None or tables.factors is not None:
         band = {name: expected[name][0] for name in ("maybe_sets", "factors", "look")}

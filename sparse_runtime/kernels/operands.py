@@ -16,18 +16,23 @@ class FFNWeights:
     """An FFN's weights, a neuron being one row in each.
 
     Attributes:
-        gate: gate projection [I, H], bfloat16, float16 or float32, as the next two.
-        up: up projection [I, H].
+        gate: gate projection [I, H], bfloat16, float16 or float32, as the next two; or the one matrix
+            of an FFN without a gate, down(act(gate·x)).
+        up: up projection [I, H], or None without a gate.
         down_t: transposed down projection [I, H].
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2`` (relu squared).
         look: records [I, R] uint8 of :func:`sparse_runtime.kernels.looks.look_records`, or None.
+        gate_bias: added to gate·x [I] float32, or None.
+        up_bias: added to up·x [I] float32, or None.
     """
 
     gate: Tensor
-    up: Tensor
+    up: Tensor | None
     down_t: Tensor
     activation: str = "silu"
     look: Tensor | None = None
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)

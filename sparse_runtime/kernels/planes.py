@@ -270,7 +270,7 @@ class NeuronPlanes:
     def parts(self, rows: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Base planes, residual planes and scales of gate, up and transposed down, as views."""
         size, form = self.hidden_size, self.format
-        gate, up, gate_scales, up_scales = _look_parts(self.look[rows], form, size)
+        (gate, gate_scales), (up, up_scales) = _look_parts(self.look[rows], form, size)
         down, down_scales = self.count[rows].split(
             [plane_size(size, form.base), scales_size(size)], dim=1
         )
@@ -287,27 +287,29 @@ class NeuronPlanes:
         return gate, up, down
 
 
-def pack_look(gate: Rounded, up: Rounded) -> Tensor:
+def pack_look(gate: Rounded, up: Rounded | None) -> Tensor:
     """Look records [I, :meth:`PlaneFormat.look_size`] uint8 of rows [I, H] of one format."""
-    bases = [pack_plane(part.hi, part.format.base) for part in (gate, up)]
-    return torch.cat([*bases, _bytes(gate.scales), _bytes(up.scales)], dim=1)
+    parts = [gate] if up is None else [gate, up]
+    bases = [pack_plane(part.hi, part.format.base) for part in parts]
+    return torch.cat([*bases, *(_bytes(part.scales) for part in parts)], dim=1)
 
 
-def unpack_look(look: Tensor, form: PlaneFormat, hidden_size: int) -> tuple[Tensor, Tensor]:
-    """Base values of gate and up [I, H] float32, of look records [I, bytes]."""
-    gate, up, gate_scales, up_scales = _look_parts(look, form, hidden_size)
+def unpack_look(look: Tensor, form: PlaneFormat, hidden_size: int) -> tuple[Tensor, Tensor | None]:
+    """Base values of gate and up [I, H] float32, of look records [I, bytes]; of up None without it."""
     base = PlaneFormat(form.base)
-    gates, ups = (
+    gate, *up = (
         Rounded.unpack(plane, plane[:, :0], scales, base, hidden_size).values()
-        for plane, scales in ((gate, gate_scales), (up, up_scales))
+        for plane, scales in _look_parts(look, form, hidden_size)
     )
-    return gates, ups
+    return gate, up[0] if up else None
 
 
-def _look_parts(look: Tensor, form: PlaneFormat, size: int) -> tuple[Tensor, ...]:
-    """Base planes of gate and up, and their scales, as views."""
+def _look_parts(look: Tensor, form: PlaneFormat, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Base planes and scales of gate, and of up if there is one, as views."""
     base, scales = plane_size(size, form.base), scales_size(size)
-    return look.split([base, base, scales, scales], dim=1)
+    matrices = 1 if look.shape[1] == base + scales else 2
+    parts = look.split([base] * matrices + [scales] * matrices, dim=1)
+    return list(zip(parts[:matrices], parts[matrices:], strict=True))
 
 
 def pack_neurons(gate: Rounded, up: Rounded, down_t: Rounded, activation: str) -> NeuronPlanes:

@@ -22,6 +22,7 @@ ACTIVATION_FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu2": lambda x: F.relu(x).square(),
 }
 
 # Up to this many tokens each one's rows are gathered; beyond it one dense pass under masks is faster.
@@ -43,7 +44,7 @@ def sparse_ffn_reference(
         assert weights.look is not None
         maybe = unpack_bits(tables.maybe_sets[cluster_ids], neurons) & ~chosen
         factors = token_factors(tables.factors, tables.cluster_weights, cluster_ids)
-        chosen |= maybe & confirmed(x, weights.look, factors, weights.activation)
+        chosen |= maybe & confirmed(x, weights, factors)
     if row_counts is not None:
         row_counts += torch.stack([chosen.sum(), maybe.sum()])
     if x.shape[0] > _GATHER_MAX_TOKENS:
@@ -53,9 +54,12 @@ def sparse_ffn_reference(
         rows = chosen[token].nonzero().squeeze(-1)
         own = FFNWeights(
             weights.gate.index_select(0, rows),
-            weights.up.index_select(0, rows),
+            None if weights.up is None else weights.up.index_select(0, rows),
             weights.down_t.index_select(0, rows),
             weights.activation,
+            None,
+            None if weights.gate_bias is None else weights.gate_bias[rows],
+            None if weights.up_bias is None else weights.up_bias[rows],
         )
         y[token : token + 1] = gated_ffn(x[token : token + 1], own)
     return y
@@ -63,15 +67,37 @@ def sparse_ffn_reference(
 
 def gated_ffn(x: Tensor, weights: FFNWeights, chosen: Tensor | None = None) -> Tensor:
     """The whole FFN of hidden states [n, H], or that of the neurons in a mask [n, I] bool."""
-    h = activations(x, weights.gate, weights.up, weights.activation)
+    biases = weights.gate_bias, weights.up_bias
+    h = activations(x, weights.gate, weights.up, weights.activation, *biases)
     if chosen is not None:
         h = h.masked_fill(~chosen, 0)
     return h @ weights.down_t
 
 
-def activations(x: Tensor, gate: Tensor, up: Tensor, activation: str) -> Tensor:
-    """h = act(gate·x) ⊙ (up·x): [n, I] of hidden states [n, H] and weights [I, H]."""
-    return ACTIVATION_FUNCTIONS[activation](F.linear(x, gate)) * F.linear(x, up)
+def activations(
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor | None,
+    activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
+) -> Tensor:
+    """h = act(gate·x + b) ⊙ (up·x + b'), or without up act(gate·x + b).
+
+    Args:
+        x: hidden states [n, H].
+        gate, up: weights [I, H]; up may be None.
+        activation: one of ``ACTIVATION_FUNCTIONS``.
+        gate_bias, up_bias: [I] or None, of any float dtype.
+
+    Returns:
+        h [n, I].
+    """
+    gates = F.linear(x, gate, None if gate_bias is None else gate_bias.to(x.dtype))
+    h = ACTIVATION_FUNCTIONS[activation](gates)
+    if up is None:
+        return h
+    return h * F.linear(x, up, None if up_bias is None else up_bias.to(x.dtype))
 
 
 def token_factors(factors: Tensor, cluster_weights: Tensor | None, cluster_ids: Tensor) -> Tensor:
@@ -81,12 +107,18 @@ def token_factors(factors: Tensor, cluster_weights: Tensor | None, cluster_ids: 
     return factors * cluster_weights[cluster_ids].unsqueeze(-1)
 
 
-def confirmed(x: Tensor, look: Tensor, factors: Tensor, activation: str) -> Tensor:
-    """Neurons that a look at their records finds needed, not |h̃|·factor ≤ 1, bool [n, I].
+def confirmed(x: Tensor, weights: FFNWeights, factors: Tensor) -> Tensor:
+    """Which neurons a look does not skip: [n, I] bool.
 
-    Factors are [I] or [n, I]. h̃ is the activation by the records' values, in float32.
+    Args:
+        x: hidden states [n, H].
+        weights: with look records.
+        factors: [I], or [n, I] of each token.
     """
-    h = activations(x.float(), *unpack_look(look, LOOK_FORMAT, x.shape[1]), activation)
+    assert weights.look is not None
+    gate, up = unpack_look(weights.look, LOOK_FORMAT, x.shape[1])
+    biases = weights.gate_bias, weights.up_bias
+    h = activations(x.float(), gate, up, weights.activation, *biases)
     return ~(h.abs() * factors <= 1)  # so that NaN is computed, not skipped
 
 

@@ -1,7 +1,8 @@
-"""What a module must be to be taken for a gated FFN: which matrices it has, and the proof by numbers.
+"""What a module must be to be taken for an FFN: which matrices it has, and the proof by numbers.
 
 Matrices are found by their shapes, not by their names, and every finding is proven: the module's own
-forward, run on small matrices in place of its own, equals down(act(gate·x) ⊙ (up·x)).
+forward, run on small matrices in place of its own, equals down(act(gate·x) ⊙ (up·x)), or
+down(act(gate·x)) where there is no second matrix.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,33 +27,46 @@ _TOLERANCE = 2e-5
 
 @dataclass(frozen=True)
 class FFNForm:
-    """The linear layers of a gated FFN, by their names in its module.
+    """The linear layers of an FFN.
 
     Attributes:
-        projections: gate, up and down; or one whose first half of rows is gate and the second up,
-            and down.
+        projections: their names in its module, that of down last.
+        kind: ``gated``: gate, up and down; ``fused``: one whose first half of rows is gate and the
+            second up, and down; ``plain``: one, called gate like those that the activation is of, and
+            down.
     """
 
     projections: tuple[str, ...]
+    kind: Literal["gated", "fused", "plain"] = "gated"
 
     @property
-    def fused(self) -> bool:
-        """Whether gate and up are halves of one matrix."""
-        return len(self.projections) == 2
+    def matrices(self) -> int:
+        """Matrices before the activation: 2, or 1 without a gate."""
+        return 1 if self.kind == "plain" else 2
 
-    @property
-    def kind(self) -> str:
-        """In words."""
-        return "gate and up in one matrix" if self.fused else "gated"
+    def first_rows(self, neurons: int) -> int:
+        """Rows of the first linear layer of an FFN of so many neurons."""
+        return 2 * neurons if self.kind == "fused" else neurons
+
+    def split(self, *weights: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Gate, up [I, H] (None of a plain FFN) and down [H, I] of its matrices, as views."""
+        if self.kind == "plain":
+            return weights[0], None, weights[1]
+        if self.kind == "fused":
+            return *weights[0].chunk(2), weights[1]  # type: ignore[return-value]
+        return weights[0], weights[1], weights[2]
+
+    def split_bias(self, *biases: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """Biases of gate and up [I], of those of its linear layers."""
+        if self.kind == "plain":
+            return biases[0], None
+        if self.kind == "fused":
+            return (None, None) if biases[0] is None else biases[0].chunk(2)  # type: ignore[return-value]
+        return biases[0], biases[1]
 
 
-def split_projections(*weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up [I, H] and down [H, I] of an FFN's two or three matrices, as views."""
-    if len(weights) == 3:
-        return weights
-    joint, down = weights
-    gate, up = joint.chunk(2)
-    return gate, up, down
+#: As of Llama and most others.
+LLAMA = FFNForm(("gate_proj", "up_proj", "down_proj"))
 
 
 class LinearRows:
@@ -79,12 +93,21 @@ class LinearRows:
     @property
     def weight(self) -> Tensor:
         """[I, H]."""
+        return self.linear.weight[self._rows]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """[I]."""
+        return None if self.linear.bias is None else self.linear.bias[self._rows]
+
+    @property
+    def _rows(self) -> slice:
         size = self.out_features
-        return self.linear.weight[size:] if self.second else self.linear.weight[:size]
+        return slice(size, None) if self.second else slice(size)
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., H] to [..., I]."""
-        return F.linear(x, self.weight)
+        return F.linear(x, self.weight, self.bias)
 
 
 def is_linear(module: nn.Module | None) -> bool:
@@ -101,7 +124,7 @@ def forms_of(module: nn.Module) -> list[FFNForm]:
         name: (child.in_features, child.out_features)  # type: ignore[misc]
         for name, child in linears.items()
     }
-    names = itertools.permutations(linears, len(linears))
+    names = list(itertools.permutations(linears, len(linears)))
     if len(linears) == 3:
         return [
             FFNForm((gate, up, down))
@@ -109,21 +132,19 @@ def forms_of(module: nn.Module) -> list[FFNForm]:
             if sizes[gate] == sizes[up] == sizes[down][::-1]
         ]
     if len(linears) == 2:
-        return [
-            FFNForm((joint, down))
-            for joint, down in names
-            if sizes[joint] == (sizes[down][1], 2 * sizes[down][0])
-        ]
+        forms = []
+        for first, down in names:
+            size, rows = sizes[first]
+            if (size, rows) == (sizes[down][1], 2 * sizes[down][0]):
+                forms.append(FFNForm((first, down), "fused"))
+            if (size, rows) == sizes[down][::-1]:
+                forms.append(FFNForm((first, down), "plain"))
+        return forms
     return []
 
 
-def is_plain_pair(module: nn.Module) -> bool:
-    """Whether a module has two linear layers, up and down again, as FFNs without a gate."""
-    linears: list[Any] = [child for child in module.children() if is_linear(child)]
-    return len(linears) == 2 and any(
-        (up.in_features, up.out_features) == (down.out_features, down.in_features)
-        for up, down in itertools.permutations(linears)
-    )
+# Weight and bias.
+_Linear = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -132,7 +153,7 @@ class Proof:
 
     Attributes:
         form: whose names are the right way round.
-        activation: by the kernels' name, or None if it is no gated FFN.
+        activation: by the kernels' name, or None if it is no FFN.
         reason: why it is not.
     """
 
@@ -142,7 +163,7 @@ class Proof:
 
 
 def prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> Proof:
-    """Find out whether a module computes a gated FFN, and which.
+    """Find out whether a module computes an FFN, and which.
 
     The forward of its class is run on small matrices in place of its projections: their hooks, and
     its own, are for the user's calls.
@@ -154,8 +175,8 @@ def prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> 
     """
     # Where H is I, shapes do not say which matrix is down.
     proofs = []
-    for name in dict.fromkeys(form.projections[-1] for form in forms):
-        proofs.append(_prove(module, [f for f in forms if f.projections[-1] == name], device))
+    for last in dict.fromkeys(form.projections[-1] for form in forms):
+        proofs.append(_prove(module, [f for f in forms if f.projections[-1] == last], device))
         if proofs[-1].activation is not None:
             return proofs[-1]
     return proofs[0]
@@ -163,11 +184,16 @@ def prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> 
 
 def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> Proof:
     generator = torch.Generator().manual_seed(0)
-    shapes = ((1, 3, _H), (_I, _H), (_I, _H), (_H, _I))
-    x, first, second, down = (torch.randn(s, generator=generator).to(device) for s in shapes)
     form = forms[0]
-    matrices = (torch.cat([first, second]), down) if form.fused else (first, second, down)
-    given = dict(zip(form.projections, matrices, strict=True))
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, given = random(1, 3, _H), {}
+    for name in form.projections:
+        rows, size = (_H, _I) if name == form.projections[-1] else (form.first_rows(_I), _H)
+        biased = getattr(module._modules[name], "bias", None) is not None
+        given[name] = random(rows, size), random(rows) if biased else None
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
             found = _run(module, given, x)
@@ -191,11 +217,11 @@ def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) ->
     )
 
 
-def _run(module: nn.Module, matrices: dict[str, Tensor], x: Tensor) -> Any:
+def _run(module: nn.Module, linears: dict[str, _Linear], x: Tensor) -> Any:
     own = type(module)
     probe = own.__new__(own)
     probe.__dict__.update(module.__dict__)
-    sizes = _own_sizes(module, list(matrices))
+    sizes = _own_sizes(module, list(linears))
     for name, value in module.__dict__.items():
         if type(value) is int and value in sizes:  # which some split by
             probe.__dict__[name] = sizes[value]
@@ -203,8 +229,8 @@ def _run(module: nn.Module, matrices: dict[str, Tensor], x: Tensor) -> Any:
     probe.__dict__["_modules"] = {
         name: child and child.forward for name, child in module._modules.items()
     }
-    for name, matrix in matrices.items():
-        probe._modules[name] = functools.partial(F.linear, weight=matrix)  # type: ignore[assignment]
+    for name, (weight, bias) in linears.items():
+        probe._modules[name] = functools.partial(F.linear, weight=weight, bias=bias)  # type: ignore[assignment]
     # Of a module that is sparse already, what it was before.
     return getattr(own, "dense_forward", own.forward)(probe, x)
 
@@ -216,12 +242,14 @@ def _own_sizes(module: nn.Module, names: Sequence[str]) -> dict[int, int]:
 
 
 def _trials(
-    forms: Sequence[FFNForm], given: dict[str, Tensor], x: Tensor
+    forms: Sequence[FFNForm], given: dict[str, _Linear], x: Tensor
 ) -> Iterator[tuple[tuple[FFNForm, str], Tensor]]:
     for form in forms:
-        gate, up, down = split_projections(*(given[name] for name in form.projections))
+        weights, biases = zip(*(given[name] for name in form.projections), strict=True)
+        gate, up, down = form.split(*weights)
         for activation in ACTIVATION_FUNCTIONS:
-            yield (form, activation), F.linear(activations(x, gate, up, activation), down)
+            h = activations(x, gate, up, activation, *form.split_bias(*biases))
+            yield (form, activation), F.linear(h, down, biases[-1])
 
 
 def _extras(module: nn.Module, form: FFNForm) -> str:

@@ -1,4 +1,4 @@
-"""The gated FFNs of a model: found in its decoder layers by structure, and proven by numbers."""
+"""The FFNs of a model: found in its decoder layers by structure, and proven by numbers."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedA
 from sparse_runtime.kernels.linear import weight_problem
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.models.ffn_forms import (
+    LLAMA,
+    FFNForm,
     LinearRows,
     forms_of,
     is_linear,
-    is_plain_pair,
     prove,
 )
 from sparse_runtime.models.int8_linears import int8_problem, is_int8
@@ -28,11 +29,11 @@ _EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "in
 
 @dataclass(frozen=True)
 class FFNLayer:
-    """A gated FFN found in a model.
+    """An FFN found in a model.
 
-    ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; ``parent`` holds ``mlp`` under the
-    attribute ``attribute``, and ``projections`` are the names in ``mlp`` of the three, or of the one
-    whose halves are gate and up, and of down. Of an FFN whose weights are packed in planes
+    ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; without a gate, ``gate`` is what the
+    activation is of, and ``up`` None. ``parent`` holds ``mlp`` under the attribute ``attribute``, and
+    ``form`` says which linear layers of ``mlp`` they are. Of an FFN whose weights are packed in planes
     (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them.
     """
 
@@ -42,10 +43,15 @@ class FFNLayer:
     attribute: str
     mlp: nn.Module
     gate: nn.Linear | LinearRows
-    up: nn.Linear | LinearRows
+    up: nn.Linear | LinearRows | None
     down: nn.Linear
     activation: str
-    projections: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")
+    form: FFNForm = LLAMA
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """Names of its linear layers in ``mlp``, that of down last."""
+        return self.form.projections
 
     @property
     def packed(self) -> bool:
@@ -102,8 +108,23 @@ class FFNLayer:
             return self.mlp.planes.rounded()[2].values()  # type: ignore[union-attr,operator]
         return self.down.weight.detach().t()
 
-    def rows(self, *, base: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def biases(self) -> tuple[Tensor | None, Tensor | None]:
+        """What is added to gate·x and up·x [I], or None."""
+        linears = self.linears().values()
+        if not linears:
+            return None, None
+        return self.form.split_bias(*(_detached(linear.bias) for linear in linears))
+
+    @property
+    def down_bias(self) -> Tensor | None:
+        """What is added to the output [H], or None."""
+        return None if self.packed else _detached(self.down.bias)
+
+    def rows(self, *, base: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gate, up and transposed down, each [I, H]: weights, or the values of planes in float32.
+
+        Up is None without a gate.
 
         Args:
             base: of planes, the values of the base planes.
@@ -112,9 +133,12 @@ class FFNLayer:
             rounded = self.mlp.planes.rounded()  # type: ignore[union-attr,operator]
             gate, up, down_t = (part.values(base=base) for part in rounded)
             return gate, up, down_t
-        weights = self.gate.weight, self.up.weight, self.down.weight.t()
-        gate, up, down_t = (weight.detach() for weight in weights)
-        return gate, up, down_t
+        up = None if self.up is None else self.up.weight.detach()
+        return self.gate.weight.detach(), up, self.down.weight.detach().t()
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.detach()
 
 
 def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCost:
@@ -127,7 +151,7 @@ def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCo
     """
     sizes = (layer.hidden_size, layer.intermediate_size, extra_elements)
     if layer.format is None:
-        return FFNCost(*sizes, verified=verified)
+        return FFNCost(*sizes, verified=verified, matrices=layer.form.matrices)
     return PlaneCost(*sizes, base=layer.format.base, residual=layer.format.residual)
 
 
@@ -145,7 +169,7 @@ def packed_bits(model: nn.Module) -> int | None:
 def find_ffn_layers(
     model: nn.Module, *, packed: bool = False, int8: bool = False
 ) -> list[FFNLayer]:
-    """Find the gated FFNs of a model's decoder layers, in their order.
+    """Find the FFNs of a model's decoder layers, in their order.
 
     Vision and audio towers stay out. Wrappers around the model (PEFT, ``torch.compile``) are looked
     through. Layers without an FFN, as hybrids have, are passed over.
@@ -156,8 +180,8 @@ def find_ffn_layers(
         int8: also FFNs with projections of int8 rows (``models/int8_linears.py``).
 
     Raises:
-        UnsupportedArchitectureError: an FFN computes something else than down(act(gate·x) ⊙ (up·x)),
-            or its weights are not plain floats; or a layer has experts.
+        UnsupportedArchitectureError: an FFN computes something else than down(act(gate·x) ⊙ (up·x)) or
+            down(act(gate·x)), or its weights are not plain floats; or a layer has experts.
         NothingMatchedError: no decoder layer holds an FFN.
     """
     if getattr(getattr(model, "config", None), "model_type", None) is None:
@@ -168,17 +192,17 @@ def find_ffn_layers(
     names = {id(module): name for name, module in model.named_modules()}
     found, nearest = [], ""
     for index, decoder_layer in enumerate(_decoder_layers(model, names)):
-        layer, near = _ffn_of(index, decoder_layer, names, model)
-        nearest = nearest or near
+        layer = _ffn_of(index, decoder_layer, names, model)
         if layer is not None:
             found.append(layer)
+        elif not nearest:
+            nearest = _nearest(decoder_layer, names)
     if not found:
-        hint = f" (the nearest is {nearest})" if nearest else ""
         raise NothingMatchedError(
             f"no decoder layer of this {type(model).__name__} (model type "
-            f"{model.config.model_type!r}) holds a gated FFN, that is linear layers gate, up and down, "  # type: ignore[union-attr]
-            f"or one with gate and up, and down{hint}. Pass a whole causal language model whose FFNs "
-            "are of that kind"
+            f"{model.config.model_type!r}) holds an FFN: a module with linear layers gate, up and "  # type: ignore[union-attr]
+            f"down, or gate and up in one and down, or up and down{nearest}. Pass a whole causal "
+            "language model whose FFNs are of that kind"
         )
     for layer in found:
         if not layer.packed:
@@ -224,13 +248,13 @@ def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Modu
 
 def _ffn_of(
     index: int, decoder_layer: nn.Module, names: dict[int, str], model: nn.Module
-) -> tuple[FFNLayer | None, str]:
-    """The FFN of a decoder layer, if it has one, and else what comes nearest to one."""
-    proven, refused, nearest = [], [], ""
+) -> FFNLayer | None:
+    """The FFN of a decoder layer, if it has one."""
+    proven, refused = [], []
     for module in decoder_layer.modules():
         name = names.get(id(module), "")
         if is_packed(module):
-            proven.append(_layer(index, name, module, model, module.projections, module.activation))  # type: ignore[arg-type]
+            proven.append(_layer(index, name, module, model, module.form, module.activation))  # type: ignore[arg-type]
             continue
         if any(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in _EXPERTS):
             raise UnsupportedArchitectureError(
@@ -238,21 +262,15 @@ def _ffn_of(
             )
         forms = forms_of(module)
         if not forms:
-            if not nearest and is_plain_pair(module):
-                nearest = f"{name} ({type(module).__name__}), with {_listed(module)}"
             continue
         down: Any = module._modules[forms[0].projections[-1]]
         proof = prove(module, forms, _device(down))
-        if proof.activation is None:
-            if down.in_features == down.out_features:
-                continue  # three square matrices are more often those of attention
+        if proof.activation is not None:
+            proven.append(_layer(index, name, module, model, proof.form, proof.activation))
+        elif down.in_features != down.out_features:  # square ones are more often attention's
             refused.append(
                 f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} does "
-                f"not compute down(act(gate(x)) * up(x)) with {_listed(module)}: {proof.reason}"
-            )
-        else:
-            proven.append(
-                _layer(index, name, module, model, proof.form.projections, proof.activation)
+                f"not compute {_FORMULAS[forms[0].kind]} with {_listed(module)}: {proof.reason}"
             )
     if len(proven) > 1:
         listed = ", ".join(layer.name for layer in proven)
@@ -264,7 +282,23 @@ def _ffn_of(
             f"{refused[-1]}. Put the model's own class and forward back, if they were replaced; else "
             "this FFN cannot run sparse"
         )
-    return (proven[0] if proven else None), nearest
+    return proven[0] if proven else None
+
+
+_FORMULAS = {
+    "gated": "down(act(gate(x)) * up(x))",
+    "fused": "down(act(gate(x)) * up(x))",
+    "plain": "down(act(up(x)))",
+}
+
+
+def _nearest(decoder_layer: nn.Module, names: dict[int, str]) -> str:
+    """The last module of a layer with linear layers of its own, which is more often its FFN."""
+    modules = [m for m in decoder_layer.modules() if any(map(is_linear, m.children()))]
+    if not modules:
+        return ""
+    name, kind = names.get(id(modules[-1]), ""), type(modules[-1]).__name__
+    return f" (the nearest is {name} ({kind}), with {_listed(modules[-1])})"
 
 
 def _device(linear: nn.Module) -> torch.device:
@@ -280,31 +314,24 @@ def _listed(module: nn.Module) -> str:
 
 
 def _layer(
-    index: int,
-    name: str,
-    mlp: nn.Module,
-    model: nn.Module,
-    projections: tuple[str, ...],
-    activation: str,
+    index: int, name: str, mlp: nn.Module, model: nn.Module, form: FFNForm, activation: str
 ) -> FFNLayer:
     parent_name, _, attribute = name.rpartition(".")
-    linears: list[Any] = [mlp._modules.get(part) for part in projections]
-    if len(linears) == 2:
-        joint, down = linears
-        linears = [None, None, None]
-        if joint is not None:
-            linears = [LinearRows(joint, second=False), LinearRows(joint, second=True), down]
-    parent, (gate, up, down) = model.get_submodule(parent_name), linears
-    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, projections)
+    first, *rest = linears = [mlp._modules.get(part) for part in form.projections]
+    gate: Any = first
+    up: Any = rest[0] if form.kind == "gated" else None
+    down: Any = linears[-1]
+    if form.kind == "fused" and first is not None:
+        gate, up = LinearRows(first, second=False), LinearRows(first, second=True)  # type: ignore[arg-type]
+    parent = model.get_submodule(parent_name)
+    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, form)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
     for name, linear in layer.linears().items():
         rounded = is_int8(linear)
-        known = int8 and rounded and len(layer.projections) == 3
+        known = int8 and rounded and layer.form.kind == "gated"
         problem = int8_problem(linear) if known else weight_problem(linear)
-        if known and linear.bias is not None:
-            problem = "has a bias, which the sparse FFN operation does not compute"
         if problem is not None:
             packing = "sparsify(…, weights=8) packs its int8 rows; or load" if rounded else "Load"
             raise UnsupportedArchitectureError(

@@ -43,8 +43,8 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     Returns:
         As JSON: ``model_type``, ``hidden_size`` (H), ``activation``, ``layers`` (the index of each
         FFN), ``intermediate_sizes`` (the I of each) and ``weights``: the samples as base64 of
-        little-endian bfloat16, by layer, then gate, up, down; None where weights are offloaded and
-        cannot be read.
+        little-endian bfloat16, by layer, then gate, up (if there is one), down; None where weights are
+        offloaded and cannot be read.
 
     Raises:
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
@@ -166,7 +166,10 @@ def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
     if any(layer.packed or layer.int8 for layer in layers):
         return None
     matrices = [
-        linear.weight.detach() for layer in layers for linear in (layer.gate, layer.up, layer.down)
+        linear.weight.detach()
+        for layer in layers
+        for linear in (layer.gate, layer.up, layer.down)
+        if linear is not None
     ]
     return None if any(matrix.device.type == "meta" for matrix in matrices) else matrices
 
@@ -198,9 +201,9 @@ def _weight_mismatch(
     if same.all():
         return None
     position = int((~same).any(-1).nonzero()[0])
-    matrix = (
-        f"{('gate', 'up', 'down')[position % 3]} projection of layer {layers[position // 3].index}"
-    )
+    names = ("gate", "up", "down") if layers[0].form.matrices == 2 else ("up", "down")
+    number, part = divmod(position, len(names))
+    matrix = f"{names[part]} projection of layer {layers[number].index}"
     return (
         f"{int((~same).sum())} of {same.numel()} sampled FFN weights differ by more than rounding "
         f"does, the first in the {matrix}"

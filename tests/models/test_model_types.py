@@ -7,7 +7,9 @@ import torch
 from helpers import IDS, assert_same_state, logits, needs_library, random_cluster_set
 from model_types import tiny_model_of_type
 
-from sparse_runtime import ClusterSet, cost_report, reset_cost, sparsify, unsparsify
+from sparse_runtime import ClusterSet, cost_report, dense, reset_cost, sparsify, unsparsify
+from sparse_runtime.errors import NothingMatchedError, UnsupportedArchitectureError
+from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 GATED = """
@@ -17,6 +19,11 @@ ministral3 mistral mllama olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm
 youtu
 """.split()  # noqa: SIM905
 FUSED = ["glm", "glm4", "phi3", "phi4_multimodal"]
+#: Without a gate, with biases or not.
+PLAIN = """
+arcee codegen falcon gpt_neo gpt_neox gpt_neox_japanese gptj jais2 nanochat nemotron persimmon phi
+starcoder2
+""".split()  # noqa: SIM905
 #: A language model inside of one for images, or more.
 WRAPPERS = """
 cohere2_vision cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 gemma3 got_ocr2
@@ -25,7 +32,8 @@ lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 molmo2
 moss_transcribe_diarize muse_glimmer ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_vl
 qwen2_vl qwen3_vl shieldgemma2 smolvlm video_llama_3 video_llava vipllava
 """.split()  # noqa: SIM905
-KINDS = [*GATED, *FUSED, *WRAPPERS]
+KINDS = [*GATED, *FUSED, *PLAIN, *WRAPPERS]
+BIASED = ["gpt_neox", "phi", "starcoder2"]
 
 
 @pytest.fixture(params=KINDS)
@@ -38,7 +46,8 @@ def test_a_model_of_this_type(kind, tmp_path):
     model = tiny_model_of_type(kind)
     layers = find_ffn_layers(model)
     assert {layer.hidden_size for layer in layers} == {32}
-    assert len(layers[0].projections) == (2 if kind in FUSED else 3)
+    expected = "fused" if kind in FUSED else "plain" if kind in PLAIN else "gated"
+    assert {layer.form.kind for layer in layers} == {expected}
     assert not any("vision" in layer.name for layer in layers)
     before, expected = copy.deepcopy(model), logits(model)
     greedy = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -59,3 +68,59 @@ def test_a_model_of_this_type(kind, tmp_path):
     sparsify(model, random_cluster_set(model, 1.0), prefill="sparse")
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
     assert torch.equal(model.generate(IDS, **greedy), text)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", BIASED)
+def test_biases_count(kind):
+    """Before the activation and after; also those written to later."""
+    model = tiny_model_of_type(kind)
+    sparsify(model, random_cluster_set(model, 1.0), prefill="sparse")
+    for layer in find_ffn_layers(model):
+        for linear in layer.linears().values():
+            assert linear.bias is not None
+            before = logits(model)
+            with torch.no_grad():
+                linear.bias += torch.randn_like(linear.bias)
+            found = logits(model)
+            assert (found - before).abs().max() > 1e-2
+            with dense(model):
+                torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
+    linear.bias = None
+    with pytest.warns(UserWarning, match="has another bias"):
+        found = logits(model)
+    with dense(model):
+        torch.testing.assert_close(found, logits(model), rtol=1e-3, atol=1e-3)
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["gpt_neox", "arcee"])
+def test_all_rows_of_plain_ffns(kind):
+    """A few tokens by the kernels' dense call, without a cluster."""
+    model = tiny_model_of_type(kind)
+    expected = logits(model)
+    sparsify(model, random_cluster_set(model, 0.3))
+    torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("arcee", "has no gate"), ("phi", "has no gate")])
+def test_planes_are_refused_by_name(kind, reason):
+    with pytest.raises(UnsupportedArchitectureError, match=reason):
+        pack_model(tiny_model_of_type(kind), 6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        (
+            "opt",
+            r"model.decoder.layers.0: the forward of .*OPTDecoderLayer does not compute down\(act",
+        ),
+        ("mixtral", r"layers.0.mlp.experts \(MixtralExperts\) is a mixture of experts"),
+        ("gpt2", r"holds an FFN: .*linear layers"),
+        ("bitnet", r"BitNetMLP does not .*it raises .*Beside its projections it has ffn_sub_norm"),
+    ],
+)
+def test_what_cannot_run(kind, reason):
+    with pytest.raises((UnsupportedArchitectureError, NothingMatchedError), match=reason):
+        find_ffn_layers(tiny_model_of_type(kind))

@@ -60,7 +60,7 @@ def num_counters(hidden_size: int) -> int:
 def triton_routed_ffn(
     x: Tensor,
     w_gate: Tensor,
-    w_up: Tensor,
+    w_up: Tensor | None,
     w_down_t: Tensor,
     sets: Tensor,
     router_down: Tensor | None,
@@ -77,13 +77,15 @@ def triton_routed_ffn(
     correction_up: Tensor | None,
     counters: Tensor,
     cluster_weights: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """Route tokens and compute their clusters' neurons, bias and correction.
 
     Args:
         x: hidden states [n, H], bfloat16, float16 or float32.
         w_gate: [I, H], contiguous and of x's dtype, as all weights are.
-        w_up: [I, H].
+        w_up: [I, H], or None.
         w_down_t: [I, H].
         sets: bitmaps [K, ⌈I/8⌉] uint8.
         router_down: [r, H], or None for a linear router.
@@ -91,7 +93,7 @@ def triton_routed_ffn(
         router_bias: [K].
         cluster_bias: [K, H] or None.
         cluster_counts: incremented for every token [K] int64.
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``.
         maybe_sets: bitmaps [K, ⌈I/8⌉] uint8, or None, as the next two.
         look: records [I, R] uint8 in ``LOOK_FORMAT``.
         factors: [I] float32.
@@ -100,13 +102,15 @@ def triton_routed_ffn(
         correction_up: [c, H].
         counters: :func:`num_counters` zeros, int32; calls that may overlap need their own.
         cluster_weights: [K] float32, or None: all ones.
+        gate_bias, up_bias: [I] float32, or None.
 
     Returns:
         [n, H], dtype of x.
     """
     outputs = []
     for tokens in x.contiguous().split(MAX_TOKENS):
-        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
+        weights = FFNWeights(w_gate, w_up, w_down_t, activation, look, gate_bias, up_bias)
+        call = _Call(tokens, weights, sets, maybe_sets, factors)
         call.counts, call.cluster_weights = row_counts, cluster_weights
         call.counters = counters
         call.bias = cluster_bias
@@ -126,7 +130,7 @@ def _(x: Tensor, *unused: object, **also_unused: object) -> Tensor:
 def triton_sparse_ffn(
     x: Tensor,
     w_gate: Tensor,
-    w_up: Tensor,
+    w_up: Tensor | None,
     w_down_t: Tensor,
     sets: Tensor,
     cluster_ids: Tensor,
@@ -136,13 +140,16 @@ def triton_sparse_ffn(
     factors: Tensor | None,
     row_counts: Tensor,
     cluster_weights: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the neurons of given clusters; arguments of :func:`sparse_runtime.kernels.sparse_ffn`."""
     counters = torch.zeros(num_counters(x.shape[1]), dtype=torch.int32, device=x.device)
     outputs = []
     parts = x.contiguous().split(MAX_TOKENS), cluster_ids.contiguous().split(MAX_TOKENS)
     for tokens, ids in zip(*parts, strict=True):
-        call = _Call(tokens, w_gate, w_up, w_down_t, sets, activation, maybe_sets, look, factors)
+        weights = FFNWeights(w_gate, w_up, w_down_t, activation, look, gate_bias, up_bias)
+        call = _Call(tokens, weights, sets, maybe_sets, factors)
         call.counts, call.cluster_weights = row_counts, cluster_weights
         call.counters = counters
         with torch.cuda.device_of(x):
@@ -166,7 +173,7 @@ def route_only(
 ) -> None:
     """The first launch of :func:`triton_routed_ffn` alone, to be timed; x is [n, H]."""
     sets, down = tables.active_sets, compensation.correction_down
-    call = _Call(x, weights.gate, weights.up, weights.down_t, sets, "silu", None, None, None)
+    call = _Call(x, weights, sets, None, None)
     assert counters.programs is not None
     call.counters = counters.programs
     call.correction = None if down is None else (down, down)
@@ -179,26 +186,27 @@ class _Call:
     def __init__(
         self,
         x: Tensor,
-        w_gate: Tensor,
-        w_up: Tensor,
-        w_down_t: Tensor,
+        weights: FFNWeights,
         sets: Tensor,
-        activation: str,
         maybe_sets: Tensor | None,
-        look: Tensor | None,
         factors: Tensor | None,
     ) -> None:
-        self.x, self.weights, self.sets, self.activation = (
-            x,
-            (w_gate, w_up, w_down_t),
-            sets,
-            activation,
-        )
+        self.x, self.sets = x, sets
+        gate, up = weights.gate, weights.up
+        # x stands in for what is not read.
+        self.weights = gate, gate if up is None else up, weights.down_t
+        self.biases = tuple(x if b is None else b for b in (weights.gate_bias, weights.up_bias))
+        self.form = {
+            "ACTIVATION": weights.activation,
+            "GATED": up is not None,
+            "GATE_BIASED": weights.gate_bias is not None,
+            "UP_BIASED": weights.up_bias is not None,
+        }
         self.look = None
-        if maybe_sets is not None and look is not None and factors is not None:
-            self.look = (maybe_sets, look, factors)
+        if maybe_sets is not None and weights.look is not None and factors is not None:
+            self.look = (maybe_sets, weights.look, factors)
         self.tokens, self.hidden_size = x.shape
-        self.neurons = w_gate.shape[0]
+        self.neurons = gate.shape[0]
         self.config = _config(str(x.device), self.hidden_size, self.neurons, x.dtype)
         self.counts: Tensor | None = None
         self.cluster_weights: Tensor | None = None
@@ -258,12 +266,12 @@ class _Call:
         self.member = self.x.new_empty(self.tokens, self.neurons, dtype=torch.uint8)
         look_kernel[(-(-self.neurons // config.look_rows), self.tokens)](
             self.x, self.ids, self.sets, maybe_sets, look, factors,
-            self.x if self.cluster_weights is None else self.cluster_weights, self.member, self.rows,
-            self.count, self.count if self.counts is None else self.counts,
+            self.x if self.cluster_weights is None else self.cluster_weights, *self.biases,
+            self.member, self.rows, self.count, self.count if self.counts is None else self.counts,
             self.counters[_LOOK_COUNTER:], self.neurons, self.sets.shape[1],
             H=self.hidden_size, BASE=LOOK_BITS, VERIFY=verify,
             WEIGHTED=self.cluster_weights is not None, LISTED=self.tokens == 1,
-            COUNTED=self.counts is not None, ACTIVATION=self.activation, BLOCK_I=config.look_rows,
+            COUNTED=self.counts is not None, **self.form, BLOCK_I=config.look_rows,
             UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             num_warps=config.look_warps,
         )  # fmt: skip
@@ -273,8 +281,8 @@ class _Call:
         config, hidden_size = self.config, self.hidden_size
         activations = self.x.new_empty(self.neurons, dtype=torch.float32)
         kernels.gate_up_one_kernel[(-(-self.neurons // config.gate_rows),)](
-            self.x, gate, up, self.rows, self.count, activations, hidden_size,
-            ACTIVATION=self.activation, BLOCK_R=config.gate_rows,
+            self.x, gate, up, *self.biases, self.rows, self.count, activations, hidden_size,
+            **self.form, BLOCK_R=config.gate_rows,
             BLOCK_H=_block(config.gate_hidden, hidden_size), num_warps=config.gate_warps,
         )  # fmt: skip
         y, block = torch.empty_like(self.x), _block(config.down_hidden, hidden_size)
@@ -292,8 +300,8 @@ class _Call:
         padded = max(16, triton.next_power_of_2(n))
         activations = self.x.new_empty(n, neurons)
         kernels.gate_up_many_kernel[(-(-neurons // config.many_rows),)](
-            self.x, gate, up, self.member, activations, n, hidden_size, neurons,
-            ACTIVATION=self.activation, TOKENS=padded, WIDEN=INTERPRETED, BLOCK_R=config.many_rows,
+            self.x, gate, up, *self.biases, self.member, activations, n, hidden_size, neurons,
+            **self.form, TOKENS=padded, WIDEN=INTERPRETED, BLOCK_R=config.many_rows,
             BLOCK_H=max(16, _block(config.many_hidden, hidden_size)), num_warps=config.many_warps,
         )  # fmt: skip
         y, block = torch.empty_like(self.x), max(16, _block(config.many_outputs, hidden_size))

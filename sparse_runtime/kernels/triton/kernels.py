@@ -27,10 +27,29 @@ def _activate(gate, ACTIVATION: tl.constexpr):
     if ACTIVATION == "relu":
         # Not maximum, which may drop a NaN.
         return tl.where(gate < 0, 0.0, gate)
+    if ACTIVATION == "relu2":
+        above = tl.where(gate < 0, 0.0, gate)
+        return above * above
     if ACTIVATION == "gelu":
         return 0.5 * gate * (1 + tl.erf(gate * 0.7071067811865476))
     inner = 0.7978845608028654 * (gate + 0.044715 * gate * gate * gate)
     return gate * tl.sigmoid(2 * inner)
+
+
+@triton.jit
+def _activation_of(
+    gate, up, i, valid, gate_bias, up_bias,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
+):  # fmt: skip
+    """h of dot products with rows i, of any shape that i broadcasts to."""
+    if GATE_BIASED:
+        gate += tl.load(gate_bias + i, mask=valid, other=0)
+    h = _activate(gate, ACTIVATION)
+    if UP_BIASED:
+        up += tl.load(up_bias + i, mask=valid, other=0)
+    if GATED:
+        h = h * up
+    return h
 
 
 @triton.jit
@@ -143,8 +162,9 @@ def route_kernel(
 
 @triton.jit
 def gate_up_one_kernel(
-    x, w_gate, w_up, rows, count, activations, H,
-    ACTIVATION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    x, w_gate, w_up, gate_bias, up_bias, rows, count, activations, H,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Activations of one token's listed neurons. Grid (I / BLOCK_R,)."""
     num_rows = tl.load(count)
@@ -152,7 +172,8 @@ def gate_up_one_kernel(
     if first < num_rows:
         j = first + tl.arange(0, BLOCK_R)
         listed = j < num_rows
-        offsets = tl.load(rows + j, mask=listed, other=0).to(tl.int64)[:, None] * H
+        i = tl.load(rows + j, mask=listed, other=0)
+        offsets = i.to(tl.int64)[:, None] * H
         gate = tl.zeros([BLOCK_R], tl.float32)
         up = tl.zeros([BLOCK_R], tl.float32)
         for start in range(0, H, BLOCK_H):
@@ -162,8 +183,13 @@ def gate_up_one_kernel(
             gate += tl.sum(
                 tl.load(w_gate + offsets + h, mask=mask, other=0).to(tl.float32) * values, 1
             )
-            up += tl.sum(tl.load(w_up + offsets + h, mask=mask, other=0).to(tl.float32) * values, 1)
-        tl.store(activations + j, _activate(gate, ACTIVATION) * up, mask=listed)
+            if GATED:
+                row = tl.load(w_up + offsets + h, mask=mask, other=0)
+                up += tl.sum(row.to(tl.float32) * values, 1)
+        result = _activation_of(
+            gate, up, i, listed, gate_bias, up_bias, ACTIVATION, GATED, GATE_BIASED, UP_BIASED
+        )
+        tl.store(activations + j, result, mask=listed)
 
 
 @triton.jit
@@ -225,9 +251,9 @@ def _dot(a, b, sums, WIDEN: tl.constexpr):
 
 @triton.jit
 def gate_up_many_kernel(
-    x, w_gate, w_up, member, activations, n, H, neurons,
-    ACTIVATION: tl.constexpr, TOKENS: tl.constexpr, WIDEN: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    x, w_gate, w_up, gate_bias, up_bias, member, activations, n, H, neurons,
+    ACTIVATION: tl.constexpr, GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
+    TOKENS: tl.constexpr, WIDEN: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """Activations of several tokens, zero where a token skips the neuron. Grid (I / BLOCK_R,).
 
@@ -250,9 +276,14 @@ def gate_up_many_kernel(
             wanted = (h < H)[:, None] & needed[None, :]
             weights = tl.load(w_gate + offsets + h[:, None], mask=wanted, other=0)
             gate = _dot(values, weights, gate, WIDEN)
-            weights = tl.load(w_up + offsets + h[:, None], mask=wanted, other=0)
-            up = _dot(values, weights, up, WIDEN)
-    result = tl.where(mine != 0, _activate(gate, ACTIVATION) * up, 0.0)
+            if GATED:
+                weights = tl.load(w_up + offsets + h[:, None], mask=wanted, other=0)
+                up = _dot(values, weights, up, WIDEN)
+    h = _activation_of(
+        gate, up, i[None, :], (i < neurons)[None, :], gate_bias, up_bias,
+        ACTIVATION, GATED, GATE_BIASED, UP_BIASED,
+    )  # fmt: skip
+    result = tl.where(mine != 0, h, 0.0)
     place = activations + t[:, None] * neurons + i[None, :]
     tl.store(place, result.to(activations.dtype.element_ty), mask=mask)
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_runtime.kernels.triton.kernels import _activate, _in_set, _is_last, _write_list
-from sparse_runtime.kernels.triton.plane_kernels import _gate_up
+from sparse_runtime.kernels.triton.kernels import _activation_of, _in_set, _is_last, _write_list
+from sparse_runtime.kernels.triton.plane_kernels import _gate_up, _sums
 
 
 @triton.jit
 def look_kernel(
-    x, ids, sets, maybe_sets, look, factors, cluster_weights, member, rows, count, row_counts, counter,
-    neurons, set_bytes,
+    x, ids, sets, maybe_sets, look, factors, cluster_weights, gate_bias, up_bias, member, rows, count,
+    row_counts, counter, neurons, set_bytes,
     H: tl.constexpr, BASE: tl.constexpr, VERIFY: tl.constexpr, WEIGHTED: tl.constexpr,
-    LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr,
+    LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
+    GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
     BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
     """Tell the neurons that each token computes, by their look records. Grid (I / BLOCK_I, n).
@@ -31,11 +32,26 @@ def look_kernel(
     if VERIFY:
         looked = _in_set(maybe_sets + cluster * set_bytes, i, valid) & valid & (computed == 0)
         if tl.max(looked.to(tl.int32), 0) > 0:
-            gate, up = _gate_up(
-                x + token * H, look, look, block * BLOCK_I, looked, 1,
-                H, BASE, 0, True, False, 1, UNITS, "ieee",
+            if GATED:
+                gate, up = _gate_up(
+                    x + token * H, look, look, block * BLOCK_I, looked, 1,
+                    H, BASE, 0, True, False, 1, UNITS, "ieee",
+                )  # fmt: skip
+            else:
+                GROUPS: tl.constexpr = (H + 63) // 64
+                record = look + i.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
+                gate = _sums(
+                    x + token * H, record, record, record + 8 * BASE * GROUPS, looked, 1,
+                    H, BASE, 0, 1, UNITS, "ieee",
+                )  # fmt: skip
+                up = gate
+            h = tl.reshape(
+                _activation_of(
+                    gate, up, i[None, :], valid[None, :], gate_bias, up_bias,
+                    ACTIVATION, GATED, GATE_BIASED, UP_BIASED,
+                ),
+                [BLOCK_I],
             )  # fmt: skip
-            h = tl.reshape(_activate(gate, ACTIVATION) * up, [BLOCK_I])
             factor = tl.load(factors + i, mask=valid, other=0)
             if WEIGHTED:
                 factor *= tl.load(cluster_weights + cluster)

@@ -21,6 +21,7 @@ import torch
 import triton
 from torch import Tensor
 
+from sparse_runtime.kernels.operands import FFNWeights
 from sparse_runtime.kernels.triton import plane_kernels
 from sparse_runtime.kernels.triton.config import TritonConfig
 from sparse_runtime.kernels.triton.ffn import (
@@ -254,7 +255,7 @@ class _PlaneCall(_Call):
     ) -> None:
         look, count, refine = (stream.contiguous() for stream in streams)
         bitmaps = look if sets is None else sets
-        super().__init__(x, look, count, refine, bitmaps, activation, None, None, None)
+        super().__init__(x, FFNWeights(look, count, refine, activation), bitmaps, None, None)
         # Neurons are listed after a look, not by the router.
         self.look = (bitmaps, look, look)
         self.clustered, self.counters = sets is not None, counters
@@ -295,7 +296,7 @@ class _PlaneCall(_Call):
             activations, finer, self.rows, self.count,
             self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
-            ACTIVATION=self.activation, CLUSTERED=self.clustered, STAGED=factors is not None,
+            ACTIVATION=self.form["ACTIVATION"], CLUSTERED=self.clustered, STAGED=factors is not None,
             WEIGHTED=self.cluster_weights is not None, RAMP=width > 0, BLOCK_I=block,
             UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             **_tokens(self.x, config.look_warps, config),

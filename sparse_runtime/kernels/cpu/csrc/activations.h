@@ -49,6 +49,10 @@ struct Relu {
   static inline V apply(V g) { return vmax(zero(), g); }
 };
 
+struct Relu2 {
+  static inline V apply(V g) { return mul(Relu::apply(g), Relu::apply(g)); }
+};
+
 template <class A>
 void activate_with(float* gate, const float* up, int64_t count) {
   int64_t k = 0;
@@ -74,6 +78,9 @@ void activate(Activation activation, float* gate, const float* up, int64_t count
       break;
     case kRelu:
       activate_with<Relu>(gate, up, count);
+      break;
+    case kRelu2:
+      activate_with<Relu2>(gate, up, count);
       break;
     case kGelu:
       for (int64_t k = 0; k < count; ++k)

@@ -11,7 +11,8 @@ Activation activation_named(const std::string& name) {
   if (name == "gelu") return kGelu;
   if (name == "gelu_tanh") return kGeluTanh;
   if (name == "relu") return kRelu;
-  fail("activation is '" + name + "'; expected one of silu, gelu, gelu_tanh, relu");
+  if (name == "relu2") return kRelu2;
+  fail("activation is '" + name + "'; expected one of silu, gelu, gelu_tanh, relu, relu2");
 }
 
 // Rows are numbered with 32 bits, and no size may make a product of two overflow.
@@ -19,8 +20,12 @@ constexpr int64_t kLargest = int64_t(1) << 30;
 
 }  // namespace
 
-Activation activation_of(const StringArgument& activation) {
-  return activation_named(activation.get());
+Inputs BiasArguments::inputs(const StringArgument& activation, int64_t matrices, int64_t neurons) {
+  Inputs inputs = {matrices, nullptr, nullptr, activation_named(activation.get())};
+  if (gate.given()) inputs.gate_bias = floats_of(gate, neurons, "I");
+  if (up.given() && matrices == 1) fail("up_bias without up, which alone it is for");
+  if (up.given()) inputs.up_bias = floats_of(up, neurons, "I");
+  return inputs;
 }
 
 void bias_into(Compensation& compensation, const Argument& x, Argument& cluster_bias,
@@ -104,21 +109,28 @@ Tokens tokens_of(Argument& x) {
 }
 
 Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
-           const StringArgument& activation) {
+           const StringArgument& activation, BiasArguments& biases) {
   const DTypeInfo info = x.float_dtype();
   w_gate.inspect(2);
   const int64_t neurons = w_gate.size(0);
   check_sizes("w_gate", neurons, x.size(1));
   for (Argument* weight : {&w_gate, &w_up, &w_down_t}) {
+    if (!weight->given()) continue;  // up
     weight->inspect(2);
     weight->expect_dtype(x.dtype(), "of x");
     weight->expect_size(0, neurons, "I");
     weight->expect_size(1, x.size(1), "H");
     weight->expect_rows();
   }
-  return {info.dtype,        info.size,       x.size(1),
-          neurons,           w_gate.matrix(), w_up.matrix(),
-          w_down_t.matrix(), activation_named(activation.get())};
+  const Inputs inputs = biases.inputs(activation, w_up.given() ? 2 : 1, neurons);
+  return {info.dtype,
+          info.size,
+          x.size(1),
+          neurons,
+          w_gate.matrix(),
+          w_up.given() ? w_up.matrix() : w_gate.matrix(),
+          w_down_t.matrix(),
+          inputs};
 }
 
 Clusters clusters_of(Argument& sets, int64_t neurons) {
@@ -142,7 +154,7 @@ void VerificationArguments::check_into(Clusters& clusters, const Ffn& ffn) {
   maybe_sets.expect_size(1, (ffn.num_neurons + 7) / 8, "ceil(I / 8)");
   maybe_sets.expect_rows();
   clusters.verification = {static_cast<const uint8_t*>(maybe_sets.data()), maybe_sets.stride(0),
-                           stream_of(look, "look", ffn.num_neurons, look_bytes(ffn.hidden_size)),
+                           stream_of(look, "look", ffn.num_neurons, look_bytes(ffn.inputs, ffn.hidden_size)),
                            floats_of(factors, ffn.num_neurons, "I"), nullptr};
   if (cluster_weights.given())
     clusters.verification.cluster_weights = floats_of(cluster_weights, clusters.count, "K");

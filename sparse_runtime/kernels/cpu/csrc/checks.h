@@ -7,10 +7,21 @@ namespace sparse_ffn {
 
 Tokens tokens_of(Argument& x);
 
-Activation activation_of(const StringArgument& activation);
+// The optional biases [I] of both kinds of FFN, float32.
+struct BiasArguments {
+  Argument gate, up;
 
+  BiasArguments(StableIValue gate, StableIValue up)
+      : gate("gate_bias", Argument::optional_handle(gate)),
+        up("up_bias", Argument::optional_handle(up)) {}
+
+  // Of an FFN with so many matrices before its activation.
+  Inputs inputs(const StringArgument& activation, int64_t matrices, int64_t neurons);
+};
+
+// Without w_up it is an FFN with one matrix before its activation.
 Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
-           const StringArgument& activation);
+           const StringArgument& activation, BiasArguments& biases);
 
 Clusters clusters_of(Argument& sets, int64_t neurons);
 

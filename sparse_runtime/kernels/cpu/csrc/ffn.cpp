@@ -112,7 +112,7 @@ void prepare_looks(Pass& pass, Tokens x, const int64_t* ids, const TokenMemory& 
   const Verification& band = pass.clusters.verification;
   const Stream none = {nullptr, 0};
   pass.planes = {ffn.dtype,   ffn.element_size, ffn.hidden_size, ffn.num_neurons, kLookFormat,
-                 band.look,   none,             none,            ffn.activation};
+                 band.look,   none,             none,            ffn.inputs};
   pass.look = {};
   pass.look.ffn = &pass.planes;
   pass.look.isa = pass.isa;
@@ -121,7 +121,7 @@ void prepare_looks(Pass& pass, Tokens x, const int64_t* ids, const TokenMemory& 
   pass.look.ids = ids;
   pass.look.x = round_tokens(*pass.isa, ffn.dtype, ffn.element_size, x, ffn.hidden_size, memory);
   pass.look.step_rows =
-      at_least(at_most(kStepBytes / at_least(look_bytes(ffn.hidden_size), 1), kStepRows), kPlaneRows);
+      at_least(at_most(kStepBytes / at_least(look_bytes(ffn.inputs, ffn.hidden_size), 1), kStepRows), kPlaneRows);
 }
 
 // Runs the parts. Their sums, together with the compensation, become rows of y.

@@ -6,13 +6,33 @@
 
 namespace sparse_ffn {
 
+// What an activation is made of: h = act(gate·x + bias) · (up·x + bias), or act(gate·x + bias).
+struct Inputs {
+  int64_t matrices;        // 2, or 1: there is no up
+  const float* gate_bias;  // [I] or null
+  const float* up_bias;    // [I] or null
+  Activation activation;
+};
+
+// Finishes the dot products of some rows, index[0..count) or from `first` on where index is null: adds
+// biases, and sets up to one where there is none.
+inline void add_biases(const Inputs& inputs, const int32_t* index, int64_t first, int64_t count,
+                       float* gate, float* up) {
+  if (inputs.gate_bias)
+    for (int64_t r = 0; r < count; ++r) gate[r] += inputs.gate_bias[index ? index[r] : first + r];
+  if (inputs.matrices == 1)
+    for (int64_t r = 0; r < count; ++r) up[r] = 1.0f;
+  else if (inputs.up_bias)
+    for (int64_t r = 0; r < count; ++r) up[r] += inputs.up_bias[index ? index[r] : first + r];
+}
+
 struct Ffn {
   DType dtype;
   int64_t element_size;
   int64_t hidden_size;
   int64_t num_neurons;
-  Matrix w_gate, w_up, w_down_t;
-  Activation activation;
+  Matrix w_gate, w_up, w_down_t;  // without up, w_up is w_gate
+  Inputs inputs;
 };
 
 struct Tokens {

@@ -13,7 +13,7 @@
 namespace sparse_ffn {
 
 enum DType { kBFloat16, kFloat16, kFloat32, kNumDTypes };
-enum Activation { kSilu, kGelu, kGeluTanh, kRelu };
+enum Activation { kSilu, kGelu, kGeluTanh, kRelu, kRelu2 };
 
 // A matrix of contiguous rows. Strides count elements.
 struct Matrix {

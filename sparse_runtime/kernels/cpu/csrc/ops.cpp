@@ -15,19 +15,22 @@ namespace {
 using namespace sparse_ffn;
 
 const char* const kSparseFfn =
-    "cpu_sparse_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
+    "cpu_sparse_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down_t, Tensor sets, "
     "Tensor cluster_ids, str activation, Tensor? maybe_sets=None, Tensor? look=None, "
-    "Tensor? factors=None, Tensor(a!)? row_counts=None, Tensor? cluster_weights=None) -> Tensor";
+    "Tensor? factors=None, Tensor(a!)? row_counts=None, Tensor? cluster_weights=None, "
+    "Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor";
 
 void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
-  Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
+  Argument x("x", stack[0]), w_gate("w_gate", stack[1]);
+  Argument w_up("w_up", Argument::optional_handle(stack[2]));
   Argument w_down_t("w_down_t", stack[3]), sets("sets", stack[4]);
   Argument cluster_ids("cluster_ids", stack[5]);
   StringArgument activation(stack[6]);
   VerificationArguments verification(stack + 7, stack[11]);
+  BiasArguments biases(stack[12], stack[13]);
 
   const Tokens tokens = tokens_of(x);
-  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
+  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation, biases);
   Clusters clusters = clusters_of(sets, ffn.num_neurons);
   verification.check_into(clusters, ffn);
   const int64_t* const ids = ids_of(cluster_ids, tokens.count, clusters.count);
@@ -38,16 +41,18 @@ void sparse_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const char* const kDenseFfn =
-    "cpu_dense_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, str activation) -> "
-    "Tensor";
+    "cpu_dense_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down_t, str activation, "
+    "Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor";
 
 void dense_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
-  Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
+  Argument x("x", stack[0]), w_gate("w_gate", stack[1]);
+  Argument w_up("w_up", Argument::optional_handle(stack[2]));
   Argument w_down_t("w_down_t", stack[3]);
   StringArgument activation(stack[4]);
+  BiasArguments biases(stack[5], stack[6]);
 
   const Tokens tokens = tokens_of(x);
-  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
+  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation, biases);
   const int64_t shape[2] = {tokens.count, ffn.hidden_size};
   Result y(new_tensor(2, shape, x.dtype()));
   run_ffn(ffn, tokens, {}, nullptr, {}, y.data());
@@ -71,15 +76,16 @@ void route_op(StableIValue* stack, uint64_t, uint64_t) {
 }
 
 const char* const kRoutedFfn =
-    "cpu_routed_ffn(Tensor x, Tensor w_gate, Tensor w_up, Tensor w_down_t, Tensor sets, "
+    "cpu_routed_ffn(Tensor x, Tensor w_gate, Tensor? w_up, Tensor w_down_t, Tensor sets, "
     "Tensor? router_down, Tensor router_up, Tensor? router_bias, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
     "Tensor? look=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
-    "Tensor? correction_down=None, Tensor? correction_up=None, Tensor? cluster_weights=None) -> "
-    "Tensor";
+    "Tensor? correction_down=None, Tensor? correction_up=None, Tensor? cluster_weights=None, "
+    "Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor";
 
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
-  Argument x("x", stack[0]), w_gate("w_gate", stack[1]), w_up("w_up", stack[2]);
+  Argument x("x", stack[0]), w_gate("w_gate", stack[1]);
+  Argument w_up("w_up", Argument::optional_handle(stack[2]));
   Argument w_down_t("w_down_t", stack[3]), sets("sets", stack[4]);
   Argument down("router_down", Argument::optional_handle(stack[5])), up("router_up", stack[6]);
   Argument bias("router_bias", Argument::optional_handle(stack[7]));
@@ -87,11 +93,12 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument counts("cluster_counts", Argument::optional_handle(stack[9]));
   StringArgument activation(stack[10]);
   VerificationArguments verification(stack + 11, stack[17]);
+  BiasArguments biases(stack[18], stack[19]);
   Argument correction_down("correction_down", Argument::optional_handle(stack[15]));
   Argument correction_up("correction_up", Argument::optional_handle(stack[16]));
 
   const Tokens tokens = tokens_of(x);
-  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation);
+  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation, biases);
   Clusters clusters = clusters_of(sets, ffn.num_neurons);
   verification.check_into(clusters, ffn);
   const Router router = router_of(x, down, up, bias);

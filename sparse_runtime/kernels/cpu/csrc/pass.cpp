@@ -30,9 +30,16 @@ void compute_rows(const Pass& pass, const Part& own, const Rows& rows) {
   const Ffn& ffn = *pass.ffn;
   pass.kernels->gate_up(ffn.w_gate, ffn.w_up, ffn.hidden_size, rows, pass.x, own.gate, own.up,
                         pass.row_stride);
-  for (int64_t t = 0; t < pass.x.count; ++t)
-    pass.isa->common.activate(ffn.activation, own.gate + t * pass.row_stride,
-                              own.up + t * pass.row_stride, rows.count);
+  for (int64_t t = 0; t < pass.x.count; ++t) {
+    float* const gate = own.gate + t * pass.row_stride;
+    float* const up = own.up + t * pass.row_stride;
+    add_biases(ffn.inputs, rows.index, rows.first, rows.count, gate, up);
+    pass.isa->common.activate(ffn.inputs.activation, gate, up, rows.count);
+    // Zeros of gate and up stay zeros only where there is nothing to add.
+    if (rows.tokens && (ffn.inputs.gate_bias || ffn.inputs.matrices == 1))
+      for (int64_t r = 0; r < rows.count; ++r)
+        if (!(rows.tokens[r] >> t & 1)) gate[r] = 0.0f;
+  }
   pass.kernels->down(ffn.w_down_t, ffn.hidden_size, rows, pass.x.count, own.gate, pass.row_stride,
                      own.sums, pass.sum_stride);
 }
@@ -109,7 +116,7 @@ void choose(const Pass& pass, int64_t first, PlanePart& looker, PlaneStep& step,
     step.counted[step.count] = sure;
     ++step.count;
     looker.prefetch->add(band.look.data + i * band.look.stride,
-                         look_bytes(pass.ffn->hidden_size));
+                         look_bytes(pass.ffn->inputs, pass.ffn->hidden_size));
   }
 }
 

@@ -8,8 +8,9 @@
 namespace sparse_ffn {
 
 // Of a neuron's look record.
-inline int64_t look_bytes(int64_t hidden_size) {
-  return 2 * (plane_bytes(hidden_size, kLookFormat.base) + 2 * plane_groups(hidden_size));
+inline int64_t look_bytes(const Inputs& inputs, int64_t hidden_size) {
+  return inputs.matrices *
+         (plane_bytes(hidden_size, kLookFormat.base) + 2 * plane_groups(hidden_size));
 }
 
 // Room for neurons that a part computes together: those of two steps of looks at least.

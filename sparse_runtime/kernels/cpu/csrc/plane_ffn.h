@@ -12,7 +12,7 @@ struct PlaneFfn {
   int64_t num_neurons;
   PlaneFormat format;
   Stream look, count, refine;
-  Activation activation;
+  Inputs inputs;
 };
 
 // How far neurons are read; without factors every candidate is refined.

@@ -33,7 +33,8 @@ const char* const kPlaneFfn =
     "str activation, Tensor? sets, Tensor? cluster_ids, Tensor? router_down, Tensor? router_up, "
     "Tensor? router_bias, Tensor? factors, float tau, float width, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, Tensor(b!)? row_counts, Tensor? correction_down, "
-    "Tensor? correction_up, Tensor? cluster_weights=None) -> Tensor";
+    "Tensor? correction_up, Tensor? cluster_weights=None, Tensor? gate_bias=None, "
+    "Tensor? up_bias=None) -> Tensor";
 
 void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), look("look", stack[1]), count("count", stack[2]);
@@ -51,19 +52,25 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument correction_down("correction_down", Argument::optional_handle(stack[18]));
   Argument correction_up("correction_up", Argument::optional_handle(stack[19]));
   Argument cluster_weights("cluster_weights", Argument::optional_handle(stack[20]));
+  BiasArguments biases(stack[21], stack[22]);
 
   const Tokens tokens = tokens_of(x);
   const DTypeInfo info = x.float_dtype();
   const int64_t hidden = x.size(1);
   const PlaneFormat format = format_of(stack[4], stack[5]);
   const int64_t row = plane_bytes(hidden, format.base) + scale_bytes(hidden);
-  PlaneFfn ffn = {info.dtype, info.size, hidden, 0, format, {}, {}, {}, activation_of(activation)};
-  ffn.look = stream_of(look, "look", -1, 2 * row);
+  PlaneFfn ffn = {info.dtype, info.size, hidden, 0, format, {}, {}, {}, {}};
+  look.inspect(2);
+  // Records of one matrix are those of an FFN without up.
+  const int64_t matrices = hidden > 0 && look.size(1) == row ? 1 : 2;
+  ffn.look = stream_of(look, "look", -1, matrices * row);
   ffn.num_neurons = look.size(0);
+  ffn.inputs = biases.inputs(activation, matrices, ffn.num_neurons);
   check_sizes("look", ffn.num_neurons, hidden);
   ffn.count = stream_of(count, "count", ffn.num_neurons, row);
   ffn.refine =
-      stream_of(refine, "refine", ffn.num_neurons, 3 * plane_bytes(hidden, format.residual));
+      stream_of(refine, "refine", ffn.num_neurons,
+                (matrices + 1) * plane_bytes(hidden, format.residual));
 
   Stages stages = {nullptr, nullptr, float(number(stack[13])), float(number(stack[14]))};
   if (!(stages.tau >= 1.0f)) fail("tau is below 1, or not a number");

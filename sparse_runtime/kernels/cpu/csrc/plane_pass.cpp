@@ -28,7 +28,7 @@ void choose(const PlanePass& pass, int64_t first, PlaneStep& step) {
   }
 }
 
-// Neurons' rows of gate and up, in turns.
+// Neurons' rows of gate and up, in turns, or those of gate alone.
 struct Pairs {
   const uint8_t* base[2 * kStepRows];
   const uint8_t* residual[2 * kStepRows];
@@ -42,10 +42,11 @@ struct Pairs {
     const int64_t scale = 2 * plane_groups(ffn.hidden_size);
     const uint8_t* const look = ffn.look.data + neuron * ffn.look.stride;
     const uint8_t* const refine = ffn.refine.data + neuron * ffn.refine.stride;
-    for (int64_t i = 0; i < 2; ++i, ++count) {
+    const int64_t matrices = ffn.inputs.matrices;
+    for (int64_t i = 0; i < matrices; ++i, ++count) {
       base[count] = look + i * plane;
       residual[count] = refine + i * finer;
-      scales[count] = look + 2 * plane + i * scale;
+      scales[count] = look + matrices * plane + i * scale;
       tokens[count] = wanted;
     }
   }
@@ -65,7 +66,7 @@ struct Pairs {
 void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
   const PlaneFormat planes = {ffn.format.base, pass.stages.factors ? 0 : ffn.format.residual};
-  const int64_t tokens = pass.x.count, ld = 2 * kStepRows;
+  const int64_t tokens = pass.x.count, ld = 2 * kStepRows, matrices = ffn.inputs.matrices;
   Pairs pairs;
   for (int64_t r = 0; r < step.count; ++r) pairs.add(ffn, step.index[r], step.wanted[r]);
   pass.isa->common.plane_dots(planes, pairs.rows(tokens), pass.x, own.dots, ld, *own.prefetch);
@@ -74,10 +75,12 @@ void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     float* const gate = step.gate + t * kStepRows;
     float* const up = step.up + t * kStepRows;
     for (int64_t r = 0; r < step.count; ++r) {
-      looks[r] = gate[r] = own.dots[t * ld + 2 * r];
-      up[r] = own.dots[t * ld + 2 * r + 1];
+      gate[r] = own.dots[t * ld + matrices * r];
+      up[r] = own.dots[t * ld + matrices * r + matrices - 1];
     }
-    pass.isa->common.activate(ffn.activation, looks, up, step.count);
+    add_biases(ffn.inputs, step.index, 0, step.count, gate, up);
+    memcpy(looks, gate, size_t(step.count) * sizeof(float));
+    pass.isa->common.activate(ffn.inputs.activation, looks, up, step.count);
   }
 }
 
@@ -95,6 +98,7 @@ void fetch_refine(const PlanePass& pass, PlanePart& own, int64_t neuron, int64_t
 void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
   const Stages& stages = pass.stages;
+  const int64_t matrices = ffn.inputs.matrices;
   for (int64_t r = 0; r < step.count; ++r) {
     uint64_t counted = 0, refined = 0;
     if (!stages.factors) {
@@ -115,7 +119,7 @@ void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     own.counts[0] += __builtin_popcountll(counted);
     own.counts[1] += __builtin_popcountll(step.wanted[r]);
     own.counts[2] += __builtin_popcountll(refined);
-    if (refined) fetch_refine(pass, own, step.index[r], stages.factors ? 0 : 2, 3);
+    if (refined) fetch_refine(pass, own, step.index[r], stages.factors ? 0 : matrices, matrices + 1);
   }
   for (int64_t r = 0; r < step.count; ++r)
     if (step.counted[r])
@@ -127,15 +131,15 @@ void decide(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
 // Activations of a step's refined neurons by all their bits: own.full, in the first of its two parts.
 void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
   const PlaneFfn& ffn = *pass.ffn;
-  const int64_t tokens = pass.x.count, ld = 2 * kStepRows;
+  const int64_t tokens = pass.x.count, ld = 2 * kStepRows, matrices = ffn.inputs.matrices;
   Pairs pairs;
   int64_t place[kStepRows];
   for (int64_t r = 0; r < step.count; ++r) {
     if (!step.refined[r]) continue;
-    place[pairs.count / 2] = r;
+    place[pairs.count / matrices] = r;
     pairs.add(ffn, step.index[r], step.refined[r]);
   }
-  const int64_t count = pairs.count / 2;
+  const int64_t count = pairs.count / matrices;
   if (count == 0) return;
   pass.isa->common.plane_dots({0, ffn.format.residual}, pairs.rows(tokens), pass.x, own.dots, ld,
                               *own.prefetch);
@@ -146,10 +150,10 @@ void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
     memcpy(up, step.up + t * kStepRows, size_t(step.count) * sizeof(float));
     for (int64_t i = 0; i < count; ++i) {
       if (!(step.refined[place[i]] >> t & 1)) continue;
-      gate[place[i]] += own.dots[t * ld + 2 * i];
-      up[place[i]] += own.dots[t * ld + 2 * i + 1];
+      gate[place[i]] += own.dots[t * ld + matrices * i];
+      if (matrices > 1) up[place[i]] += own.dots[t * ld + matrices * i + 1];
     }
-    pass.isa->common.activate(ffn.activation, gate, up, step.count);
+    pass.isa->common.activate(ffn.inputs.activation, gate, up, step.count);
   }
 }
 
@@ -165,7 +169,7 @@ struct Weights {
     const uint8_t* const record = ffn.count.data + neuron * ffn.count.stride;
     base[count] = record;
     residual[count] = ffn.refine.data + neuron * ffn.refine.stride +
-                      2 * plane_bytes(ffn.hidden_size, ffn.format.residual);
+                      ffn.inputs.matrices * plane_bytes(ffn.hidden_size, ffn.format.residual);
     scales[count] = record + plane_bytes(ffn.hidden_size, ffn.format.base);
     h[count++] = weight;
   }
@@ -212,12 +216,13 @@ void add_down(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
 void compute_plane_part(const PlanePass& pass, PlanePart& own, int64_t part) {
   const PlaneFfn& ffn = *pass.ffn;
   memset(own.sums, 0, size_t(pass.x.count * pass.sum_stride) * sizeof(float));
-  const int64_t record = 2 * (plane_bytes(ffn.hidden_size, ffn.format.base) +
-                              2 * plane_groups(ffn.hidden_size));
+  const int64_t matrices = ffn.inputs.matrices;
+  const int64_t record = matrices * (plane_bytes(ffn.hidden_size, ffn.format.base) +
+                                     2 * plane_groups(ffn.hidden_size));
   const auto fetch = [&](const PlaneStep& step) {
     for (int64_t r = 0; r < step.count; ++r) {
       own.prefetch->add(ffn.look.data + step.index[r] * ffn.look.stride, record);
-      if (!pass.stages.factors) fetch_refine(pass, own, step.index[r], 0, 2);
+      if (!pass.stages.factors) fetch_refine(pass, own, step.index[r], 0, matrices);
     }
   };
   // Parts take steps in turns, so that all have alike shares of what is counted.
