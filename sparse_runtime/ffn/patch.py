@@ -47,7 +47,7 @@ class SparseForward(nn.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
         sparse = self.__dict__.get("_modules", {}).get(CHILD)
-        if sparse is not None and name in sparse.projections:
+        if sparse is not None and name in sparse.form.projections:
             sparse.forget()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, replace
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.ffn.rule import DENSE_REASONS
 from sparse_runtime.kernels.bitmaps import set_sizes
+from sparse_runtime.models.ffn_forms import FFNForm
 
 _FLOATS = (
     "router_down",
@@ -75,6 +76,27 @@ def placed(
         tensors["factors"] = clusters.factors.to(device, torch.float32)
         if clusters.cluster_weights is not None:
             tensors["cluster_weights"] = clusters.cluster_weights.to(device, torch.float32)
+    return tensors
+
+
+def placed_biases(
+    form: FFNForm, biases: Sequence[Tensor | None], clusters: LayerClusters
+) -> dict[str, Tensor | None]:
+    """Biases of an FFN's linear layers by the names of buffers.
+
+    Those before the activation are copied in float32; that of down [H] joins the clusters' own [K, H].
+    """
+    gate, up = (
+        None if bias is None else bias.detach().float().contiguous()
+        for bias in form.split_bias(*biases)
+    )
+    tensors = {"gate_bias": gate, "up_bias": up}
+    down = biases[-1]
+    if down is not None:
+        own = clusters.cluster_bias
+        together = down.detach() if own is None else own.to(down) + down.detach()
+        shape = clusters.num_clusters, down.shape[0]
+        tensors["cluster_bias"] = together.expand(shape).contiguous()
     return tensors
 
 

@@ -23,6 +23,12 @@ def own_class(owner: nn.Module) -> type[nn.Module]:
     return type(owner).__bases__[1]
 
 
+def projection_tensors(owner: nn.Module, form: FFNForm, name: str) -> list[Tensor | None]:
+    """An FFN's weights, or its biases, in the form's order."""
+    modules = owner._modules
+    return [modules[linear]._parameters[name] for linear in form.projections]  # type: ignore[union-attr]
+
+
 def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) -> str | None:
     """Why the kernels cannot read an FFN's projections; None if they can.
 

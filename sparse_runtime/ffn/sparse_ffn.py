@@ -27,18 +27,16 @@ from sparse_runtime.ffn.placement import (
     mean_share,
     own_copy,
     placed,
+    placed_biases,
     plain_tensors,
     triton_programs,
 )
-from sparse_runtime.ffn.projections import Seen, projection_problem
+from sparse_runtime.ffn.projections import Seen, projection_problem, projection_tensors
 from sparse_runtime.ffn.rule import TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
 from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed, needs_gradient
 from sparse_runtime.kernels.looks import look_records
-from sparse_runtime.kernels.operands import (
-    ClusterTables,
-    FFNWeights,
-)
+from sparse_runtime.kernels.operands import ClusterTables, FFNWeights
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
 from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
 
@@ -63,7 +61,6 @@ class SparseFFN(FFNBuffers):
     Attributes:
         layer_index: of the decoder layer.
         form: of the FFN.
-        projections: names of its linear layers.
         name: of the FFN in the model.
         activation: of the FFN, by the kernels' name.
         config: options of ``sparsify``.
@@ -91,7 +88,7 @@ class SparseFFN(FFNBuffers):
     ) -> None:
         super().__init__()
         self._owner = (layer.mlp,)  # in a tuple: the FFN is the parent, not a child
-        self.form, self.projections = layer.form, layer.projections
+        self.form = layer.form
         self.layer_index, self.name, self.activation = layer.index, layer.name, layer.activation
         self.config = config
         self.state = state
@@ -189,7 +186,7 @@ class SparseFFN(FFNBuffers):
     def all_rows(self, x: Tensor) -> Tensor:
         """All neurons by the CPU kernels: [n, H] of hidden states [n, H]."""
         output = dense_ffn(x, self.weights)
-        bias = self._own_biases()[-1]
+        bias = projection_tensors(self._owner[0], self.form, "bias")[-1]
         return output if bias is None else output + bias
 
     def dense(self, hidden_states: Tensor) -> Tensor:
@@ -232,26 +229,22 @@ class SparseFFN(FFNBuffers):
     # What it works on
 
     def _own_weights(self) -> tuple[Tensor, ...]:
-        weights = (*self._projection_weights(), *self._own_biases())
-        return tuple(weight for weight in weights if weight is not None)
+        owner, form = self._owner[0], self.form
+        tensors = [projection_tensors(owner, form, name) for name in ("weight", "bias")]
+        return tuple(tensor for tensor in sum(tensors, []) if tensor is not None)
 
     def _projection_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gate, up and down; the first two may be views, and up None."""
-        modules = self._owner[0]._modules
-        weights = (modules[name]._parameters["weight"] for name in self.projections)  # type: ignore[union-attr]
+        weights = projection_tensors(self._owner[0], self.form, "weight")
         return self.form.split(*weights)  # type: ignore[arg-type]
-
-    def _own_biases(self) -> list[Tensor | None]:
-        modules = self._owner[0]._modules
-        return [modules[name]._parameters["bias"] for name in self.projections]  # type: ignore[union-attr]
 
     @property
     def weights(self) -> FFNWeights:
         """The projections' weights, and what they are looked at by."""
         gate, up, down = self._projection_weights()
         b = self._buffers
-        biases = b["gate_bias"], b["up_bias"]
-        return FFNWeights(gate, up, down.t(), self.activation, b["look"], *biases)
+        rest = self.activation, b["look"], b["gate_bias"], b["up_bias"]
+        return FFNWeights(gate, up, down.t(), *rest)
 
     def _own_cost(self, layer: FFNLayer) -> FFNCost:
         verified = self._clusters.maybe_sets is not None
@@ -324,7 +317,7 @@ class SparseFFN(FFNBuffers):
             lay_out(down, transposed=True)
             self._transposed = (down,)
             self._derive()
-            seen = Seen.of(self._owner[0], self.projections, self)
+            seen = Seen.of(self._owner[0], self.form.projections, self)
             self._operands = self._flattened()
             self._seen = seen
             return seen
@@ -427,7 +420,8 @@ class SparseFFN(FFNBuffers):
 
     def _derive(self) -> None:
         """Copy biases, and make look records, if clusters leave neurons to a look."""
-        self._take_biases()
+        biases = projection_tensors(self._owner[0], self.form, "bias")
+        self._buffers |= placed_biases(self.form, biases, self._clusters)
         if self._buffers["maybe_sets"] is None:
             return
         gate, up, _ = self._projection_weights()
@@ -441,18 +435,6 @@ class SparseFFN(FFNBuffers):
                 "change is more than a small one",
             )
         self._buffers["look"] = records
-
-    def _take_biases(self) -> None:
-        """Those before the activation in float32; that of down joins the clusters' own."""
-        b, biases = self._buffers, self._own_biases()
-        for name, bias in zip(("gate_bias", "up_bias"), self.form.split_bias(*biases), strict=True):
-            b[name] = None if bias is None else bias.detach().float().contiguous()
-        down = biases[-1]
-        if down is not None:
-            own = self._clusters.cluster_bias
-            shape = self._clusters.num_clusters, self._hidden_size
-            together = down.detach() if own is None else own.to(down) + down.detach()
-            b["cluster_bias"] = together.expand(shape).contiguous()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy looks at its own projections.
