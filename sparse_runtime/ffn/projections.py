@@ -23,10 +23,10 @@ def own_class(owner: nn.Module) -> type[nn.Module]:
     return type(owner).__bases__[1]
 
 
-def projection_tensors(owner: nn.Module, form: FFNForm, name: str) -> list[Tensor | None]:
-    """An FFN's weights, or its biases, in the form's order."""
-    modules = owner._modules
-    return [modules[linear]._parameters[name] for linear in form.projections]  # type: ignore[union-attr]
+def projection_tensors(owner: nn.Module, form: FFNForm, *names: str) -> list[Tensor | None]:
+    """An FFN's weights, or biases, or both one after the other, in the form's order."""
+    linears: Any = [owner._modules[linear] for linear in form.projections]
+    return [linear._parameters[name] for name in names for linear in linears]
 
 
 def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) -> str | None:

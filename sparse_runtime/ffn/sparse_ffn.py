@@ -229,9 +229,8 @@ class SparseFFN(FFNBuffers):
     # What it works on
 
     def _own_weights(self) -> tuple[Tensor, ...]:
-        owner, form = self._owner[0], self.form
-        tensors = [projection_tensors(owner, form, name) for name in ("weight", "bias")]
-        return tuple(tensor for tensor in sum(tensors, []) if tensor is not None)
+        tensors = projection_tensors(self._owner[0], self.form, "weight", "bias")
+        return tuple(tensor for tensor in tensors if tensor is not None)
 
     def _projection_weights(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gate, up and down; the first two may be views, and up None."""
