@@ -77,7 +77,7 @@ def build_clusters(
     Equal settings, text, weights, dtype and number of threads give an equal artifact, byte for byte.
 
     Args:
-        model: a dense causal language model whose type is in the architecture table.
+        model: a dense causal language model (docs/models.md lists the types whose FFNs are found).
         tokenizer: its tokenizer.
         data: text sources, as on the command line (``"notes.txt"``, ``"c4,weight=0.5"``).
         config: settings.

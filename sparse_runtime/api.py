@@ -52,7 +52,7 @@ def sparsify(
     Either all layers of the artifact are patched or, on error, none.
 
     Args:
-        model: a causal language model whose type is in the architecture table.
+        model: a causal language model (docs/models.md lists the types whose FFNs are found).
         clusters: the artifact, or the folder or Hub id it is loaded from.
         config: run-time options; the defaults route decode steps and leave prefill dense.
         revision: branch, tag or commit of the Hub repository that ``clusters`` names.

@@ -24,7 +24,7 @@ class DataError(SparseRuntimeError):
 
 
 class UnsupportedArchitectureError(SparseRuntimeError):
-    """The model type is not in the architecture table, or an FFN differs from its row."""
+    """An FFN computes something else than this package does, or holds other weights than it can read."""
 
 
 class NothingMatchedError(SparseRuntimeError):
