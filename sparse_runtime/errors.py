@@ -24,7 +24,7 @@ class DataError(SparseRuntimeError):
 
 
 class UnsupportedArchitectureError(SparseRuntimeError):
-    """An FFN computes something else than this package does, or holds other weights than it can read."""
+    """An FFN computes what this package does not, or its weights are not what it can read."""
 
 
 class NothingMatchedError(SparseRuntimeError):

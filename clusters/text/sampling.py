@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ class _Sampler:
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
         self._start = next((t for t in known if t is not None and t < self._rows), 0)
         config = model.config.get_text_config()
-        longest = getattr(config, "max_position_embeddings", None)
-        self._length = length if longest is None else max(1, min(length, longest - 1))
+        self._longest = getattr(config, "max_position_embeddings", None) or math.inf
+        self._length = int(max(1, min(length, self._longest - 1)))
 
     def texts(self) -> list[Tensor]:
         """From the beginning, none of which ends early."""
@@ -86,6 +87,8 @@ class _Sampler:
     def conversations(self, opening: Tensor) -> list[Tensor]:
         """Questions and answers, with all that the template puts around them."""
         most = min(_MESSAGE, self._length)
+        if len(opening) + most > self._longest:
+            return []
         said = self._continued([opening] * _BATCH, most)
         messages = (self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said)
         prompts = [
@@ -99,12 +102,15 @@ class _Sampler:
             for message in messages
             if message
         ]
+        rest = max(1, self._length - most)
         prompts = [
-            ids for ids in prompts if len(ids) < self._length and int(ids.max()) < self._rows
+            ids
+            for ids in prompts
+            if len(ids) + rest <= self._longest and int(ids.max()) < self._rows
         ]
         if not prompts:
             return []
-        answers = self._continued(prompts, self._length - most, temperature=_ANSWER_TEMPERATURE)
+        answers = self._continued(prompts, rest, temperature=_ANSWER_TEMPERATURE)
         return [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
 
     def _continued(
@@ -116,7 +122,6 @@ class _Sampler:
         temperature: float = 1.0,
     ) -> list[Tensor]:
         """What comes after each of some prompts, up to an end token."""
-        new_tokens = max(1, new_tokens)
         longest = max(map(len, prompts))
         ids = torch.full((len(prompts), longest), self._start)
         mask = torch.zeros_like(ids)

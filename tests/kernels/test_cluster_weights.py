@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernels.cases import case
-from kernels.library import ISAS, forced, ops
+from kernels.library import EVERY_BACKEND, every_backend, ops, placed
 from kernels.test_plane_kernels import TOLERANCE, distance, neurons
 
 from sparse_runtime.kernels.bitmaps import pack_bits
@@ -25,24 +25,10 @@ WEIGHTS = torch.tensor([0.4, 1.0, 2.5])
 TAU = 3.0
 
 
-@pytest.fixture(params=[*ISAS, "triton", "reference"])
+@pytest.fixture(params=EVERY_BACKEND)
 def backend(request):
-    """``cpu``, by each instruction set, or another."""
-    if request.param == "triton":
-        triton_ffn = pytest.importorskip("sparse_runtime.kernels.triton.ffn")
-        pytest.importorskip("sparse_runtime.kernels.triton.plane_ffn")
-        if not torch.cuda.is_available() and not triton_ffn.INTERPRETED:
-            pytest.skip("no GPU, and TRITON_INTERPRET was not set")
-    if request.param in ("triton", "reference"):
-        yield request.param
-        return
-    with forced(request.param):
-        yield "cpu"
-
-
-def on_device(backend, *tensors):
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    return [tensor.to(device) for tensor in tensors]
+    with every_backend(request.param) as name:
+        yield name
 
 
 def factors_apart(looks, ids, generator):
@@ -81,7 +67,7 @@ def test_over_planes(backend, n):
             for t in range(n)
         ]
     )
-    x, factors, weights, sets, ids = on_device(
+    x, factors, weights, sets, ids = placed(
         backend, x, factors, WEIGHTS, pack_bits(candidates), ids
     )
     programs = None
@@ -132,13 +118,13 @@ def test_over_floats(backend, n):
     if backend == "cpu":
         y = ops.cpu_sparse_ffn(*given.arguments[:7], maybe, given.records, factors, found, WEIGHTS)
     else:
-        x, ids, sets, maybe, records, factors, own, found, *matrices = on_device(
+        x, ids, sets, maybe, records, factors, own, found, *matrices = placed(
             backend, given.x, given.ids, given.sets, maybe, given.records, factors, WEIGHTS, found,
             *given.weights,
         )  # fmt: skip
         tables = ClusterTables(sets, maybe, factors, own)
-        placed = FFNWeights(*matrices, given.activation, records)
-        y = sparse_ffn(x, placed, tables, ids, row_counts=found, backend=backend)
+        there = FFNWeights(*matrices, given.activation, records)
+        y = sparse_ffn(x, there, tables, ids, row_counts=found, backend=backend)
     assert found.tolist() == counts.tolist()
     assert distance(y.cpu(), expected) < 1e-4
 

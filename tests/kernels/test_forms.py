@@ -3,7 +3,7 @@
 import pytest
 import torch
 from kernels.cases import ACCUMULATION, TOLERANCE, assert_close
-from kernels.library import ISAS, forced, ops
+from kernels.library import EVERY_BACKEND, every_backend, ops, placed
 
 from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.looks import look_records
@@ -24,18 +24,10 @@ FORMS = [(True, True), (False, True), (False, False)]
 FORM_NAMES = ["gated-biased", "plain-biased", "plain"]
 
 
-@pytest.fixture(params=[*ISAS, "triton", "reference"])
+@pytest.fixture(params=EVERY_BACKEND)
 def backend(request):
-    """``cpu``, by each instruction set, or another."""
-    if request.param == "triton":
-        triton_ffn = pytest.importorskip("sparse_runtime.kernels.triton.ffn")
-        if not torch.cuda.is_available() and not triton_ffn.INTERPRETED:
-            pytest.skip("no GPU, and TRITON_INTERPRET was not set")
-    if request.param in ("triton", "reference"):
-        yield request.param
-        return
-    with forced(request.param):
-        yield "cpu"
+    with every_backend(request.param) as name:
+        yield name
 
 
 class FFN:
@@ -86,11 +78,6 @@ def factors_apart(values, generator):
     return (1 / (most * shares[distances.argmax(0)])).float()
 
 
-def moved(backend, *tensors):
-    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
-    return [None if tensor is None else tensor.to(device) for tensor in tensors]
-
-
 def run(backend, x, weights, tables, ids, counts):
     """By given clusters."""
     w = weights
@@ -100,14 +87,14 @@ def run(backend, x, weights, tables, ids, counts):
             x, w.gate, w.up, w.down_t, tables.active_sets, ids, w.activation, tables.maybe_sets,
             w.look if maybe else None, tables.factors, counts, None, w.gate_bias, w.up_bias,
         )  # fmt: skip
-    gate, up, down, look, gate_bias, up_bias = moved(
+    gate, up, down, look, gate_bias, up_bias = placed(
         backend, w.gate, w.up, w.down_t, w.look, w.gate_bias, w.up_bias
     )
     weights = FFNWeights(gate, up, down, w.activation, look, gate_bias, up_bias)
     tables = ClusterTables(
-        *moved(backend, tables.active_sets, tables.maybe_sets, tables.factors, None)
+        *placed(backend, tables.active_sets, tables.maybe_sets, tables.factors, None)
     )
-    x, ids, there = moved(backend, x, ids, counts)
+    x, ids, there = placed(backend, x, ids, counts)
     output = sparse_ffn(x, weights, tables, ids, row_counts=there, backend=backend)
     counts.copy_(there)
     return output
@@ -154,21 +141,21 @@ def test_all_rows_and_routing(backend, form):
     sure = torch.rand(CLUSTERS, 50, generator=ffn.generator) < 0.5
     ids = (x @ up.t() + bias).argmax(-1)
     w = ffn.weights
-    gate, w_up, down, gate_bias, up_bias = moved(
+    gate, w_up, down, gate_bias, up_bias = placed(
         backend, w.gate, w.up, w.down_t, w.gate_bias, w.up_bias
     )
-    placed = FFNWeights(gate, w_up, down, w.activation, None, gate_bias, up_bias)
+    weights = FFNWeights(gate, w_up, down, w.activation, None, gate_bias, up_bias)
     programs = None
     if backend == "triton":
         from sparse_runtime.kernels.triton.ffn import num_counters
 
         programs = torch.zeros(num_counters(33), dtype=torch.int32)
-    x_there, sets, up, bias, added, counts, rows, programs = moved(
+    x_there, sets, up, bias, added, counts, rows, programs = placed(
         backend, x, pack_bits(sure), up, bias, cluster_bias,
         torch.zeros(CLUSTERS, dtype=torch.int64), torch.zeros(2, dtype=torch.int64), programs,
     )  # fmt: skip
     output = routed_ffn(
-        x_there, placed, ClusterTables(sets), RouterWeights(up, bias), Compensation(added),
+        x_there, weights, ClusterTables(sets), RouterWeights(up, bias), Compensation(added),
         Counters(counts, rows, programs), backend=backend,
     )  # fmt: skip
     assert_close(output, ffn.exact(x, sure[ids]) + cluster_bias[ids].double(), 4 * ACCUMULATION)

@@ -217,6 +217,14 @@ def test_a_model_that_says_nothing_gives_texts(tiny_model, tiny_tokenizer):
     assert len(ids) == 300
 
 
+def test_no_room_for_a_conversation(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = _TEMPLATE
+    tiny_model.config.max_position_embeddings = 16
+    ids = stream("self", tiny_tokenizer, 200, model=tiny_model)
+    assert len(ids) == 200
+    assert "<user>" not in tiny_tokenizer.decode(ids)
+
+
 def test_windows_are_mixed_by_weight(text_file, tmp_path, tiny_tokenizer):
     other = tmp_path / "other.txt"
     other.write_text("z" * 20_000)
