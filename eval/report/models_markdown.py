@@ -6,6 +6,7 @@ python -m sparse_runtime.eval.report.models_markdown MODELS.md
 from __future__ import annotations
 
 import sys
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.report.markdown import escaped, markdown_table
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
+# Characters of a reason.
+_REASON = 240
 # Layers are alike, and some models have hundreds.
 _LAYERS = 4
 
@@ -75,7 +78,8 @@ def judged(kind: str, class_name: str) -> ModelType:
     try:
         layers = find_ffn_layers(model)
     except SparseRuntimeError as error:
-        return ModelType(kind, None, str(error))
+        reason = str(error).partition(". Put the model")[0]
+        return ModelType(kind, None, textwrap.shorten(reason, _REASON, placeholder=" …"))
     layer = layers[0]
     biased = any(linear.bias is not None for linear in layer.linears().values())
     names = ", ".join(f"`{name}`" for name in layer.projections)
