@@ -124,3 +124,44 @@ def test_planes_are_refused_by_name(kind, reason):
 def test_what_cannot_run(kind, reason):
     with pytest.raises((UnsupportedArchitectureError, NothingMatchedError), match=reason):
         find_ffn_layers(tiny_model_of_type(kind))
+
+
+class Adapter(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.down, self.up = torch.nn.Linear(32, 4), torch.nn.Linear(4, 32)
+
+    def forward(self, x):
+        return self.up(torch.relu(self.down(x)))
+
+
+def test_a_narrow_adapter_is_no_ffn():
+    model = tiny_model_of_type("qwen3")
+    for layer in model.model.layers:
+        layer.adapter = Adapter()
+    assert [layer.name for layer in find_ffn_layers(model)] == [
+        f"model.layers.{i}.mlp" for i in (0, 1)
+    ]
+    model.model.layers[1].other_mlp = copy.deepcopy(model.model.layers[1].mlp)
+    with pytest.raises(UnsupportedArchitectureError, match=r"holds 2 FFNs .*layers.1.other_mlp"):
+        find_ffn_layers(model)
+
+
+def test_names_and_order_do_not_matter():
+    """gate and up the other way round in the module, under other names."""
+    model = tiny_model_of_type("qwen3")
+    mlp = model.model.layers[0].mlp
+
+    class Mine(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.out, self.a, self.b = mlp.down_proj, mlp.up_proj, mlp.gate_proj
+
+        def forward(self, states):
+            return self.out(self.a(states) * torch.nn.functional.silu(self.b(states)))
+
+    model.model.layers[0].mlp = Mine()
+    found = find_ffn_layers(model)[0]
+    assert found.projections == ("b", "a", "out")
+    assert found.activation == "silu"
+    assert found.gate is mlp.gate_proj
