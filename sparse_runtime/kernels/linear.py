@@ -180,8 +180,11 @@ def _class_of(module: nn.Module) -> Any:
 
 @functools.cache
 def _is_linear_class(kind: Any) -> bool:
-    """Whether a subclass of ``nn.Linear``, such as Falcon's, computes the same; a few numbers tell."""
-    if not issubclass(kind, nn.Linear) or kind.__module__.startswith("torch."):
+    """Whether a subclass of transformers, such as Falcon's, computes the same; a few numbers tell.
+
+    Those of others stay what they are called: they may hold more than a weight.
+    """
+    if not issubclass(kind, nn.Linear) or not kind.__module__.startswith("transformers."):
         return False
     probe = kind.__new__(kind)
     try:

@@ -13,6 +13,7 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
+from sparse_runtime.models.ffn_forms import LLAMA, Proof
 
 KINDS = ["mistral", "llama", "qwen2"]
 
@@ -177,8 +178,8 @@ def test_an_interruption_leaves_no_hooks(monkeypatch):
 
     monkeypatch.setattr(layer.mlp.act_fn, "forward", interrupted)
     monkeypatch.setattr("sparse_runtime.ffn.plane_places._check_ffn", lambda layer: None)
-    monkeypatch.setattr("sparse_runtime.models.ffn_layers._check_activation", lambda *_: None)
-    monkeypatch.setattr("sparse_runtime.models.ffn_layers._check_forward", lambda *_: None)
+    proof = Proof(LLAMA, "silu")
+    monkeypatch.setattr("sparse_runtime.models.ffn_layers.prove", lambda *_: proof)
     with pytest.raises(KeyboardInterrupt):
         pack_calibrated(model, windows(), 6)
     assert not any(module._forward_pre_hooks for module in model.modules())

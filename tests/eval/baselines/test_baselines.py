@@ -65,6 +65,7 @@ def layer():
     gate, up = linear([[1.0, 0.0], [0.0, 2.0]]), linear([[1.0, 1.0], [1.0, -1.0]])
     down = linear([[1.0, 2.0], [3.0, 4.0]])
     mlp = nn.Module()
+    mlp.gate_proj, mlp.up_proj, mlp.down_proj = gate, up, down
     return FFNLayer(0, "mlp", nn.Module(), "mlp", mlp, gate, up, down, "relu")
 
 

@@ -94,7 +94,7 @@ def test_looking_at_all_is_one_set_for_all_tokens(tiny_model, clusters, planes):
     assert clusters.layers[0].num_clusters == 6
     assert alone["weights"] == (None if planes is None else 6)
     assert alone["cost_share"] == pytest.approx(rows["clusters", True]["cost_share"], abs=0.15)
-    assert method_label(alone).startswith("look-all")
+    assert method_label(alone).startswith("looking at all")
     assert not result["left_out"]
     without = evaluate_curves(
         tiny_model,
