@@ -60,9 +60,9 @@ def look_size(hidden_size: int, base: int, matrices: int = 2) -> int:
     return matrices * count_size(hidden_size, base)
 
 
-def refine_size(hidden_size: int, residual: int, matrices: int = 2) -> int:
-    """Bytes of a neuron's refine record: the residual planes of those, and of down."""
-    return (matrices + 1) * plane_size(hidden_size, residual)
+def refine_size(hidden_size: int, residual: int) -> int:
+    """Bytes of a neuron's refine record: the residual planes of all three."""
+    return 3 * plane_size(hidden_size, residual)
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def sampled_tokens(
             if opening is not None and 2 * spoken <= total:
                 chats = sampler.conversations(opening)
                 spoken += sum(map(len, chats))
-            if opening is not None and not chats:
-                opening = None  # it says nothing there
+                if not chats:
+                    opening = None  # it says nothing there
             sequences += chats or sampler.texts()
             total = sum(map(len, sequences))
     return torch.cat(sequences)[:max_tokens].clone()

@@ -124,16 +124,15 @@ def forms_of(module: nn.Module) -> list[FFNForm]:
         name: (child.in_features, child.out_features)  # type: ignore[misc]
         for name, child in linears.items()
     }
-    names = list(itertools.permutations(linears, len(linears)))
     if len(linears) == 3:
         return [
             FFNForm((gate, up, down))
-            for gate, up, down in names
+            for gate, up, down in itertools.permutations(linears)
             if sizes[gate] == sizes[up] == sizes[down][::-1]
         ]
     if len(linears) == 2:
         forms = []
-        for first, down in names:
+        for first, down in itertools.permutations(linears):
             size, rows = sizes[first]
             if (size, rows) == (sizes[down][1], 2 * sizes[down][0]):
                 forms.append(FFNForm((first, down), "fused"))

@@ -147,6 +147,13 @@ def test_a_narrow_adapter_is_no_ffn():
         find_ffn_layers(model)
 
 
+def test_a_module_of_many_linear_layers_is_passed_over():
+    model = tiny_model_of_type("qwen3")
+    many = torch.nn.ModuleList(torch.nn.Linear(32, 32) for _ in range(14))
+    model.model.layers[0].many = torch.nn.ModuleDict({str(i): m for i, m in enumerate(many)})
+    assert len(find_ffn_layers(model)) == 2  # and at once: 14 layers have 87 billion orders
+
+
 def test_names_and_order_do_not_matter():
     """gate and up the other way round in the module, under other names."""
     model = tiny_model_of_type("qwen3")

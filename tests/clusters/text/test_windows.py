@@ -206,6 +206,13 @@ def test_half_of_self_are_conversations(tiny_model, tiny_tokenizer):
     assert 0.3 < text.rindex("<user>") / len(text) < 0.7  # the rest are texts from their beginning
 
 
+def test_conversations_go_on_after_texts(tiny_model, tiny_tokenizer):
+    tiny_tokenizer.chat_template = _TEMPLATE
+    ids = stream("self", tiny_tokenizer, 28_000, model=tiny_model)
+    text = tiny_tokenizer.decode(ids)
+    assert text.count("<user>") > 32  # those of one batch
+
+
 def test_a_model_that_says_nothing_gives_texts(tiny_model, tiny_tokenizer):
     tiny_tokenizer.chat_template = _TEMPLATE
     with torch.no_grad():  # after "<user>" comes the end
