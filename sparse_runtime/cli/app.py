@@ -22,6 +22,7 @@ from sparse_runtime.cli.pack import pack
 from sparse_runtime.cli.plane_studies import ramp, rounding
 from sparse_runtime.cli.report import demo, report
 from sparse_runtime.cli.studies import ablate, ingredients, paper, tasks
+from sparse_runtime.cli.upcycle import upcycle
 from sparse_runtime.errors import ConfigError, SparseRuntimeError
 from sparse_runtime.version import __version__
 
@@ -35,6 +36,7 @@ _PACKAGE = Path(__file__).parents[1]
 
 app.command()(build)
 app.command()(pack)
+app.command()(upcycle)
 app.command()(generate)
 app.command("eval")(evaluate)
 app.command()(paper)

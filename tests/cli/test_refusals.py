@@ -20,6 +20,7 @@ from sparse_runtime.cli import (
     plane_studies,
     studies,
     texts,
+    upcycle,
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.errors import ConfigError, DataError
@@ -33,6 +34,7 @@ NEEDED = {
     "ablate": ["model"],
     "ingredients": ["model"],
     "pack": ["model", "-o", "OUT"],
+    "upcycle": ["model", "-o", "OUT"],
     "rounding": ["model"],
     "ramp": ["model", "--clusters", "no"],
     "tasks": ["model", "--clusters", "no", "--task", "x"],
@@ -63,7 +65,7 @@ def nothing_loads(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("something was loaded")
 
-    for module in (build, pack, evaluate, generate, studies, plane_studies, texts, bench):
+    for module in (build, pack, upcycle, evaluate, generate, studies, plane_studies, texts, bench):
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
         monkeypatch.setattr(f"sparse_runtime.eval.latency.shapes.{name}", loads)

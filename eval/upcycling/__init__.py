@@ -1,0 +1,1 @@
+"""Mixtures of experts out of dense models."""
