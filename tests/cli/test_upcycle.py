@@ -7,6 +7,13 @@ import torch
 from helpers import logits, make_tiny_model_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralForCausalLM
 
+from sparse_runtime.eval.upcycling import routing
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(routing, "_STEPS", 60)
+
 
 @pytest.fixture
 def text(tmp_path):
