@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-_LEARNING_RATE = 3e-4
+_LEARNING_RATE = 2e-4
 #: Share of the steps over which the learning rate rises.
 _WARM_UP = 0.1
 

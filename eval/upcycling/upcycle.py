@@ -37,7 +37,7 @@ class UpcycleConfig:
 
     experts: int = 8
     active: int = 4
-    distill: int = 0
+    distill: int = 48
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -39,7 +39,7 @@ def upcycle(run, folder, text, tmp_path):
     def call(*options, output="mixture"):
         return run(
             *("upcycle", folder, "-o", tmp_path / output, "--data", text, "--experts", 4),
-            *("--window", 64, "--max-tokens", 2048, "--test-tokens", 512, *options),
+            *("--window", 64, "--max-tokens", 2048, "--test-tokens", 512, "--distill", 1, *options),
         )
 
     return call

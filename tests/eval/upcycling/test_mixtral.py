@@ -20,7 +20,7 @@ def make_dense(kind="llama", **changes):
 
 
 def mixture_of(model, folder, **options):
-    config = UpcycleConfig(**({"experts": 4, "active": 2} | options))
+    config = UpcycleConfig(**({"experts": 4, "active": 2, "distill": 0} | options))
     made, layers = upcycle(model, WINDOWS, config, work=folder / "work")
     assert not (folder / "work").exists()
     return made, layers
