@@ -23,6 +23,7 @@ from sparse_runtime.errors import ModelError, OutputFolderError
 from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
+from sparse_runtime.models.inline import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"
@@ -140,13 +141,15 @@ def capture_hidden_states(
 
         return hook
 
-    handles = [
-        layer.mlp.register_forward_pre_hook(keep(position)) for position, layer in enumerate(layers)
-    ]
+    ffns = [ffn_module(layer) for layer in layers]
+    handles = [ffn.register_forward_pre_hook(keep(position)) for position, ffn in enumerate(ffns)]
     # The base model leaves out the output head, a fifth of the work of a small model.
     decoder = model.get_decoder()
     try:
-        with (progress or SilentProgress()).task("capture", num_windows) as advance:
+        with (
+            calling(layers, ffns),
+            (progress or SilentProgress()).task("capture", num_windows) as advance,
+        ):
             advance(done)
             with torch.inference_mode():
                 while done < num_windows:

@@ -38,6 +38,8 @@ _SIZES = {
     "n_ctx": 128,
     "rotary_dim": 8,
     "ffn_hidden_size": 44,
+    "ffn_dim": 44,
+    "decoder_ffn_dim": 44,
     "num_heads": 4,
     "num_layers": 2,
     # Of vision towers.
