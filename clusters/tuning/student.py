@@ -21,7 +21,7 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layers import FFNLayer, decoder_of, find_ffn_layers
 from sparse_runtime.models.inline import calling, ffn_module
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
@@ -168,7 +168,7 @@ def measure_scales(model: Any, modules: dict[int, StudentFFN], windows: Tensor) 
     for module in modules.values():
         module.measured = []
     for window in windows.split(1):
-        model.get_decoder()(input_ids=window.to(model.device), use_cache=False)
+        decoder_of(model)(input_ids=window.to(model.device), use_cache=False)
     for module in modules.values():
         if module.measured:
             outputs, inputs = (torch.cat(parts) for parts in zip(*module.measured, strict=True))

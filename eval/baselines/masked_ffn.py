@@ -7,7 +7,7 @@ read, as a share of the dense FFN's 3·I·H·b with bfloat16 weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.quality.forwards import Forward, after_prompt, swapped_forwards
+from sparse_runtime.eval.quality.forwards import (
+    Forward,
+    after_prompt,
+    in_sequences,
+    swapped_forwards,
+)
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
 from sparse_runtime.models.inline import calling, ffn_module
@@ -163,8 +168,13 @@ def masked_ffns(
         return after_prompt(prompt_tokens, dense, forward)
 
     ffns = [ffn_module(layer) for layer in layers]
-    forwards = {ffn: masked(layer, ffn.forward) for layer, ffn in zip(layers, ffns, strict=True)}
-    with calling(layers, ffns), swapped_forwards(forwards):
+    with ExitStack() as stack:
+        forwards = {
+            ffn: in_sequences(masked(layer, ffn.forward), layer.mlp, layer.form, stack)
+            for layer, ffn in zip(layers, ffns, strict=True)
+        }
+        stack.enter_context(calling(layers, ffns))
+        stack.enter_context(swapped_forwards(forwards))
         yield meter
 
 

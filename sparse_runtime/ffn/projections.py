@@ -152,11 +152,7 @@ class Seen:
             if (version is not None and bias._version != version) or bias.data_ptr() != address:
                 return False
         for name, module in self.others:
-            if (
-                modules.get(name) is not module
-                or not has_no_hooks(module)
-                or _is_dropping(module)
-            ):
+            if modules.get(name) is not module or not has_no_hooks(module) or _is_dropping(module):
                 return False
         return self.own.forward is self.forward and not has_global_hooks()
 

@@ -20,7 +20,15 @@ from dataclasses import dataclass
 #: what the kernels read (adapter, hook, offload, other weights); dtype or device of the call are not
 #: those of the weights (autocast); no backend can run here; dropout is at work in the FFN, or may be in
 #: the larger module that it is written out in.
-DENSE_REASONS = ("long call", "dense()", "gradients", "patched", "autocast", "no backend", "dropout")
+DENSE_REASONS = (
+    "long call",
+    "dense()",
+    "gradients",
+    "patched",
+    "autocast",
+    "no backend",
+    "dropout",
+)
 
 _SPARSE_TOKENS = {"cpu": 2, "reference": 16}
 _ROW_TOKENS = {"cpu": 16}

@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import SparseConfig
@@ -231,6 +231,11 @@ class SparseFFN(FFNBuffers):
         return path, None if path == "sparse" else "long call"
 
     # What it works on
+
+    @property
+    def owner(self) -> nn.Module:
+        """The FFN, or the larger module that it is written out in."""
+        return self._owner[0]
 
     def _own_weights(self) -> tuple[Tensor, ...]:
         tensors = projection_tensors(self._owner[0], self.form, "weight", "bias")

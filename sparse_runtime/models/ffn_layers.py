@@ -21,7 +21,8 @@ from sparse_runtime.models.ffn_forms import (
     forms_of,
     prove,
 )
-from sparse_runtime.models.inline import inline_class, prove_inline
+from sparse_runtime.models.inline import inline_class
+from sparse_runtime.models.inline_proof import prove_inline
 from sparse_runtime.models.int8_linears import int8_problem, is_int8
 from sparse_runtime.models.transposed import (
     TransposedLinear,
@@ -106,7 +107,7 @@ class FFNLayer:
         """Of its planes; None for float weights."""
         return None if self.format is None else self.format.bits
 
-    def linears(self) -> dict[str, nn.Linear | TransposedLinear]:
+    def linears(self) -> dict[str, Any]:
         """Its linear layers by their names in the FFN, with weights [out, in]; none if it is packed."""
         return {name: _with_rows(module) for name, module in self.own_linears().items()}
 
@@ -248,12 +249,27 @@ def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tu
     return selected
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What gives the hidden states that a model's output embeddings turn into logits.
+
+    Raises:
+        UnsupportedArchitectureError: there is more between the two than the output embeddings.
+    """
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    if is_linear(decoder):
+        raise UnsupportedArchitectureError(
+            f"the head of {type(model).__name__} is more than one matrix, and builds and perplexities "
+            "need its last hidden states; expected a model whose get_decoder() gives them"
+        )
+    return decoder
+
+
 def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Module]:
     """The longest list of modules at the top of the decoder, in terms of what its members hold."""
     decoder: Any = model
     if callable(getattr(model, "get_decoder", None)):
         decoder = model.get_decoder()  # type: ignore[operator]
-    if id(decoder) not in names:
+    if id(decoder) not in names or is_linear(decoder):  # of ModernBERT, a part of the head
         decoder = model
     lists: dict[int, list[nn.ModuleList]] = {}
     for name, module in decoder.named_modules():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 
@@ -50,7 +52,9 @@ class TransposedLinear:
     @property
     def weight(self) -> Tensor:
         """[out, in], a view."""
-        return self.linear.weight.t()  # type: ignore[union-attr,operator,return-value]
+        weight: Any = self.linear.weight
+        rows: Tensor = weight.t()
+        return rows
 
     @property
     def bias(self) -> Tensor | None:
