@@ -187,7 +187,7 @@ def _following(
             meter.add(masks.after(layer, prompt)(layer, tokens))
             for prompt, tokens in zip(prompts, rest, strict=True)
         ]
-        return torch.cat([dense(prompts), torch.stack(outputs)], dim=1)
+        return torch.cat([dense(prompts.contiguous()), torch.stack(outputs)], dim=1)
 
     return forward
 

@@ -52,7 +52,8 @@ def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward
         return sparse
 
     def forward(hidden_states: Tensor) -> Tensor:
-        prompt, rest = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
+        parts = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
+        prompt, rest = (part.contiguous() for part in parts)  # Conv1D asks for it
         if rest.shape[1] == 0:
             return dense(prompt)
         return torch.cat([dense(prompt), sparse(rest)], dim=1)

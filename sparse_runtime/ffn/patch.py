@@ -13,12 +13,19 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_runtime.ffn.projections import own_class
+from sparse_runtime.ffn.projections import drops_values, own_class
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import change_class, has_no_hooks
 from sparse_runtime.models.ffn_forms import FFNForm
 from sparse_runtime.models.ffn_layers import FFNLayer
-from sparse_runtime.models.inline import STATE, InlineForward, attach, detach, run_inline
+from sparse_runtime.models.inline import (
+    STATE,
+    InlineForward,
+    attach,
+    can_stand_in,
+    detach,
+    run_inline,
+)
 
 #: Name of the ``SparseFFN`` in the FFN that it makes sparse.
 CHILD = "sparse_ffn"
@@ -74,13 +81,21 @@ class SparseInlineForward(SparseForward, InlineForward):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own class."""
-        sparse = self._modules.get(CHILD)
-        if self.training and sparse is not None:  # it may drop values where no one sees it
+        if CHILD in self._modules and not can_stand_in(self):
             given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
-            states = next(given, None)
-            if states is not None:
-                sparse.count_dense("dropout", states.shape[:-1].numel())  # type: ignore[operator]
+            self._note_dense(next(given).shape[:-1].numel())
         return InlineForward.forward(self, *args, **kwargs)
+
+    def _note_dense(self, num_tokens: int) -> None:
+        """Say why a call runs as it stands, as the FFN does where it has a module for itself."""
+        sparse, reason = sparse_ffn_of(self), "patched"
+        if sparse.state.switch.depth > 0:
+            reason = "dense()"
+        elif self.training or drops_values(self, self.inline_form):  # or may, where no one sees it
+            reason = "dropout"
+        else:
+            sparse.stand_back()
+        sparse.count_dense(reason, num_tokens)
 
     def dense_forward(self, hidden_states: Tensor) -> Tensor:
         """The FFN by the modules it is made of."""

@@ -373,10 +373,12 @@ class SparseFFN(FFNBuffers):
             seen = self.adopt()
         reason = self.problem or "it is being changed" if seen is None else seen.change()
         if reason is not None:
-            self._stand_back(reason)
+            self.stand_back(reason)
         return reason is None
 
-    def _stand_back(self, reason: str) -> None:
+    def stand_back(self, reason: str = "") -> None:
+        """Warn that the FFN runs as it stands, the first time; raise if the config is strict."""
+        reason = reason or (self._seen and self._seen.change()) or "it is being changed"
         message = f"{self.name} runs as it stands (dense): {reason}"
         if self.config.strict:
             raise BackendUnavailableError(

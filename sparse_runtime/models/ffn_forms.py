@@ -265,7 +265,7 @@ def _run(module: nn.Module, linears: dict[str, SmallLinear], form: FFNForm, x: T
     probe.__dict__["_modules"] = {
         name: child and without_dropout(child).forward for name, child in module._modules.items()
     }
-    probe._modules |= linears  # type: ignore[arg-type]
+    probe.__dict__["_modules"].update(linears)
     # Of a module that is sparse already, what it was before.
     return getattr(own, "dense_forward", own.forward)(probe, x)
 

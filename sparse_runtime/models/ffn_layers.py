@@ -306,7 +306,8 @@ def _ffn_of(
                 f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} does "
                 f"not compute {_FORMULAS[forms[0].kind]} with {_listed(module)}: {proof.reason}"
             )
-    # Adapters beside it are narrow.
+    # Adapters beside it are narrow, or have their norm with them.
+    proven = [layer for layer in proven if layer.form.inline is None] or proven
     widest = max((layer.intermediate_size for layer in proven), default=0)
     proven = [layer for layer in proven if 4 * layer.intermediate_size > widest]
     if len(proven) > 1:

@@ -45,15 +45,15 @@ class InlineForward(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """As the module's own class."""
-        view = self.__dict__.get(VIEW)
         own = self.inline_class.forward
-        if view is None or not can_stand_in(self, view):
-            return own(self, *args, **kwargs)
-        return own(view, *args, **kwargs)
+        return own(self.__dict__[VIEW] if can_stand_in(self) else self, *args, **kwargs)
 
 
-def can_stand_in(module: nn.Module, view: Any) -> bool:
-    """Whether a module's forward would do on its view what it does on the module, as far as is seen."""
+def can_stand_in(module: nn.Module) -> bool:
+    """Whether a module's forward does on its view what it does on the module, as far as is seen."""
+    view: Any = module.__dict__.get(VIEW)
+    if view is None:
+        return False
     if module.training or view.proven[0] is not view.proven[1].forward:
         return False
     if not torch.compiler.is_compiling() and view.__dict__ is not module.__dict__:

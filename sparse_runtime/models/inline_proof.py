@@ -54,20 +54,25 @@ def prove_inline(module: nn.Module, forms: Sequence[FFNForm], device: torch.devi
 
 
 def _prove_form(module: nn.Module, form: FFNForm, device: torch.device) -> Proof:
-    best = Proof(form, None, "it is not called with hidden states alone")
+    best = Proof(form, None, "it raises")
     for answer in _ANSWERS:
         for filled in (False, True):
             try:
                 with torch.no_grad(), torch.autocast(device.type, enabled=False):
                     proof = _Trial(module, form, device, answer, filled).proof()
+            except _NoFFN as error:
+                return Proof(form, None, str(error))
             except Exception as error:
-                reason = f"tried on small matrices, it raises {error!r}"
-                proof = Proof(form, None, reason)
+                proof = Proof(form, None, f"tried on small matrices, it raises {error!r}")
             if proof.activation is not None:
                 return proof
-            if "raises" not in proof.reason or best.reason.startswith("it is not called"):
+            if "raises" not in proof.reason or "raises" in best.reason:
                 best = proof
     return best
+
+
+class _NoFFN(Exception):
+    """What is written out is no FFN, however the forward is called."""
 
 
 class _Trial:
@@ -97,18 +102,14 @@ class _Trial:
     def proof(self) -> Proof:
         """What came of it."""
         first, last = self.form.projections
-        found = [self._run(self.own, x) for x in (self.x, self.x[:, :1])]
-        half = len(self.calls) // 2
-        calls = self.calls[:half]
-        if self.calls[half:] != calls or [calls.count(n) for n in (first, last)] != [1, 1]:
-            return self._no(f"it calls {', '.join(calls) or 'neither'}")
-        between = tuple(calls[1:-1])
-        if calls[0] != first or calls[-1] != last or len({*between}) < len(between):
-            return self._no(f"it calls {', '.join(calls)}")
-        for name in between:
-            if list(self.module._modules[name].parameters()):  # type: ignore[union-attr]
-                kind = type(self.module._modules[name]).__name__
-                return self._no(f"{name} ({kind}) stands in between, which has weights")
+        found = []
+        for x in (self.x, self.x[:, :1]):
+            self.calls.clear()
+            found.append(self._run(self.own, x))
+            between = tuple(self.calls[1:-1])
+            once = {first, last}.isdisjoint(between)
+            if not once or self.calls != [first, *dict.fromkeys(between), last]:
+                return self._no(f"it calls {', '.join(self.calls) or 'neither'}")
         form = replace(self.form, inline=between)
         activation = activation_of(self.form, self.linears, self.inputs[0], self.outputs[1])
         viewed = [self._run(view_class(self.own, form), x) for x in (self.x, self.x[:, :1])]
@@ -184,6 +185,9 @@ class _Beside:
         first, last = self.trial.form.projections
         if _open(self.trial.calls, first, last):
             self.trial.calls.append(self.name)
+            if any(True for _ in self.child.parameters()):
+                kind = type(self.child).__name__
+                raise _NoFFN(f"{self.name} ({kind}) stands in between, which has weights")
             return without_dropout(self.child).forward(*args, **kwargs)
         if isinstance(self.child, _DropoutNd):
             return args[0]
