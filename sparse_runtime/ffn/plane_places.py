@@ -279,7 +279,7 @@ def _check_ffn(layer: FFNLayer) -> None:
     if parametrize.is_parametrized(mlp):
         problem = "is parametrized"
     if layer.form.inline is not None:
-        problem = "is written out in a larger module, which has no place for planes"
+        problem = "is written out in a larger module, which planes have no place in"
     elif layer.form.transposed:
         problem = "has weights [in, out], which planes are not made for"
     elif layer.form.kind == "plain":

@@ -18,7 +18,7 @@ gemma3_text granite granite_swa helium hyperclovax internlm3 iquestcoder lfm2 ll
 ministral3 mistral mllama olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma
 youtu
 """.split()  # noqa: SIM905
-FUSED = ["glm", "glm4", "phi3", "phi4_multimodal"]
+FUSED = ["glm", "glm4", "modernbert-decoder", "phi3", "phi4_multimodal"]
 #: Without a gate, with biases or not.
 PLAIN = """
 arcee codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 nanochat nemotron
@@ -118,6 +118,8 @@ def test_planes_are_refused_by_name(kind, reason):
     ("kind", "reason"),
     [
         ("mixtral", r"layers.0.mlp.experts \(MixtralExperts\) is a mixture of experts"),
+        ("bert", r"holds an FFN: .*linear layers.* \(the nearest is .*\(BertOutput\)"),
+        ("kosmos-2", r"Kosmos2TextFFN does not .*raises .*has ffn_layernorm \(LayerNorm\)"),
         ("bitnet", r"BitNetMLP does not .*it raises .*Beside its projections it has ffn_sub_norm"),
     ],
 )
