@@ -23,7 +23,7 @@ from sparse_runtime.errors import ModelError, OutputFolderError
 from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
-from sparse_runtime.models.inline import calling, ffn_module
+from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"

@@ -26,7 +26,7 @@ from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
-from sparse_runtime.models.inline import calling, ffn_module
+from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter
 
 #: How weights become planes: each by itself, by E[x²], or with later inputs making up for earlier ones.

@@ -26,7 +26,7 @@ from sparse_runtime.eval.quality.forwards import (
 )
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
-from sparse_runtime.models.inline import calling, ffn_module
+from sparse_runtime.models.inline_calls import calling, ffn_module
 
 
 class MaskedOutput(NamedTuple):

@@ -43,8 +43,8 @@ class FFNLayer:
     activation is of, and ``up`` None. ``parent`` holds ``mlp`` under the attribute ``attribute``, and
     ``form`` says which linear layers of ``mlp`` they are. Of an FFN whose weights are packed in planes
     (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them. Where the FFN is written out in a
-    larger module (``form.inline``), ``mlp`` is that module; ``sparse_runtime.models.inline`` has what
-    to call.
+    larger module (``form.inline``), ``mlp`` is that module; ``sparse_runtime.models.inline_calls`` has
+    what to call.
     """
 
     index: int

@@ -12,18 +12,13 @@ between, the forward runs as it stands.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparse_runtime.kernels.linear import change_class, has_no_hooks
+from sparse_runtime.kernels.linear import has_no_hooks
 from sparse_runtime.models.ffn_forms import FFNForm
-
-if TYPE_CHECKING:
-    from sparse_runtime.models.ffn_layers import FFNLayer
 
 #: Attributes of a module whose FFN another one computes: what its forward is run on, and that other
 #: module, in a tuple because it is no child.
@@ -105,54 +100,6 @@ class InlineFFN(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
         return run_inline(self._module[0], self.form, hidden_states)
-
-
-def ffn_module(layer: FFNLayer) -> nn.Module:
-    """What maps an FFN's hidden states to its output; the model calls it inside :func:`calling`."""
-    return layer.mlp if layer.form.inline is None else InlineFFN(layer.mlp, layer.form)
-
-
-@contextmanager
-def calling(layers: Sequence[FFNLayer], ffns: Sequence[nn.Module]) -> Iterator[None]:
-    """Let a dense model call these modules in place of its FFNs, inside the context.
-
-    Args:
-        layers: FFNs of the model.
-        ffns: for each, :func:`ffn_module` of it, for hooks or another forward, or something else that
-            maps hidden states [..., H] to outputs [..., H]. OPT calls it with [n, H].
-    """
-    undo: list[Callable[[], None]] = []
-    try:
-        for layer, ffn in zip(layers, ffns, strict=True):
-            if layer.form.inline is not None:
-                undo.append(_opened(layer.mlp, layer.form, ffn))
-            elif ffn is not layer.mlp:
-                setattr(layer.parent, layer.attribute, ffn)
-                undo.append(_setter(layer))
-        yield
-    finally:
-        for step in reversed(undo):
-            step()
-
-
-def _setter(layer: FFNLayer) -> Callable[[], None]:
-    return lambda: setattr(layer.parent, layer.attribute, layer.mlp)
-
-
-def _opened(module: nn.Module, form: FFNForm, ffn: nn.Module) -> Callable[[], None]:
-    """Attach an FFN to a module; returns what undoes that."""
-    before, kind = {name: module.__dict__.get(name) for name in STATE}, type(module)
-    if inline_class(module) is None:
-        fields = {"__module__": __name__, "inline_class": kind, "inline_form": form}
-        change_class(module, type(kind.__name__, (InlineForward, kind), fields))
-    attach(module, form, ffn)
-
-    def undo() -> None:
-        change_class(module, kind)
-        detach(module)
-        module.__dict__.update({name: value for name, value in before.items() if value is not None})
-
-    return undo
 
 
 def _passed(x: Tensor) -> Tensor:
