@@ -21,8 +21,9 @@ from torch import Tensor
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, OutputFolderError
 from sparse_runtime.files import write_json, write_tensors
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
+from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"
@@ -140,20 +141,22 @@ def capture_hidden_states(
 
         return hook
 
-    handles = [
-        layer.mlp.register_forward_pre_hook(keep(position)) for position, layer in enumerate(layers)
-    ]
+    ffns = [ffn_module(layer) for layer in layers]
+    handles = [ffn.register_forward_pre_hook(keep(position)) for position, ffn in enumerate(ffns)]
     # The base model leaves out the output head, a fifth of the work of a small model.
-    decoder = model.get_decoder()
+    decoder = decoder_of(model)
     try:
-        with (progress or SilentProgress()).task("capture", num_windows) as advance:
+        with (
+            calling(layers, ffns),
+            (progress or SilentProgress()).task("capture", num_windows) as advance,
+        ):
             advance(done)
             with torch.inference_mode():
                 while done < num_windows:
                     shard = windows[done : done + shard_windows]
                     for batch in shard.split(batch_windows):
                         output = decoder(input_ids=batch.to(model.device), use_cache=False)
-                        final = output.last_hidden_state.reshape(-1, hidden_size)
+                        final = output.last_hidden_state.flatten(0, -2)
                         if not final.isfinite().all():
                             raise not_finite(model, "the decoder's last hidden state")
                         captured[_FINAL].append(final.cpu())

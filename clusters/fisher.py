@@ -78,7 +78,8 @@ def fisher_weights(
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
     for layer, gradients in zip(layers, watched, strict=True):
-        handles.append(layer.down.register_forward_hook(gradients.watch))
+        down = [*layer.own_linears().values()][-1]
+        handles.append(down.register_forward_hook(gradients.watch))
     try:
         for parameter in trained:
             parameter.requires_grad_(False)

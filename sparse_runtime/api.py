@@ -104,7 +104,9 @@ def sparsify(
             )
             for layer in matched
         ]
-        linears = slow_linears(model, [layer.mlp for layer in layers]) if config.fast_linear else []
+        linears = []
+        if config.fast_linear:
+            linears = slow_linears(model, [part for layer in layers for part in layer.parts])
         patch(matched, ffns)
         swap(linears)
         state.fast_linears += linears

@@ -38,6 +38,15 @@ _SIZES = {
     "n_ctx": 128,
     "rotary_dim": 8,
     "ffn_hidden_size": 44,
+    "ffn_dim": 44,
+    "word_embed_proj_dim": 16,
+    "decoder_ffn_dim": 44,
+    "encoder_ffn_dim": 44,
+    "decoder_layers": 2,
+    "encoder_layers": 2,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "d_inner": 44,
     "num_heads": 4,
     "num_layers": 2,
     # Of vision towers.
@@ -66,7 +75,7 @@ def _shrunk(config):
     for name, value in _SIZES.items():
         found = getattr(config, name, "missing")
         if isinstance(found, int) or (found is None and name in _OFTEN_NONE):
-            with suppress(AttributeError):  # computed from others
+            with suppress(AttributeError, NotImplementedError):  # computed from others
                 setattr(config, name, value)
     if hasattr(config, "qk_rope_head_dim"):
         config.head_dim = config.qk_rope_head_dim

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import IDS, logits, random_cluster_set
-from transformers import AutoModelForCausalLM, DynamicCache, GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, DynamicCache
 
 from sparse_runtime import (
     ClusterSet,
@@ -361,12 +361,15 @@ def test_no_layer_matched(tiny_model):
         sparsify(tiny_model, ClusterSet(shifted, clusters.fingerprint, 0.3))
 
 
-def test_a_model_without_a_gated_ffn(tiny_model):
-    gpt2 = GPT2LMHeadModel(GPT2Config(n_layer=1, n_head=2, n_embd=8, vocab_size=16))
+def test_a_model_without_an_ffn(tiny_model):
+    sizes = {"hidden_size": 8, "intermediate_size": 12, "vocab_size": 16}
+    bert = BertLMHeadModel(
+        BertConfig(num_hidden_layers=1, num_attention_heads=2, is_decoder=True, **sizes)
+    )
     with pytest.raises(
-        NothingMatchedError, match=r"GPT2LMHeadModel \(model type 'gpt2'\) holds an FFN"
+        NothingMatchedError, match=r"BertLMHeadModel \(model type 'bert'\) holds an FFN"
     ):
-        sparsify(gpt2, random_cluster_set(tiny_model, 0.3))
+        sparsify(bert, random_cluster_set(tiny_model, 0.3))
 
 
 def test_ffn_without_the_expected_linears(tiny_model):

@@ -25,6 +25,7 @@ from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import DenseStates
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.files import write_json
+from sparse_runtime.models.ffn_layers import decoder_of
 from sparse_runtime.progress import ProgressReporter
 
 #: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
@@ -188,7 +189,7 @@ def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> flo
     """
     sparsify(model, clusters, backend="reference", prefill="sparse")
     try:
-        decoder = model.get_decoder()
+        decoder = decoder_of(model)
         with torch.inference_mode():
             for window in windows.split(1):
                 decoder(input_ids=window.to(model.device), use_cache=False)

@@ -21,7 +21,8 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layers import FFNLayer, decoder_of, find_ffn_layers
+from sparse_runtime.models.inline_calls import calling, ffn_module
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
 DenseStates = Callable[[Tensor], Tensor]
@@ -53,7 +54,7 @@ class StudentFFN(nn.Module):
     ) -> None:
         super().__init__()
         # Not a submodule: the model's own parameters are not the student's.
-        self._layer = (layer,)
+        self._layer, self._dense = (layer,), (ffn_module(layer),)
         self.enabled = True
         self.restored: Tensor | None = None
         self.left_out = 0.0
@@ -89,7 +90,7 @@ class StudentFFN(nn.Module):
         """Map hidden states [..., H] to the FFN's output [..., H]."""
         layer, masks, rows = self._layer[0], self._masks, self._rows
         if not self.enabled and not layer.packed:
-            output: Tensor = layer.mlp(hidden_states)
+            output: Tensor = self._dense[0](hidden_states)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
         full = rows.activations(x)
@@ -167,7 +168,7 @@ def measure_scales(model: Any, modules: dict[int, StudentFFN], windows: Tensor) 
     for module in modules.values():
         module.measured = []
     for window in windows.split(1):
-        model.get_decoder()(input_ids=window.to(model.device), use_cache=False)
+        decoder_of(model)(input_ids=window.to(model.device), use_cache=False)
     for module in modules.values():
         if module.measured:
             outputs, inputs = (torch.cat(parts) for parts in zip(*module.measured, strict=True))
@@ -260,12 +261,9 @@ def students(
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
-        for layer in layers:
-            setattr(layer.parent, layer.attribute, modules[layer.index])
-        yield modules
+        with calling(layers, [modules[layer.index] for layer in layers]):
+            yield modules
     finally:
-        for layer in layers:
-            setattr(layer.parent, layer.attribute, layer.mlp)
         for parameter in trained:
             parameter.requires_grad_(True)
 

@@ -26,6 +26,7 @@ from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter
 
 #: How weights become planes: each by itself, by E[x²], or with later inputs making up for earlier ones.
@@ -203,8 +204,10 @@ class GgufBlocks:
         self, model: nn.Module, windows: Tensor | None, *, progress: ProgressReporter | None = None
     ) -> Iterator[nn.Module]:
         """See :class:`DenseFormat`: the model itself, by other forwards of its FFNs."""
-        forwards = {layer.mlp: self._forward(layer) for layer in find_ffn_layers(model)}
-        with swapped_forwards(forwards):
+        layers = find_ffn_layers(model)
+        ffns = [ffn_module(layer) for layer in layers]
+        forwards = {ffn: self._forward(layer) for layer, ffn in zip(layers, ffns, strict=True)}
+        with calling(layers, ffns), swapped_forwards(forwards):
             yield model
 
     def _forward(self, layer: FFNLayer) -> Forward:

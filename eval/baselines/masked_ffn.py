@@ -7,7 +7,7 @@ read, as a share of the dense FFN's 3·I·H·b with bfloat16 weights.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -18,9 +18,15 @@ from torch import Tensor, nn
 
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.quality.forwards import Forward, after_prompt, swapped_forwards
+from sparse_runtime.eval.quality.forwards import (
+    Forward,
+    after_prompt,
+    in_sequences,
+    swapped_forwards,
+)
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.inline_calls import calling, ffn_module
 
 
 class MaskedOutput(NamedTuple):
@@ -150,33 +156,38 @@ def masked_ffns(
         raise ConfigError("prompt_tokens is 0; expected 1 or more for masks that follow a prompt")
     meter = CostMeter()
 
-    def masked(layer: FFNLayer) -> Forward:
+    def masked(layer: FFNLayer, dense: Forward) -> Forward:
         of_layer = masks[layer.index]
         if isinstance(of_layer, PromptMasks):
-            return _following(layer, of_layer, meter, prompt_tokens)
+            return _following(layer, of_layer, meter, prompt_tokens, dense)
 
         def forward(hidden_states: Tensor) -> Tensor:
             x = hidden_states.reshape(-1, layer.hidden_size)
             return meter.add(of_layer(layer, x)).reshape(hidden_states.shape)
 
-        return after_prompt(prompt_tokens, layer.mlp.forward, forward)
+        return after_prompt(prompt_tokens, dense, forward)
 
-    with swapped_forwards({layer.mlp: masked(layer) for layer in layers}):
+    ffns = [ffn_module(layer) for layer in layers]
+    with ExitStack() as stack:
+        forwards = {
+            ffn: in_sequences(masked(layer, ffn.forward), layer.mlp, layer.form, stack)
+            for layer, ffn in zip(layers, ffns, strict=True)
+        }
+        stack.enter_context(calling(layers, ffns))
+        stack.enter_context(swapped_forwards(forwards))
         yield meter
 
 
 def _following(
-    layer: FFNLayer, masks: PromptMasks, meter: CostMeter, prompt_tokens: int
+    layer: FFNLayer, masks: PromptMasks, meter: CostMeter, prompt_tokens: int, dense: Forward
 ) -> Forward:
-    dense: Forward = layer.mlp.forward
-
     def forward(hidden_states: Tensor) -> Tensor:
         prompts, rest = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
         outputs = [
             meter.add(masks.after(layer, prompt)(layer, tokens))
             for prompt, tokens in zip(prompts, rest, strict=True)
         ]
-        return torch.cat([dense(prompts), torch.stack(outputs)], dim=1)
+        return torch.cat([dense(prompts.contiguous()), torch.stack(outputs)], dim=1)
 
     return forward
 

@@ -8,13 +8,15 @@ first tokens densely and the rest sparsely.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sparse_runtime.api import sparse_modules
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.models.ffn_forms import FFNForm
 
 #: Hidden states [B, T, H] -> the FFN's output [B, T, H].
 Forward = Callable[[Tensor], Tensor]
@@ -50,12 +52,41 @@ def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward
         return sparse
 
     def forward(hidden_states: Tensor) -> Tensor:
-        prompt, rest = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
+        parts = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
+        prompt, rest = (part.contiguous() for part in parts)  # Conv1D asks for it
         if rest.shape[1] == 0:
             return dense(prompt)
         return torch.cat([dense(prompt), sparse(rest)], dim=1)
 
     return forward
+
+
+def in_sequences(forward: Forward, module: nn.Module, form: FFNForm, stack: ExitStack) -> Forward:
+    """Make a forward of sequences [B, T, H] one of an FFN that may get them in a row [B·T, H].
+
+    OPT does that to the FFN written out in its decoder layer.
+
+    Args:
+        forward: of sequences.
+        module: the FFN, or the larger module, whose calls say what B and T are.
+        form: of the FFN.
+        stack: for how long the module's calls are watched.
+    """
+    if form.inline is None:
+        return forward
+    shapes: list[torch.Size] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        shapes[:] = [next(given).shape[:-1]]
+
+    stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
+
+    def in_a_row(hidden_states: Tensor) -> Tensor:
+        size = hidden_states.shape[-1]
+        return forward(hidden_states.reshape(*shapes[0], size)).reshape(hidden_states.shape)
+
+    return in_a_row
 
 
 @contextmanager
@@ -69,12 +100,15 @@ def dense_prompts(model: nn.Module, prompt_tokens: int) -> Iterator[None]:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    with swapped_forwards(
-        {
-            module: after_prompt(prompt_tokens, _counted_dense(module), module.forward)
-            for module in sparse_modules(model)
-        }
-    ):
+    if prompt_tokens == 0:
+        yield
+        return
+    with ExitStack() as stack:
+        forwards: dict[nn.Module, Forward] = {}
+        for module in sparse_modules(model):
+            forward = after_prompt(prompt_tokens, _counted_dense(module), module.forward)
+            forwards[module] = in_sequences(forward, module.owner, module.form, stack)
+        stack.enter_context(swapped_forwards(forwards))
         yield
 
 

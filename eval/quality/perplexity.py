@@ -12,6 +12,7 @@ from torch import Tensor
 
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.models.ffn_layers import decoder_of
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # Of a reference's logits; above it its states are kept, and go through the output head in every run.
@@ -147,7 +148,7 @@ def score_text(
     """
     windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    decoder, head = decoder_of(model), model.get_output_embeddings()
     scored_tokens = [scored for _, scored in windows]
     logits_bytes = sum(scored_tokens) * head.out_features * element_size(model.dtype)
     keep_logits = logits_bytes <= _KEPT_BYTES

@@ -29,8 +29,11 @@ Written by `python -m sparse_runtime.eval.report.models_markdown docs/models.md`
 {version}: each type that `AutoModelForCausalLM` or `AutoModelForImageTextToText` knows, made of its
 default config, without memory for weights. FFNs are found in the decoder's layers by the shapes of
 their linear layers, and proven: the module's own forward, run on small matrices, equals
-down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. In planes (`weights=6`) only FFNs with gate
-and up and without biases can run.
+down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. *Inline* ones have no module for
+themselves: up and down are called in the forward of a larger one, such as OPT's decoder layer, which is
+proven to give the same where the FFN is computed apart. *Transposed* ones have weights [in, out], as
+GPT-2's. In planes (`weights=6`) only FFNs with gate and up, in a module of their own and without
+biases, can run.
 
 {supported} of {all} types can run sparse; tests/models/test_model_types.py runs tiny models of them.
 """
@@ -84,6 +87,8 @@ def judged(kind: str, class_name: str) -> ModelType:
     biased = any(linear.bias is not None for linear in layer.linears().values())
     names = ", ".join(f"`{name}`" for name in layer.projections)
     form = f"{layer.form.kind}: {names}; {layer.activation}{', biases' if biased else ''}"
+    form += ", inline" if layer.form.inline is not None else ""
+    form += ", transposed" if layer.form.transposed else ""
     return ModelType(kind, form)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sparse_runtime.cost import CostReport, FFNCost, share_in_bits
-from sparse_runtime.ffn.patch import owners, sparse_ffn_of
+from sparse_runtime.ffn.patch import ffn_parts, owners, sparse_ffn_of
 from sparse_runtime.ffn.rule import DENSE_REASONS
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 
@@ -110,7 +110,8 @@ def bytes_per_token(model: Any) -> float:
         module = sparse_ffn_of(owner)
         read = _per_token(module.cost, read_counts(module))
         if read:
-            total += read - sum(map(_size, owner.parameters()))
+            total += read
+            total -= sum(_size(p) for part in ffn_parts(owner) for p in part.parameters())
     return total
 
 

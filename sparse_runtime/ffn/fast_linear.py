@@ -14,7 +14,7 @@ from typing import TypeVar
 from torch import nn
 
 from sparse_runtime.errors import NothingMatchedError
-from sparse_runtime.ffn.patch import owners
+from sparse_runtime.ffn.patch import ffn_parts, owners
 from sparse_runtime.ffn.plane_modules import PlaneLinear
 from sparse_runtime.kernels import cpu_problem
 from sparse_runtime.kernels.linear import FastLinear, change_class
@@ -47,7 +47,7 @@ def fast_linear(model: ModelT, *, bits: int | None = None) -> ModelT:
         _pack(model, bits)
         if next(model.parameters()).device.type != "cpu":
             return model
-    swap(slow_linears(model, owners(model)))
+    swap(slow_linears(model, [part for owner in owners(model) for part in ffn_parts(owner)]))
     return model
 
 

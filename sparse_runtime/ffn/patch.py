@@ -13,15 +13,24 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sparse_runtime.ffn.projections import own_class
+from sparse_runtime.ffn.projections import drops_values, own_class
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import change_class, has_no_hooks
+from sparse_runtime.models.ffn_forms import FFNForm
 from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.inline import (
+    STATE,
+    InlineForward,
+    attach,
+    can_stand_in,
+    detach,
+    run_inline,
+)
 
 #: Name of the ``SparseFFN`` in the FFN that it makes sparse.
 CHILD = "sparse_ffn"
-# An FFN's own class -> its sparse subclass.
-_CLASSES: dict[type[nn.Module], type[nn.Module]] = {}
+# An FFN's own class, and its form if it is written out in a larger module -> its sparse subclass.
+_CLASSES: dict[tuple[type[nn.Module], FFNForm | None], type[nn.Module]] = {}
 
 
 class SparseForward(nn.Module):
@@ -52,7 +61,9 @@ class SparseForward(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         # Its class has no importable name.
-        return _new, (own_class(self),), self.__dict__
+        form = getattr(type(self), "inline_form", None)
+        state = {name: value for name, value in self.__dict__.items() if name not in STATE}
+        return _new, (own_class(self), form), state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -63,6 +74,36 @@ class SparseForward(nn.Module):
         super()._apply(*args, **kwargs)
         _adopt_anew(self)
         return self
+
+
+class SparseInlineForward(SparseForward, InlineForward):
+    """Of a larger module that has its FFN written out in its forward."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """As the module's own class."""
+        if CHILD in self._modules and not can_stand_in(self):
+            given = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+            self._note_dense(next(given).shape[:-1].numel())
+        return InlineForward.forward(self, *args, **kwargs)
+
+    def _note_dense(self, num_tokens: int) -> None:
+        """Say why a call runs as it stands, as the FFN does where it has a module for itself."""
+        sparse, reason = sparse_ffn_of(self), "patched"
+        if sparse.state.switch.depth > 0:
+            reason = "dense()"
+        elif self.training or drops_values(self, self.inline_form):  # or may, where no one sees it
+            reason = "dropout"
+        else:
+            sparse.stand_back()
+        sparse.count_dense(reason, num_tokens)
+
+    def dense_forward(self, hidden_states: Tensor) -> Tensor:
+        """The FFN by the modules it is made of."""
+        return run_inline(self, self.inline_form, hidden_states)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        attach(self, self.inline_form, sparse_ffn_of(self))
 
 
 def patch(layers: Sequence[FFNLayer], ffns: Sequence[SparseFFN]) -> None:
@@ -76,7 +117,10 @@ def patch(layers: Sequence[FFNLayer], ffns: Sequence[SparseFFN]) -> None:
             ffn.train(mlp.training)
             mlp.register_state_dict_post_hook(_contiguous)
             mlp.register_load_state_dict_post_hook(_adopt_loaded)
-            change_class(mlp, _sparse_class(type(mlp)))
+            inline = None if layer.form.inline is None else layer.form
+            change_class(mlp, _sparse_class(type(mlp), inline))
+            if inline is not None:
+                attach(mlp, inline, ffn)
             ffn.adopt()
     except BaseException:
         for mlp in done:
@@ -93,6 +137,7 @@ def unpatch(owner: nn.Module) -> None:
                 del hooks[key]
     if isinstance(owner, SparseForward):
         change_class(owner, own_class(owner))
+        detach(owner)
     if isinstance(ffn, SparseFFN):
         ffn.release()
 
@@ -109,16 +154,28 @@ def sparse_ffn_of(owner: nn.Module) -> SparseFFN:
     return ffn
 
 
-def _sparse_class(own: type[nn.Module]) -> type[nn.Module]:
-    if own not in _CLASSES:
-        _CLASSES[own] = type(
-            f"Sparse{own.__name__}", (SparseForward, own), {"__module__": __name__}
-        )
-    return _CLASSES[own]
+def ffn_parts(owner: nn.Module) -> list[nn.Module]:
+    """The modules that are a sparse FFN's alone, each with all that it holds."""
+    form = getattr(type(owner), "inline_form", None)
+    if form is None:
+        return [owner]
+    return [part for name in form.projections if (part := owner._modules.get(name)) is not None]
 
 
-def _new(own: type[nn.Module]) -> nn.Module:
-    kind = _sparse_class(own)
+def _sparse_class(own: type[nn.Module], inline: FFNForm | None) -> type[nn.Module]:
+    key = own, inline
+    if key not in _CLASSES:
+        name, fields = f"Sparse{own.__name__}", {"__module__": __name__}
+        if inline is None:
+            _CLASSES[key] = type(name, (SparseForward, own), fields)
+        else:
+            more = {"inline_class": own, "inline_form": inline}
+            _CLASSES[key] = type(name, (SparseInlineForward, own), fields | more)
+    return _CLASSES[key]
+
+
+def _new(own: type[nn.Module], inline: FFNForm | None) -> nn.Module:
+    kind = _sparse_class(own, inline)
     return kind.__new__(kind)
 
 

@@ -167,4 +167,6 @@ def _check_present(places: Places) -> None:
 
 
 def _inputs(place: FFNLayer | LinearPlace) -> tuple[nn.Module, ...]:
-    return (place.mlp, place.down) if isinstance(place, FFNLayer) else (place.linear,)
+    if isinstance(place, FFNLayer):
+        return place.mlp, [*place.own_linears().values()][-1]
+    return (place.linear,)

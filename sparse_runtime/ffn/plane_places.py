@@ -278,7 +278,11 @@ def _check_ffn(layer: FFNLayer) -> None:
     problem = None
     if parametrize.is_parametrized(mlp):
         problem = "is parametrized"
-    if layer.form.kind == "plain":
+    if layer.form.inline is not None:
+        problem = "is written out in a larger module, which planes have no place in"
+    elif layer.form.transposed:
+        problem = "has weights [in, out], which planes are not made for"
+    elif layer.form.kind == "plain":
         problem = "has no gate, which planes are not made for yet"
     for name, module in (("", mlp), *mlp.named_children()):
         if name in layer.projections:
@@ -299,7 +303,7 @@ def _problem(name: str, problem: str | None) -> str | None:
 
 
 def _inside(layers: Sequence[FFNLayer]) -> set[int]:
-    return {id(module) for layer in layers for module in layer.mlp.modules()}
+    return {id(module) for layer in layers for part in layer.parts for module in part.modules()}
 
 
 def _linears(model: nn.Module, inside: set[int]) -> Iterator[LinearPlace]:

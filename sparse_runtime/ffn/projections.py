@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from sparse_runtime.kernels.linear import (
     call_problem,
@@ -24,9 +25,19 @@ def own_class(owner: nn.Module) -> type[nn.Module]:
 
 
 def projection_tensors(owner: nn.Module, form: FFNForm, *names: str) -> list[Tensor | None]:
-    """An FFN's weights, or biases, or both one after the other, in the form's order."""
+    """An FFN's weights [out, in], or biases, or both one after the other, in the form's order."""
     linears: Any = [owner._modules[linear] for linear in form.projections]
-    return [linear._parameters[name] for name in names for linear in linears]
+    tensors = [linear._parameters[name] for name in names for linear in linears]
+    if not form.transposed:
+        return tensors
+    return [tensor.t() if tensor is not None and tensor.ndim == 2 else tensor for tensor in tensors]
+
+
+def weight_by_columns(owner: nn.Module, form: FFNForm) -> Tensor:
+    """The weight that has a neuron in a column: that of down, or transposed ones that of the first."""
+    linear: Any = owner._modules[form.projections[0 if form.transposed else -1]]
+    weight: Tensor = linear._parameters["weight"]
+    return weight
 
 
 def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) -> str | None:
@@ -49,10 +60,25 @@ def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) 
         if weight.device.type == "meta":
             return f"{name} has its weights offloaded"
         expected = sizes[::-1] if name == form.projections[-1] else (rows, sizes[1])
+        expected = expected[::-1] if form.transposed else expected
         if weight.shape != expected:
             return f"{name} has weights {list(weight.shape)}; the clusters are for {list(expected)}"
         kinds.add((weight.dtype, weight.device))
     return "its projections differ in dtype or device" if len(kinds) > 1 else None
+
+
+def drops_values(owner: nn.Module, form: FFNForm) -> bool:
+    """Whether dropout is at work in an FFN, of which the kernels know nothing."""
+    children = owner._modules if form.inline is None else form.inline
+    if any(_is_dropping(owner._modules.get(name)) for name in children):
+        return True
+    return owner.training and any(
+        type(value) is float and value > 0 and "drop" in name for name, value in vars(owner).items()
+    )
+
+
+def _is_dropping(module: nn.Module | None) -> bool:
+    return isinstance(module, _DropoutNd) and module.training and module.p > 0
 
 
 def _problem(linear: nn.Module | None) -> str | None:
@@ -68,7 +94,8 @@ class Seen:
         weights: name, module, weight, version (None for tensors made in inference mode, which have
             none), address and bias of each projection.
         biases: of those that have one: bias, version and address.
-        others: names and modules of its other children (the activation).
+        others: names and modules of its other children (the activation); of an FFN written out in a
+            larger module, of what is called between its projections.
         own: class that the FFN had before it was made sparse.
         forward: of that class.
         held: shares the weights' memory, so that no other tensor gets the same address.
@@ -83,11 +110,11 @@ class Seen:
     held: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, owner: nn.Module, projections: Sequence[str], besides: nn.Module) -> Seen:
-        """Look at a sparse FFN: its projections by name, and all children but ``besides``."""
+    def of(cls, owner: nn.Module, form: FFNForm, besides: nn.Module) -> Seen:
+        """Look at a sparse FFN: its projections, and all its other modules but ``besides``."""
         modules = owner._modules
         weights, biases = [], []
-        for name in projections:
+        for name in form.projections:
             linear = modules[name]
             assert linear is not None
             weight = linear._parameters["weight"]
@@ -98,8 +125,10 @@ class Seen:
                 biases.append((bias, _version(bias), bias.data_ptr()))
         others = tuple(
             (name, module)
-            for name, module in modules.items()
-            if module is not None and name not in projections and module is not besides
+            for name in (modules if form.inline is None else form.inline)
+            if (module := modules.get(name)) is not None
+            and name not in form.projections
+            and module is not besides
         )
         held = tuple(entry[2].detach() for entry in weights)
         held += tuple(bias.detach() for bias, _, _ in biases)
@@ -123,7 +152,7 @@ class Seen:
             if (version is not None and bias._version != version) or bias.data_ptr() != address:
                 return False
         for name, module in self.others:
-            if modules.get(name) is not module or not has_no_hooks(module):
+            if modules.get(name) is not module or not has_no_hooks(module) or _is_dropping(module):
                 return False
         return self.own.forward is self.forward and not has_global_hooks()
 

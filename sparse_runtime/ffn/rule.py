@@ -18,8 +18,17 @@ from dataclasses import dataclass
 #: Why tokens ran dense, in the order of the counters: the call had more tokens than the rule runs
 #: sparsely; inside ``dense(model)``; gradients were recorded; a projection or the FFN is no longer
 #: what the kernels read (adapter, hook, offload, other weights); dtype or device of the call are not
-#: those of the weights (autocast); no backend can run here.
-DENSE_REASONS = ("long call", "dense()", "gradients", "patched", "autocast", "no backend")
+#: those of the weights (autocast); no backend can run here; dropout is at work in the FFN, or may be in
+#: the larger module that it is written out in.
+DENSE_REASONS = (
+    "long call",
+    "dense()",
+    "gradients",
+    "patched",
+    "autocast",
+    "no backend",
+    "dropout",
+)
 
 _SPARSE_TOKENS = {"cpu": 2, "reference": 16}
 _ROW_TOKENS = {"cpu": 16}

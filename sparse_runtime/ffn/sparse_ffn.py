@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -10,16 +9,16 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any
-from weakref import WeakValueDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
 from sparse_runtime.ffn.buffers import FFNBuffers
+from sparse_runtime.ffn.intact import is_intact_now, key_for
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.placement import (
     counters,
@@ -31,7 +30,13 @@ from sparse_runtime.ffn.placement import (
     plain_tensors,
     triton_programs,
 )
-from sparse_runtime.ffn.projections import Seen, projection_problem, projection_tensors
+from sparse_runtime.ffn.projections import (
+    Seen,
+    drops_values,
+    projection_problem,
+    projection_tensors,
+    weight_by_columns,
+)
 from sparse_runtime.ffn.rule import TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
 from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed, needs_gradient
@@ -42,9 +47,6 @@ from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
-# By number, because torch 2.10 takes no module for the argument of what it calls while it traces.
-_BY_KEY: WeakValueDictionary[int, SparseFFN] = WeakValueDictionary()
-_KEYS = itertools.count()
 
 
 class SparseFFN(FFNBuffers):
@@ -55,8 +57,8 @@ class SparseFFN(FFNBuffers):
     every sparse call makes sure that they are still what the kernels take them for; otherwise the FFN
     runs as it stands. Where weights were written to, what was derived from them is made anew.
 
-    The down projection is kept transposed in memory ([I, H] rows behind a [H, I] view), so that a
-    neuron is one contiguous row in all three matrices.
+    The down projection, or a first one with weights [H, I], is kept transposed in memory ([I, H] rows
+    behind a view), so that a neuron is one contiguous row in all matrices.
 
     Attributes:
         layer_index: of the decoder layer.
@@ -96,7 +98,7 @@ class SparseFFN(FFNBuffers):
         self._hidden_size = layer.hidden_size
         self._most_sparse_values = 0.0
         self._decoder_layer = (layer.parent,)
-        self._transposed: tuple[Tensor, ...] = ()  # the down projection's weight, or none
+        self._transposed: tuple[Tensor, ...] = ()  # the weight by columns, or none
         self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
         self.cost = self._own_cost(layer)
         self.density = mean_share(self._clusters.active_sets, layer.intermediate_size)
@@ -220,6 +222,8 @@ class SparseFFN(FFNBuffers):
                 "torch.no_grad() or torch.inference_mode()",
             )
             return "dense", "gradients"
+        if drops_values(self._owner[0], self.form):
+            return "dense", "dropout"
         router_up = self._buffers["router_up"]
         assert router_up is not None
         if not fits(hidden_states, router_up):  # it has the weights' dtype and device
@@ -227,6 +231,11 @@ class SparseFFN(FFNBuffers):
         return path, None if path == "sparse" else "long call"
 
     # What it works on
+
+    @property
+    def owner(self) -> nn.Module:
+        """The FFN, or the larger module that it is written out in."""
+        return self._owner[0]
 
     def _own_weights(self) -> tuple[Tensor, ...]:
         tensors = projection_tensors(self._owner[0], self.form, "weight", "bias")
@@ -301,30 +310,25 @@ class SparseFFN(FFNBuffers):
             if self._seen is not None and not self._seen.is_stale():
                 return self._seen  # another thread was first
             self.forget()
-            self._get_a_key()
+            self._key = key_for(self, self._key)
             sizes = self.cost.intermediate_size, self.cost.hidden_size
             self.problem = projection_problem(self._owner[0], self.form, sizes)
             if self.problem is not None:
                 return None
-            gate, _, down = self._projection_weights()
-            if all(weight is not down for weight in self._transposed):
+            by_columns = weight_by_columns(self._owner[0], self.form)
+            if all(weight is not by_columns for weight in self._transposed):
                 self.release()  # it has been replaced, and goes back as it was
-            if not self._try_to_place(gate.device, gate.dtype):
+            if not self._try_to_place(by_columns.device, by_columns.dtype):
                 self.release()
                 self._buffers["look"] = None
                 return None
-            lay_out(down, transposed=True)
-            self._transposed = (down,)
+            lay_out(by_columns, transposed=True)
+            self._transposed = (by_columns,)
             self._derive()
-            seen = Seen.of(self._owner[0], self.form.projections, self)
+            seen = Seen.of(self._owner[0], self.form, self)
             self._operands = self._flattened()
             self._seen = seen
             return seen
-
-    def _get_a_key(self) -> None:
-        if _BY_KEY.get(self._key) is not self:  # a new one, or a copy
-            self._key = next(_KEYS)
-            _BY_KEY[self._key] = self
 
     def _try_to_place(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether a backend can run where the weights are by now."""
@@ -341,15 +345,15 @@ class SparseFFN(FFNBuffers):
         self._seen = self._operands = None
 
     def has_transposed(self, tensor: Tensor) -> bool:
-        """Whether a tensor is the down projection's weight as it lies in memory now."""
+        """Whether a tensor is the weight that lies in memory by columns now."""
         return not tensor.is_contiguous() and any(
-            tensor.data_ptr() == down.data_ptr() for down in self._transposed
+            tensor.data_ptr() == weight.data_ptr() for weight in self._transposed
         )
 
     def release(self) -> None:
-        """Put the down projection back as it was, whatever module holds it by now."""
-        for down in self._transposed:
-            lay_out(down, transposed=False)
+        """Put that weight back as it was, whatever module holds it by now."""
+        for weight in self._transposed:
+            lay_out(weight, transposed=False)
         self._transposed = ()
 
     def _is_intact(self) -> bool:
@@ -357,7 +361,7 @@ class SparseFFN(FFNBuffers):
         if torch.compiler.is_compiling():
             # Looked at while torch traces; what is traced then guards hooks and modules.
             return (
-                _is_intact_now(self._key) and self._seen is not None and self._seen.change() is None
+                is_intact_now(self._key) and self._seen is not None and self._seen.change() is None
             )
         return self._is_intact_now()
 
@@ -369,10 +373,12 @@ class SparseFFN(FFNBuffers):
             seen = self.adopt()
         reason = self.problem or "it is being changed" if seen is None else seen.change()
         if reason is not None:
-            self._stand_back(reason)
+            self.stand_back(reason)
         return reason is None
 
-    def _stand_back(self, reason: str) -> None:
+    def stand_back(self, reason: str = "") -> None:
+        """Warn that the FFN runs as it stands, the first time; raise if the config is strict."""
+        reason = reason or (self._seen and self._seen.change()) or "it is being changed"
         message = f"{self.name} runs as it stands (dense): {reason}"
         if self.config.strict:
             raise BackendUnavailableError(
@@ -442,8 +448,3 @@ class SparseFFN(FFNBuffers):
     def _apply(self, *args: Any, **kwargs: Any) -> SparseFFN:
         # Tables follow the weights (adopt, called by the FFN's own _apply), in their own dtypes.
         return self
-
-
-@torch.compiler.assume_constant_result
-def _is_intact_now(key: int) -> bool:
-    return _BY_KEY[key]._is_intact_now()

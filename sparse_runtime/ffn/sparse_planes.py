@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_runtime.ffn.intact import key_for
 from sparse_runtime.ffn.placement import mean_share, plain_tensors
 from sparse_runtime.ffn.plane_modules import PlaneFFN
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
@@ -133,7 +134,7 @@ class SparsePlaneFFN(SparseFFN):
         """Place tables beside the streams."""
         with plain_tensors():
             self.forget()
-            self._get_a_key()
+            self._key = key_for(self, self._key)
             owner = self._owner_ffn
             self.problem = None
             if not self._try_to_place(owner.look.device, owner.dtype):

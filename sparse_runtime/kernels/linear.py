@@ -182,17 +182,25 @@ def _class_of(module: nn.Module) -> Any:
 def _is_linear_class(kind: Any) -> bool:
     """Whether a subclass of transformers, such as Falcon's, computes the same; a few numbers tell.
 
-    Those of others stay what they are called: they may hold more than a weight.
+    Its ``Conv1D`` does with its weight transposed. Those of others stay what they are called: they may
+    hold more than a weight.
     """
-    if not issubclass(kind, nn.Linear) or not kind.__module__.startswith("transformers."):
+    transposed = kind.__name__ == "Conv1D"
+    if not kind.__module__.startswith("transformers.") or not (
+        transposed or issubclass(kind, nn.Linear)
+    ):
         return False
     probe = kind.__new__(kind)
     try:
-        nn.Linear.__init__(probe, 6, 4)
+        if transposed:
+            kind.__init__(probe, 4, 6)
+        else:
+            nn.Linear.__init__(probe, 6, 4)
         x = torch.linspace(-2, 2, 18).reshape(1, 3, 6)
         with torch.no_grad():
             found = kind.forward(probe, x)
-            same = torch.allclose(found, F.linear(x, probe.weight, probe.bias), atol=1e-6)
+            weight = probe.weight.t() if transposed else probe.weight
+            same = torch.allclose(found, F.linear(x, weight, probe.bias), atol=1e-6)
     except Exception:
         return False
     if same:

@@ -7,17 +7,19 @@ down(act(gate·x)) where there is no second matrix.
 
 from __future__ import annotations
 
-import functools
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.dropout import _DropoutNd
 
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
+from sparse_runtime.models.transposed import is_linear, is_transposed, linear_sizes
 
 # Sizes of the small matrices; no multiple of each other, and unlike any real size.
 _H, _I = 6, 10
@@ -34,10 +36,16 @@ class FFNForm:
         kind: ``gated``: gate, up and down; ``fused``: one whose first half of rows is gate and the
             second up, and down; ``plain``: one, called gate like those that the activation is of, and
             down.
+        transposed: their weights are [in, out], as GPT-2's.
+        inline: of an FFN written out in the forward of a larger module
+            (``sparse_runtime.models.inline``): modules called in between, by name, in order. None of
+            one that has a module for itself.
     """
 
     projections: tuple[str, ...]
     kind: Literal["gated", "fused", "plain"] = "gated"
+    transposed: bool = False
+    inline: tuple[str, ...] | None = None
 
     @property
     def matrices(self) -> int:
@@ -110,20 +118,13 @@ class LinearRows:
         return F.linear(x, self.weight, self.bias)
 
 
-def is_linear(module: nn.Module | None) -> bool:
-    """Whether a module maps vectors by a matrix, as ``nn.Linear`` and what stands in for it do."""
-    return isinstance(getattr(module, "in_features", None), int) and isinstance(
-        getattr(module, "out_features", None), int
-    )
-
-
 def forms_of(module: nn.Module) -> list[FFNForm]:
     """How a module's own linear layers could be an FFN's, by their shapes."""
     linears = {name: child for name, child in module.named_children() if is_linear(child)}
-    sizes: dict[str, tuple[int, int]] = {
-        name: (child.in_features, child.out_features)  # type: ignore[misc]
-        for name, child in linears.items()
-    }
+    sizes = {name: linear_sizes(child) for name, child in linears.items()}
+    turned = [is_transposed(child) for child in linears.values()]
+    if any(turned) and not (all(turned) and len(linears) == 2):
+        return []
     if len(linears) == 3:
         return [
             FFNForm((gate, up, down))
@@ -135,15 +136,22 @@ def forms_of(module: nn.Module) -> list[FFNForm]:
         for first, down in itertools.permutations(linears):
             size, rows = sizes[first]
             if (size, rows) == (sizes[down][1], 2 * sizes[down][0]):
-                forms.append(FFNForm((first, down), "fused"))
+                forms.append(FFNForm((first, down), "fused", transposed=any(turned)))
             if (size, rows) == sizes[down][::-1]:
-                forms.append(FFNForm((first, down), "plain"))
+                forms.append(FFNForm((first, down), "plain", transposed=any(turned)))
         return forms
     return []
 
 
-# Weight and bias.
-_Linear = tuple[Tensor, Tensor | None]
+class SmallLinear(NamedTuple):
+    """A small matrix in place of a linear layer's, [rows, size], with a bias or None."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [..., size] to [..., rows]."""
+        return F.linear(x, self.weight, self.bias)
 
 
 @dataclass(frozen=True)
@@ -182,20 +190,11 @@ def prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> 
 
 
 def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) -> Proof:
-    generator = torch.Generator().manual_seed(0)
     form = forms[0]
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    x, given = random(1, 3, _H), {}
-    for name in form.projections:
-        rows, size = (_H, _I) if name == form.projections[-1] else (form.first_rows(_I), _H)
-        biased = getattr(module._modules[name], "bias", None) is not None
-        given[name] = random(rows, size), random(rows) if biased else None
+    x, given = small_linears(module, form, device)
     try:
         with torch.no_grad(), torch.autocast(device.type, enabled=False):
-            found = _run(module, given, x)
+            found = _run(module, given, form, x)
             trials = list(_trials(forms, given, x))
     except Exception as error:
         reason = f"tried on small matrices, it raises {error!r}{_extras(module, form)}"
@@ -216,32 +215,80 @@ def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) ->
     )
 
 
-def _run(module: nn.Module, linears: dict[str, _Linear], x: Tensor) -> Any:
-    own = type(module)
-    probe = own.__new__(own)
+def small_linears(
+    module: nn.Module, form: FFNForm, device: torch.device
+) -> tuple[Tensor, dict[str, SmallLinear]]:
+    """Small hidden states [1, 3, H'], and a small matrix for each of an FFN's linear layers by name."""
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    x, given = random(1, 3, _H), {}
+    for name in form.projections:
+        rows, size = (_H, _I) if name == form.projections[-1] else (form.first_rows(_I), _H)
+        biased = getattr(module._modules[name], "bias", None) is not None
+        given[name] = SmallLinear(random(rows, size), random(rows) if biased else None)
+    return x, given
+
+
+def small_probe(module: nn.Module, kind: type[nn.Module], form: FFNForm) -> nn.Module:
+    """An object of a class with a module's attributes, small sizes in place of its H and I."""
+    probe = kind.__new__(kind)
     probe.__dict__.update(module.__dict__)
-    sizes = _own_sizes(module, list(linears))
+    sizes = _own_sizes(module, form.projections)
     for name, value in module.__dict__.items():
         if type(value) is int and value in sizes:  # which some split by
             probe.__dict__[name] = sizes[value]
     probe.__dict__["training"] = False
+    return probe
+
+
+def activation_of(
+    form: FFNForm, given: dict[str, SmallLinear], x: Tensor, found: Tensor
+) -> str | None:
+    """The activation by which small matrices give what was found; None if that is none known."""
+    bound = _TOLERANCE * max(1.0, float(found.abs().max()))
+    return next(
+        (
+            activation
+            for (_, activation), expected in _trials([form], given, x)
+            if float((found - expected).abs().max()) <= bound
+        ),
+        None,
+    )
+
+
+def _run(module: nn.Module, linears: dict[str, SmallLinear], form: FFNForm, x: Tensor) -> Any:
+    own = type(module)
+    probe = small_probe(module, own, form)
     probe.__dict__["_modules"] = {
-        name: child and child.forward for name, child in module._modules.items()
+        name: child and without_dropout(child).forward for name, child in module._modules.items()
     }
-    for name, (weight, bias) in linears.items():
-        probe._modules[name] = functools.partial(F.linear, weight=weight, bias=bias)  # type: ignore[assignment]
+    probe.__dict__["_modules"].update(linears)
     # Of a module that is sparse already, what it was before.
     return getattr(own, "dense_forward", own.forward)(probe, x)
 
 
 def _own_sizes(module: nn.Module, names: Sequence[str]) -> dict[int, int]:
     """A module's H and I, each with the small one that stands for it."""
-    down: Any = module._modules[names[-1]]
-    return {down.out_features: _H, down.in_features: _I}
+    down = module._modules[names[-1]]
+    assert down is not None
+    size, rows = linear_sizes(down)
+    return {rows: _H, size: _I}
+
+
+def without_dropout(module: nn.Module) -> nn.Module:
+    """A module, or one like it for the probe that drops nothing."""
+    if not (module.training and isinstance(module, _DropoutNd)):
+        return module
+    calm = copy.copy(module)
+    calm.training = False
+    return calm
 
 
 def _trials(
-    forms: Sequence[FFNForm], given: dict[str, _Linear], x: Tensor
+    forms: Sequence[FFNForm], given: dict[str, SmallLinear], x: Tensor
 ) -> Iterator[tuple[tuple[FFNForm, str], Tensor]]:
     for form in forms:
         weights, biases = zip(*(given[name] for name in form.projections), strict=True)

@@ -17,11 +17,19 @@ from sparse_runtime.models.ffn_forms import (
     LLAMA,
     FFNForm,
     LinearRows,
+    Proof,
     forms_of,
-    is_linear,
     prove,
 )
+from sparse_runtime.models.inline import inline_class
+from sparse_runtime.models.inline_proof import prove_inline
 from sparse_runtime.models.int8_linears import int8_problem, is_int8
+from sparse_runtime.models.transposed import (
+    TransposedLinear,
+    is_linear,
+    is_transposed,
+    linear_sizes,
+)
 
 # Names of stacked experts' matrices [E, …] in transformers.
 _EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "input_linear")
@@ -34,7 +42,9 @@ class FFNLayer:
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; without a gate, ``gate`` is what the
     activation is of, and ``up`` None. ``parent`` holds ``mlp`` under the attribute ``attribute``, and
     ``form`` says which linear layers of ``mlp`` they are. Of an FFN whose weights are packed in planes
-    (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them.
+    (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them. Where the FFN is written out in a
+    larger module (``form.inline``), ``mlp`` is that module; ``sparse_runtime.models.inline_calls`` has
+    what to call.
     """
 
     index: int
@@ -42,9 +52,9 @@ class FFNLayer:
     parent: nn.Module
     attribute: str
     mlp: nn.Module
-    gate: nn.Linear | LinearRows
+    gate: nn.Linear | LinearRows | TransposedLinear
     up: nn.Linear | LinearRows | None
-    down: nn.Linear
+    down: nn.Linear | TransposedLinear
     activation: str
     form: FFNForm = LLAMA
 
@@ -61,7 +71,7 @@ class FFNLayer:
     @property
     def int8(self) -> bool:
         """Whether some of its projections are int8 rows with scales."""
-        return any(map(is_int8, self.linears().values()))
+        return any(map(is_int8, self.own_linears().values()))
 
     @property
     def hidden_size(self) -> int:
@@ -97,10 +107,19 @@ class FFNLayer:
         """Of its planes; None for float weights."""
         return None if self.format is None else self.format.bits
 
-    def linears(self) -> dict[str, nn.Linear]:
-        """Its linear layers by their names in the FFN; none if it is packed."""
-        modules = self.mlp._modules
-        return {} if self.packed else {name: modules[name] for name in self.projections}  # type: ignore[misc]
+    def linears(self) -> dict[str, Any]:
+        """Its linear layers by their names in the FFN, with weights [out, in]; none if it is packed."""
+        return {name: _with_rows(module) for name, module in self.own_linears().items()}
+
+    def own_linears(self) -> dict[str, nn.Module]:
+        """The modules of :meth:`linears`, whatever they are."""
+        modules: Any = self.mlp._modules
+        return {} if self.packed else {name: modules[name] for name in self.projections}
+
+    @property
+    def parts(self) -> list[nn.Module]:
+        """The modules that are the FFN's alone, each with all that it holds."""
+        return [self.mlp] if self.form.inline is None else [*self.own_linears().values()]
 
     def down_rows(self) -> Tensor:
         """The last of :meth:`rows` alone: values of gate and up would take twice its memory again."""
@@ -230,12 +249,27 @@ def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tu
     return selected
 
 
+def decoder_of(model: nn.Module) -> nn.Module:
+    """What gives the hidden states that a model's output embeddings turn into logits.
+
+    Raises:
+        UnsupportedArchitectureError: there is more between the two than the output embeddings.
+    """
+    decoder: nn.Module = model.get_decoder()  # type: ignore[operator]
+    if is_linear(decoder):
+        raise UnsupportedArchitectureError(
+            f"the head of {type(model).__name__} is more than one matrix, and builds and perplexities "
+            "need its last hidden states; expected a model whose get_decoder() gives them"
+        )
+    return decoder
+
+
 def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Module]:
     """The longest list of modules at the top of the decoder, in terms of what its members hold."""
     decoder: Any = model
     if callable(getattr(model, "get_decoder", None)):
         decoder = model.get_decoder()  # type: ignore[operator]
-    if id(decoder) not in names:
+    if id(decoder) not in names or is_linear(decoder):  # of ModernBERT, a part of the head
         decoder = model
     lists: dict[int, list[nn.ModuleList]] = {}
     for name, module in decoder.named_modules():
@@ -263,16 +297,17 @@ def _ffn_of(
         forms = forms_of(module)
         if not forms:
             continue
-        down: Any = module._modules[forms[0].projections[-1]]
-        proof = prove(module, forms, _device(down))
+        proof = _proof(module, forms, is_layer=module is decoder_layer)
+        size, rows = linear_sizes(module._modules[forms[0].projections[-1]])  # type: ignore[arg-type]
         if proof.activation is not None:
             proven.append(_layer(index, name, module, model, proof.form, proof.activation))
-        elif down.in_features != down.out_features:  # square ones are more often attention's
+        elif size != rows:  # square ones are more often attention's
             refused.append(
                 f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} does "
                 f"not compute {_FORMULAS[forms[0].kind]} with {_listed(module)}: {proof.reason}"
             )
-    # Adapters beside it are narrow.
+    # Adapters beside it are narrow, or have their norm with them.
+    proven = [layer for layer in proven if layer.form.inline is None] or proven
     widest = max((layer.intermediate_size for layer in proven), default=0)
     proven = [layer for layer in proven if 4 * layer.intermediate_size > widest]
     if len(proven) > 1:
@@ -286,6 +321,18 @@ def _ffn_of(
             "this FFN cannot run sparse"
         )
     return proven[0] if proven else None
+
+
+def _proof(module: nn.Module, forms: Sequence[FFNForm], *, is_layer: bool) -> Proof:
+    """That a module is an FFN, or that one is written out in its forward."""
+    device = _device(module._modules[forms[0].projections[-1]])  # type: ignore[arg-type]
+    if inline_class(module) is not None:
+        return prove_inline(module, forms, device)
+    whole = prove(module, forms, device)
+    if whole.activation is not None:
+        return whole
+    inline = prove_inline(module, forms, device)
+    return inline if inline.activation is not None or is_layer else whole
 
 
 _FORMULAS = {
@@ -313,25 +360,31 @@ def _device(linear: nn.Module) -> torch.device:
 def _listed(module: nn.Module) -> str:
     """Names and sizes of a module's linear layers."""
     linears = [(name, child) for name, child in module.named_children() if is_linear(child)]
-    return ", ".join(f"{name} [{c.out_features}, {c.in_features}]" for name, c in linears)
+    sizes = [(name, *linear_sizes(child)) for name, child in linears]
+    return ", ".join(f"{name} [{rows}, {size}]" for name, size, rows in sizes)
+
+
+def _with_rows(linear: Any) -> Any:
+    """A linear layer, or one in its place whose weights are [out, in]."""
+    return TransposedLinear(linear) if is_transposed(linear) else linear
 
 
 def _layer(
     index: int, name: str, mlp: nn.Module, model: nn.Module, form: FFNForm, activation: str
 ) -> FFNLayer:
     parent_name, _, attribute = name.rpartition(".")
-    first, *rest = linears = [mlp._modules.get(part) for part in form.projections]
+    first, *rest = linears = [_with_rows(mlp._modules.get(part)) for part in form.projections]
     gate: Any = first
     up: Any = rest[0] if form.kind == "gated" else None
     down: Any = linears[-1]
     if form.kind == "fused" and first is not None:
-        gate, up = LinearRows(first, second=False), LinearRows(first, second=True)  # type: ignore[arg-type]
+        gate, up = LinearRows(first, second=False), LinearRows(first, second=True)
     parent = model.get_submodule(parent_name)
     return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, form)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
-    for name, linear in layer.linears().items():
+    for name, linear in layer.own_linears().items():
         rounded = is_int8(linear)
         known = int8 and rounded and layer.form.kind == "gated"
         problem = int8_problem(linear) if known else weight_problem(linear)

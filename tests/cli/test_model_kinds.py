@@ -11,7 +11,7 @@ from sparse_runtime import ClusterSet
 WINDOW = 32
 
 
-@pytest.fixture(params=["qwen3", "gemma3", "phi3", "smollm3", "phi", "arcee"])
+@pytest.fixture(params=["qwen3", "gemma3", "phi3", "smollm3", "phi", "arcee", "opt", "gpt2"])
 def folder(request, tiny_tokenizer, tmp_path):
     path = tmp_path / request.param
     tiny_model_of_type(request.param).save_pretrained(path)
@@ -24,7 +24,7 @@ def test_build_to_bench(run, folder, tmp_path):
     text = tmp_path / "text.txt"
     text.write_text("".join(f"line {number} of a text\n" for number in range(400)))
     clusters, figures = tmp_path / "clusters", tmp_path / "figures.json"
-    packable = folder.name not in ("phi", "arcee")
+    packable = folder.name not in ("phi", "arcee", "opt", "gpt2")
     code, _, err = run(
         *("build", folder, "-o", clusters, "--data", text, "--clusters", 4, "--window", WINDOW),
         *("--max-tokens", 1280, "--router", "4", "--distill", 2, "--dtype", "float32"),
@@ -54,4 +54,4 @@ def test_build_to_bench(run, folder, tmp_path):
         assert code == 0, err
     else:
         assert code == 1
-        assert "has no gate" in err
+        assert "has no gate" in err or "is written out" in err or "weights [in, out]" in err

@@ -18,11 +18,16 @@ gemma3_text granite granite_swa helium hyperclovax internlm3 iquestcoder lfm2 ll
 ministral3 mistral mllama olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma
 youtu
 """.split()  # noqa: SIM905
-FUSED = ["glm", "glm4", "phi3", "phi4_multimodal"]
+FUSED = ["glm", "glm4", "modernbert-decoder", "phi3", "phi4_multimodal"]
 #: Without a gate, with biases or not.
 PLAIN = """
-arcee codegen falcon gpt_neo gpt_neox gpt_neox_japanese gptj jais2 nanochat nemotron persimmon phi
-starcoder2
+arcee codegen falcon gpt2 gpt_bigcode gpt_neo gpt_neox gpt_neox_japanese gptj jais2 nanochat nemotron
+openai-gpt persimmon phi starcoder2
+""".split()  # noqa: SIM905
+#: Without a gate, written out in the forward of a larger module.
+INLINE = """
+bart bigbird_pegasus biogpt blenderbot blenderbot-small bloom marian mbart mpt mvp opt pegasus plbart
+trocr whisper xglm xlnet
 """.split()  # noqa: SIM905
 #: A language model inside of one for images, or more.
 WRAPPERS = """
@@ -32,7 +37,7 @@ lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 molmo2
 moss_transcribe_diarize muse_glimmer ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_vl
 qwen2_vl qwen3_vl shieldgemma2 smolvlm video_llama_3 video_llava vipllava
 """.split()  # noqa: SIM905
-KINDS = [*GATED, *FUSED, *PLAIN, *WRAPPERS]
+KINDS = [*GATED, *FUSED, *PLAIN, *INLINE, *WRAPPERS]
 BIASED = ["gpt_neox", "phi", "starcoder2"]
 
 
@@ -46,7 +51,7 @@ def test_a_model_of_this_type(kind, tmp_path):
     model = tiny_model_of_type(kind)
     layers = find_ffn_layers(model)
     assert {layer.hidden_size for layer in layers} == {32}
-    expected = "fused" if kind in FUSED else "plain" if kind in PLAIN else "gated"
+    expected = "fused" if kind in FUSED else "plain" if kind in (*PLAIN, *INLINE) else "gated"
     assert {layer.form.kind for layer in layers} == {expected}
     assert not any("vision" in layer.name for layer in layers)
     before, expected = copy.deepcopy(model), logits(model)
@@ -112,12 +117,9 @@ def test_planes_are_refused_by_name(kind, reason):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        (
-            "opt",
-            r"model.decoder.layers.0: the forward of .*OPTDecoderLayer does not compute down\(act",
-        ),
         ("mixtral", r"layers.0.mlp.experts \(MixtralExperts\) is a mixture of experts"),
-        ("gpt2", r"holds an FFN: .*linear layers"),
+        ("bert", r"holds an FFN: .*linear layers.* \(the nearest is .*\(BertOutput\)"),
+        ("kosmos-2", r"Kosmos2TextFFN does not .*raises .*has ffn_layernorm \(LayerNorm\)"),
         ("bitnet", r"BitNetMLP does not .*it raises .*Beside its projections it has ffn_sub_norm"),
     ],
 )

@@ -31,8 +31,11 @@ def load_cpu_library() -> bool:
     return True
 
 
-def _like_x(x: Tensor, w_gate: Tensor, w_up: Tensor, w_down_t: Tensor, *extras: object) -> Tensor:
-    _check_devices(x, w_gate, w_up, w_down_t, *(e for e in extras if isinstance(e, Tensor)))
+def _like_x(
+    x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down_t: Tensor, *extras: object
+) -> Tensor:
+    given = (extra for extra in (w_up, *extras) if isinstance(extra, Tensor))
+    _check_devices(x, w_gate, w_down_t, *given)
     return x.new_empty(x.shape)
 
 

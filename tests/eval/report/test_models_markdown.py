@@ -10,13 +10,12 @@ def test_a_page():
     assert types[0].form == "gated: `gate_proj`, `up_proj`, `down_proj`; silu"
     assert types[1].form == "fused: `gate_up_proj`, `down_proj`; silu"
     assert types[2].form == "plain: `fc1`, `fc2`; gelu_tanh, biases"
-    assert types[3].form is None
-    assert "OPTDecoderLayer does not compute down(act(up(x)))" in types[3].reason
+    assert types[3].form == "plain: `fc1`, `fc2`; relu, biases, inline"
     assert "is a mixture of experts" in types[4].reason
     broken = judged("none", "NoModel")
     assert broken.form is None
     assert broken.reason.startswith("its default config makes no model")
     text = models_markdown([*types, broken], "5.0")
-    assert "3 of 6 types can run sparse" in text
+    assert "4 of 6 types can run sparse" in text
     assert "| phi3 | fused: `gate_up_proj`, `down_proj`; silu |" in text
     assert "| mixtral | model.layers.0.mlp.experts (MixtralExperts) is a mixture" in text
