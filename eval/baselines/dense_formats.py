@@ -135,6 +135,7 @@ class DensePlanes:
                     layer.hidden_size,
                     layer.intermediate_size,
                     0,
+                    matrices=layer.form.matrices,
                     base=form.base,
                     residual=form.residual,
                 )

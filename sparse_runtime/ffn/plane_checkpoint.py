@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from sparse_runtime.errors import ModelError
-from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneModule
-from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.ffn.plane_modules import BIASES, PlaneFFN, PlaneModule
+from sparse_runtime.kernels.planes import PLANE_BITS, PlaneFormat
 from sparse_runtime.printable import printable
 
 _REMEDY = (
@@ -26,7 +26,8 @@ _REMEDY = (
 )
 _SUFFIX = ".safetensors"
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_BITS = (3, 4, 5, 6, 7, 8)
+# What no float model calls a tensor.
+_OWN_NAMES = ("look", "count", "refine", "planes", *BIASES[1:])
 # Of <sys/mman.h>: Python's mmap has it for its own mappings alone.
 _DONTNEED = 4
 # Of a header, as safetensors itself limits it.
@@ -45,6 +46,8 @@ class Found:
 def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> None:
     """Check that files hold all planes of a model, as bytes of the right sizes, and no others.
 
+    Biases of packed FFNs are checked as floats.
+
     Args:
         model: with packed modules, on whatever device.
         files: of the checkpoint.
@@ -62,14 +65,18 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
                 continue
             name = f"{module_name}.{plane}"
             known.add(_bare(name, prefix))
-            wanted = f"uint8 {list(parameter.shape)} for {_title(module.format)}"
+            floats, shape = plane in BIASES, list(parameter.shape)
+            dtypes = _FLOATS if floats else ("U8",)
+            wanted = f"F16, BF16 or F32 {shape}"
+            if not floats:
+                wanted = f"uint8 {shape} for {_title(module.format)}"
             if _bare(name, prefix) not in found:
                 raise ModelError(
                     f"{name} is missing{_instead(module_name, found, prefix)}; expected "
                     f"{wanted}. {_REMEDY}"
                 )
             tensor = found[_bare(name, prefix)][1]
-            if tensor.dtype != "U8" or tensor.shape != tuple(parameter.shape):
+            if tensor.dtype not in dtypes or tensor.shape != tuple(parameter.shape):
                 raise ModelError(
                     f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)}"
                     f"{_other_bits(module, plane, tensor)}; expected {wanted}. {_REMEDY}"
@@ -79,7 +86,7 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
         original, tensor = found[name]
         module_name, _, plane = name.rpartition(".")
         # A model may lack modules of the checkpoint, as a base model lacks the head.
-        if module_name in modules and plane in ("look", "count", "refine", "planes"):
+        if module_name in modules and plane in _OWN_NAMES:
             raise ModelError(
                 f"{tensor.file}: {printable(original)} is {tensor.dtype} {list(tensor.shape)}, but by "
                 f"config.json there is no such tensor{_expected_formats(packed.values())}. {_REMEDY}"
@@ -191,13 +198,13 @@ def _instead(module: str, found: Mapping[str, tuple[str, Found]], prefix: str) -
 
 def _other_bits(module: PlaneModule, plane: str, tensor: Found) -> str:
     """Which formats a tensor of other sizes fits."""
-    if tensor.dtype != "U8" or len(tensor.shape) != 2:
+    if tensor.dtype != "U8" or len(tensor.shape) != 2 or plane in BIASES:
         return ""
     fitting = []
-    for bits in _BITS:
+    for bits in PLANE_BITS:
         form = PlaneFormat.of_bits(bits)
         if isinstance(module, PlaneFFN):
-            size = getattr(form, f"{plane}_size")(module.hidden_size)
+            size = module.record_sizes(form)[plane]
         else:
             size = form.linear_size(getattr(module, "in_features"))  # noqa: B009
         if tensor.shape[1] == size:
