@@ -19,7 +19,7 @@ def test_bytes_of_a_token():
 
 
 def test_bytes_without_a_gate():
-    # Two rows of 576 weights a neuron; in planes of 4 + 2 bits one group is 32 + 16 bytes and 2 of scale.
+    # Two rows of 576 weights a neuron; in 4 + 2 bits a group has 32 + 16 bytes, and 2 of scale.
     floats = FFNCost(576, 1536, 0, verified=True, matrices=1)
     assert floats.dense_bytes == 1536 * 2 * 576 * 2
     assert floats.look_bytes == 9 * 34

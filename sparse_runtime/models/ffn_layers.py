@@ -239,6 +239,11 @@ def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tu
     return selected
 
 
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """A model's decoder layers, in order; none where it has no list of them."""
+    return _decoder_layers(model, {id(module): name for name, module in model.named_modules()})
+
+
 def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Module]:
     """The longest list of modules at the top of the decoder, in terms of what its members hold."""
     decoder: Any = model
