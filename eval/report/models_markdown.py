@@ -29,8 +29,8 @@ Written by `python -m sparse_runtime.eval.report.models_markdown docs/models.md`
 {version}: each type that `AutoModelForCausalLM` or `AutoModelForImageTextToText` knows, made of its
 default config, without memory for weights. FFNs are found in the decoder's layers by the shapes of
 their linear layers, and proven: the module's own forward, run on small matrices, equals
-down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. In planes (`weights=6`) only FFNs with gate
-and up and without biases can run.
+down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. All of them can run over float weights and
+in planes (`weights=6`).
 
 {supported} of {all} types can run sparse; tests/models/test_model_types.py runs tiny models of them.
 """

@@ -128,12 +128,16 @@ def staged(layer, x, module):
 
 
 @needs_library
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 @pytest.mark.parametrize("cluster_bias", [False, True])
 @pytest.mark.parametrize("kind", [*KINDS, "fused biased"])
 class TestSparse:
     def test_candidates_alone(self, kind, cluster_bias, backend):
         """And the bias of down, once, beside the clusters' own."""
+        if backend == "triton":
+            triton_ffn = pytest.importorskip("sparse_runtime.kernels.triton.ffn")
+            if not triton_ffn.INTERPRETED:
+                pytest.skip("TRITON_INTERPRET was not set")
         model = tiny(kind)
         clusters = random_cluster_set(model, 0.5)
         for layer in clusters.layers.values():
