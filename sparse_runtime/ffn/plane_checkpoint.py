@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,9 @@ class Found:
     shape: tuple[int, ...]
 
 
-def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> None:
+def check_packed_files(
+    model: nn.Module, files: Iterable[str], prefix: str, renamed: Callable[[str], str]
+) -> None:
     """Check that files hold all planes of a model, as bytes of the right sizes, and no others.
 
     Biases of packed FFNs are checked as floats.
@@ -52,11 +54,14 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
         model: with packed modules, on whatever device.
         files: of the checkpoint.
         prefix: of the base model (``model``), which a checkpoint may have or lack.
+        renamed: gives the model's name for a checkpoint's, apart from the prefix.
 
     Raises:
         ModelError: they do not; the message names the tensor, what was found and what was expected.
     """
-    found = {_bare(name, prefix): (name, tensor) for name, tensor in _tensors(files).items()}
+    found = {
+        _bare(renamed(name), prefix): (name, tensor) for name, tensor in _tensors(files).items()
+    }
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PlaneModule)}
     known = set()
     for module_name, module in packed.items():
@@ -93,7 +98,9 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
             )
 
 
-def check_float_files(files: Iterable[str], names: Iterable[str], prefix: str) -> None:
+def check_float_files(
+    files: Iterable[str], names: Iterable[str], prefix: str, renamed: Callable[[str], str]
+) -> None:
     """Check that the weights that are to be packed are floats, and that the files are whole.
 
     transformers casts what it reads to the model's dtype, the codes of other formats too.
@@ -102,13 +109,14 @@ def check_float_files(files: Iterable[str], names: Iterable[str], prefix: str) -
         files: of the checkpoint; any but safetensors are left out.
         names: of the weights.
         prefix: of the base model, which a checkpoint may have or lack.
+        renamed: gives the model's name for a checkpoint's, apart from the prefix.
 
     Raises:
         ModelError: a file is damaged, or a weight is something else.
     """
     wanted = {_bare(name, prefix) for name in names}
     for name, tensor in _tensors(f for f in files if f.endswith(_SUFFIX)).items():
-        if _bare(name, prefix) in wanted and tensor.dtype not in _FLOATS:
+        if _bare(renamed(name), prefix) in wanted and tensor.dtype not in _FLOATS:
             raise ModelError(
                 f"{tensor.file}: {printable(name)} is {tensor.dtype}; expected F16, BF16 or F32. "
                 "Weights of a quantized checkpoint are not rounded again; load the float one that it "

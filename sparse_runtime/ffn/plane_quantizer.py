@@ -95,10 +95,10 @@ class PlaneQuantizer(HfQuantizer):
             self._await(linear, place.name, prefix)
         self._files = checkpoint_files or []
         if self.pre_quantized and self._files:
-            check_packed_files(model, self._files, prefix)
+            check_packed_files(model, self._files, prefix, _renaming(model))
         else:
             names = [f"{name}.{part}" for name, parts in self._waiting.items() for part in parts]
-            check_float_files(self._files, names, prefix)
+            check_float_files(self._files, names, prefix, _renaming(model))
 
     def _await(self, module: PlaneModule, name: str, prefix: str) -> None:
         """Have a module's weights packed when they come; an FFN's biases come with them."""
@@ -285,6 +285,15 @@ def _check_when_merging() -> None:
 
 
 _check_when_merging()
+
+
+def _renaming(model: Any) -> Callable[[str], str]:
+    """How transformers renames a checkpoint's tensors of a model type, as of many wrappers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
+    return lambda name: rename_source_key(name, steps, [])[0]
 
 
 def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:
