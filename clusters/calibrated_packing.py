@@ -20,6 +20,7 @@ from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.ffn.plane_restoring import Packing
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
+from sparse_runtime.models.ffn_layers import decoder_layers
 from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -62,7 +63,7 @@ def pack_calibrated(
         raise ConfigError(
             f"calibration windows are {list(windows.shape)}; expected [W, window] with one at least"
         )
-    layers = _decoder_layers(model)
+    layers = decoder_layers(model)
     total = (len(layers) + (linears is not None)) * len(windows)
     with (progress or SilentProgress()).task("pack", total) as advance:
         return pack_model(
@@ -79,7 +80,7 @@ class _ByLayer:
     """Measures a layer when its first module is to be packed, and what is outside of layers last."""
 
     def __init__(
-        self, model: Any, layers: nn.ModuleList, windows: Tensor, full: bool, advance: Advance
+        self, model: Any, layers: Sequence[nn.Module], windows: Tensor, full: bool, advance: Advance
     ) -> None:
         self._model, self._layers, self._windows = model, layers, windows
         self._full, self._advance = full, advance
@@ -179,16 +180,6 @@ def _measured(
             handle.remove()
 
 
-def _decoder_layers(model: Any) -> nn.ModuleList:
-    layers = getattr(model.get_decoder(), "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise UnsupportedArchitectureError(
-            f"the decoder of this {type(model).__name__} keeps no list named 'layers', through which "
-            "calibration text could go one layer at a time; pack it without calibration text"
-        )
-    return layers
-
-
 class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
 
@@ -199,7 +190,7 @@ class _Replay:
     Windows of one length get the same masks and positions, so that those of the first one serve all.
     """
 
-    def __init__(self, model: Any, layers: nn.ModuleList, windows: Tensor) -> None:
+    def __init__(self, model: Any, layers: Sequence[nn.Module], windows: Tensor) -> None:
         self._model, self._layers = model, layers
         self._windows = windows[:, None].to(model.device)
         self._states: list[Tensor] = []
@@ -207,6 +198,12 @@ class _Replay:
         self._tuples = False
 
         def keep(layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+            if not arguments:
+                raise UnsupportedArchitectureError(
+                    f"the decoder layers of this {type(model).__name__} take hidden states by name, so "
+                    "that calibration text cannot go one layer at a time; pack it without calibration "
+                    "text"
+                )
             if layer is layers[0]:
                 self._states.append(arguments[0])
             if len(self._arguments) == len(layers):

@@ -68,9 +68,9 @@ def layer_cost(
     extra += (config.cluster_bias + 2 * correction_rank) * layer.hidden_size
     sizes = (layer.hidden_size, layer.intermediate_size, extra)
     if config.weights is None:
-        return FFNCost(*sizes, verified=config.verify)
+        return FFNCost(*sizes, verified=config.verify, matrices=layer.form.matrices)
     form = PlaneFormat.of_bits(config.weights)
-    return PlaneCost(*sizes, base=form.base, residual=form.residual)
+    return PlaneCost(*sizes, matrices=layer.form.matrices, base=form.base, residual=form.residual)
 
 
 def set_size_for(

@@ -62,8 +62,8 @@ def base_error(layer: FFNLayer, hidden_states: Tensor, neuron_weights: Tensor | 
     base_gate, base_up, base_down_t = layer.rows(base=True)
     x = hidden_states[:: max(1, len(hidden_states) // _ERROR_TOKENS)].float().to(gate.device)
     weights = down_t.norm(dim=1) if neuron_weights is None else neuron_weights.to(gate.device)
-    look = activations(x, base_gate, base_up, layer.activation) * weights
-    full = activations(x, gate, up, layer.activation) * weights
+    look = activations(x, base_gate, base_up, layer.activation, *layer.biases) * weights
+    full = activations(x, gate, up, layer.activation, *layer.biases) * weights
     matters = look.square() > look.square().mean()
     whole = full[matters].square().sum().clamp_min(1e-30)
     error = (full - look)[matters].square().sum() / whole

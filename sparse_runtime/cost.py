@@ -60,9 +60,9 @@ def look_size(hidden_size: int, base: int, matrices: int = 2) -> int:
     return matrices * count_size(hidden_size, base)
 
 
-def refine_size(hidden_size: int, residual: int) -> int:
-    """Bytes of a neuron's refine record: the residual planes of all three."""
-    return 3 * plane_size(hidden_size, residual)
+def refine_size(hidden_size: int, residual: int, matrices: int = 2) -> int:
+    """Bytes of a neuron's refine record: residual planes of gate and up, or of one matrix, and down."""
+    return (matrices + 1) * plane_size(hidden_size, residual)
 
 
 @dataclass(frozen=True)
@@ -179,13 +179,13 @@ class PlaneCost(FFNCost):
 
     @property
     def look_bytes(self) -> int:
-        """Bytes of gate's and up's base planes and scales."""
-        return look_size(self.hidden_size, self.base)
+        """Bytes of base planes and scales of gate and up, or of one matrix without a gate."""
+        return look_size(self.hidden_size, self.base, self.matrices)
 
     @property
     def refine_bytes(self) -> int:
-        """Bytes of the residual planes of all three."""
-        return refine_size(self.hidden_size, self.residual)
+        """Bytes of the residual planes of all three matrices, or of two without a gate."""
+        return refine_size(self.hidden_size, self.residual, self.matrices)
 
     @property
     def whole_bytes(self) -> int:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sparse_runtime.cost import FFNCost
+from sparse_runtime.cost import FFNCost, PlaneCost
 
 
 def test_bytes_of_a_token():
@@ -16,3 +16,17 @@ def test_bytes_of_a_token():
     assert looks.share(400, 900) == pytest.approx((400 * 3456 + 900 * 612 + 2384) / (1536 * 3456))
     assert FFNCost(576, 1536, 0, element_size=4).sparse_bytes(1) == 6912 + 192
     assert FFNCost(576, 1536, 0, clustered=False).sparse_bytes(1) == 3456
+
+
+def test_bytes_without_a_gate():
+    # Two rows of 576 weights a neuron; in 4 + 2 bits a group has 32 + 16 bytes, and 2 of scale.
+    floats = FFNCost(576, 1536, 0, verified=True, matrices=1)
+    assert floats.dense_bytes == 1536 * 2 * 576 * 2
+    assert floats.look_bytes == 9 * 34
+    planes = PlaneCost(576, 1536, 0, base=4, residual=2, matrices=1)
+    assert planes.dense_bytes == floats.dense_bytes
+    assert (planes.look_bytes, planes.count_bytes, planes.refine_bytes) == (9 * 34, 9 * 34, 9 * 32)
+    assert planes.whole_bytes == 1536 * 9 * 100
+    assert planes.sparse_bytes(500, 900, 200) == 9 * (34 * 500 + 34 * 900 + 32 * 200) + 192
+    gated = PlaneCost(576, 1536, 0, base=4, residual=2)
+    assert (gated.look_bytes, gated.refine_bytes) == (9 * 68, 9 * 48)

@@ -136,6 +136,7 @@ class DensePlanes:
                     layer.hidden_size,
                     layer.intermediate_size,
                     0,
+                    matrices=layer.form.matrices,
                     base=form.base,
                     residual=form.residual,
                 )
@@ -261,7 +262,7 @@ FORMATS: dict[str, DenseFormat] = {
 
 def plane_bits(costs: Sequence[PlaneCost]) -> float:
     """Bits of all planes and scales of some FFNs, per weight of these."""
-    weights = sum(3 * cost.hidden_size * cost.intermediate_size for cost in costs)
+    weights = sum((cost.matrices + 1) * cost.hidden_size * cost.intermediate_size for cost in costs)
     return 8 * sum(cost.whole_bytes for cost in costs) / max(1, weights)
 
 

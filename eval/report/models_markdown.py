@@ -32,8 +32,7 @@ their linear layers, and proven: the module's own forward, run on small matrices
 down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. *Inline* ones have no module for
 themselves: up and down are called in the forward of a larger one, such as OPT's decoder layer, which is
 proven to give the same where the FFN is computed apart. *Transposed* ones have weights [in, out], as
-GPT-2's. In planes (`weights=6`) only FFNs with gate and up, in a module of their own and without
-biases, can run.
+GPT-2's. These two run over float weights; all others in planes (`weights=6`), too.
 
 {supported} of {all} types can run sparse; tests/models/test_model_types.py runs tiny models of them.
 """

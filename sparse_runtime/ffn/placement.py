@@ -91,13 +91,14 @@ def placed_biases(
         for bias in form.split_bias(*biases)
     )
     tensors = {"gate_bias": gate, "up_bias": up}
-    down = biases[-1]
-    if down is not None:
-        own = clusters.cluster_bias
-        together = down.detach() if own is None else own.to(down) + down.detach()
-        shape = clusters.num_clusters, down.shape[0]
-        tensors["cluster_bias"] = together.expand(shape).contiguous()
-    return tensors
+    return tensors if biases[-1] is None else tensors | joined_bias(biases[-1], clusters)
+
+
+def joined_bias(down: Tensor, clusters: LayerClusters) -> dict[str, Tensor | None]:
+    """The buffer ``cluster_bias`` [K, H] of the clusters' own and a down projection's bias [H]."""
+    own = clusters.cluster_bias
+    together = down.detach() if own is None else own.to(down) + down.detach()
+    return {"cluster_bias": together.expand(clusters.num_clusters, -1).contiguous()}
 
 
 def counters(

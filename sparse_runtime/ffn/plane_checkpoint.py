@@ -8,7 +8,7 @@ import os
 import re
 import struct
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from typing import Any
 from torch import nn
 
 from sparse_runtime.errors import ModelError
-from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneModule
-from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.ffn.plane_modules import BIASES, PlaneFFN, PlaneModule
+from sparse_runtime.kernels.planes import PLANE_BITS, PlaneFormat
 from sparse_runtime.printable import printable
 
 _REMEDY = (
@@ -26,7 +26,8 @@ _REMEDY = (
 )
 _SUFFIX = ".safetensors"
 _FLOATS = ("F16", "BF16", "F32", "F64")
-_BITS = (3, 4, 5, 6, 7, 8)
+# What no float model calls a tensor.
+_OWN_NAMES = ("look", "count", "refine", "planes", *BIASES[1:])
 # Of <sys/mman.h>: Python's mmap has it for its own mappings alone.
 _DONTNEED = 4
 # Of a header, as safetensors itself limits it.
@@ -42,18 +43,25 @@ class Found:
     shape: tuple[int, ...]
 
 
-def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> None:
+def check_packed_files(
+    model: nn.Module, files: Iterable[str], prefix: str, renamed: Callable[[str], str]
+) -> None:
     """Check that files hold all planes of a model, as bytes of the right sizes, and no others.
+
+    Biases of packed FFNs are checked as floats.
 
     Args:
         model: with packed modules, on whatever device.
         files: of the checkpoint.
         prefix: of the base model (``model``), which a checkpoint may have or lack.
+        renamed: gives the model's name for a checkpoint's, apart from the prefix.
 
     Raises:
         ModelError: they do not; the message names the tensor, what was found and what was expected.
     """
-    found = {_bare(name, prefix): (name, tensor) for name, tensor in _tensors(files).items()}
+    found = {
+        _bare(renamed(name), prefix): (name, tensor) for name, tensor in _tensors(files).items()
+    }
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PlaneModule)}
     known = set()
     for module_name, module in packed.items():
@@ -62,14 +70,18 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
                 continue
             name = f"{module_name}.{plane}"
             known.add(_bare(name, prefix))
-            wanted = f"uint8 {list(parameter.shape)} for {_title(module.format)}"
+            floats, shape = plane in BIASES, list(parameter.shape)
+            dtypes = _FLOATS if floats else ("U8",)
+            wanted = f"F16, BF16 or F32 {shape}"
+            if not floats:
+                wanted = f"uint8 {shape} for {_title(module.format)}"
             if _bare(name, prefix) not in found:
                 raise ModelError(
                     f"{name} is missing{_instead(module_name, found, prefix)}; expected "
                     f"{wanted}. {_REMEDY}"
                 )
             tensor = found[_bare(name, prefix)][1]
-            if tensor.dtype != "U8" or tensor.shape != tuple(parameter.shape):
+            if tensor.dtype not in dtypes or tensor.shape != tuple(parameter.shape):
                 raise ModelError(
                     f"{tensor.file}: {name} is {tensor.dtype} {list(tensor.shape)}"
                     f"{_other_bits(module, plane, tensor)}; expected {wanted}. {_REMEDY}"
@@ -79,14 +91,16 @@ def check_packed_files(model: nn.Module, files: Iterable[str], prefix: str) -> N
         original, tensor = found[name]
         module_name, _, plane = name.rpartition(".")
         # A model may lack modules of the checkpoint, as a base model lacks the head.
-        if module_name in modules and plane in ("look", "count", "refine", "planes"):
+        if module_name in modules and plane in _OWN_NAMES:
             raise ModelError(
                 f"{tensor.file}: {printable(original)} is {tensor.dtype} {list(tensor.shape)}, but by "
                 f"config.json there is no such tensor{_expected_formats(packed.values())}. {_REMEDY}"
             )
 
 
-def check_float_files(files: Iterable[str], names: Iterable[str], prefix: str) -> None:
+def check_float_files(
+    files: Iterable[str], names: Iterable[str], prefix: str, renamed: Callable[[str], str]
+) -> None:
     """Check that the weights that are to be packed are floats, and that the files are whole.
 
     transformers casts what it reads to the model's dtype, the codes of other formats too.
@@ -95,13 +109,14 @@ def check_float_files(files: Iterable[str], names: Iterable[str], prefix: str) -
         files: of the checkpoint; any but safetensors are left out.
         names: of the weights.
         prefix: of the base model, which a checkpoint may have or lack.
+        renamed: gives the model's name for a checkpoint's, apart from the prefix.
 
     Raises:
         ModelError: a file is damaged, or a weight is something else.
     """
     wanted = {_bare(name, prefix) for name in names}
     for name, tensor in _tensors(f for f in files if f.endswith(_SUFFIX)).items():
-        if _bare(name, prefix) in wanted and tensor.dtype not in _FLOATS:
+        if _bare(renamed(name), prefix) in wanted and tensor.dtype not in _FLOATS:
             raise ModelError(
                 f"{tensor.file}: {printable(name)} is {tensor.dtype}; expected F16, BF16 or F32. "
                 "Weights of a quantized checkpoint are not rounded again; load the float one that it "
@@ -191,13 +206,13 @@ def _instead(module: str, found: Mapping[str, tuple[str, Found]], prefix: str) -
 
 def _other_bits(module: PlaneModule, plane: str, tensor: Found) -> str:
     """Which formats a tensor of other sizes fits."""
-    if tensor.dtype != "U8" or len(tensor.shape) != 2:
+    if tensor.dtype != "U8" or len(tensor.shape) != 2 or plane in BIASES:
         return ""
     fitting = []
-    for bits in _BITS:
+    for bits in PLANE_BITS:
         form = PlaneFormat.of_bits(bits)
         if isinstance(module, PlaneFFN):
-            size = getattr(form, f"{plane}_size")(module.hidden_size)
+            size = module.record_sizes(form)[plane]
         else:
             size = form.linear_size(getattr(module, "in_features"))  # noqa: B009
         if tensor.shape[1] == size:

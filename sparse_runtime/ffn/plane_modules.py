@@ -1,4 +1,4 @@
-"""Modules whose weights are in planes (``kernels/planes.py``): a linear layer and a gated FFN.
+"""Modules whose weights are in planes (``kernels/planes.py``): a linear layer and an FFN.
 
 They stand where the float modules stood, for inference only. Their planes are parameters without
 gradients: accelerate offloads parameters, and buffers only when told to.
@@ -29,6 +29,8 @@ from sparse_runtime.models.ffn_layers import FFNLayer
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
 # several times its memory.
 _BLOCK_ROWS = 1024
+#: Names of parameters that stay floats.
+BIASES = ("bias", "gate_bias", "up_bias", "down_bias")
 # What accelerate leaves on a module that it dispatched; bound to that module.
 _DISPATCHED = ("forward", "_old_forward", "_hf_hook")
 
@@ -49,8 +51,12 @@ class PlaneModule(nn.Module):
         return {
             name: parameter.data
             for name, parameter in self._parameters.items()
-            if parameter is not None and name != "bias"
+            if parameter is not None and name not in BIASES
         }
+
+    def own_biases(self) -> dict[str, Tensor]:
+        """Its biases, by their names."""
+        return {name: b for name in BIASES if (b := self._parameters.get(name)) is not None}
 
     def round_into(
         self,
@@ -193,7 +199,7 @@ class PlaneLinear(PlaneModule):
 
 
 class PlaneFFN(PlaneModule):
-    """A gated FFN, down(act(gate·x) ⊙ (up·x)), over neurons in planes.
+    """An FFN, down(act(gate·x) ⊙ (up·x)) or down(act(gate·x)), biases added, over neurons in planes.
 
     Attributes:
         hidden_size: H.
@@ -201,11 +207,15 @@ class PlaneFFN(PlaneModule):
         activation: by the kernels' name.
         look, count, refine: streams of ``kernels/planes.py`` [I, …] uint8. ``refine`` is None, and in
             no state dict, where the format has no residual: tensors without elements all look tied.
+        gate_bias, up_bias, down_bias: [I], [I] and [H] of ``dtype``, None where there are none.
     """
 
     look: nn.Parameter
     count: nn.Parameter
     refine: nn.Parameter | None
+    gate_bias: nn.Parameter | None
+    up_bias: nn.Parameter | None
+    down_bias: nn.Parameter | None
     #: What ``models/ffn_layers.py``, which is below, knows it by.
     holds_planes = True
 
@@ -222,13 +232,15 @@ class PlaneFFN(PlaneModule):
         self.form = layer.form
         weight = layer.gate.weight
         self.dtype = weight.dtype
-        size, rows = self.hidden_size, self.intermediate_size
-        self._add_planes("look", rows, form.look_size(size), weight.device)
-        self._add_planes("count", rows, form.count_size(size), weight.device)
-        if form.residual:
-            self._add_planes("refine", rows, form.refine_size(size), weight.device)
-        else:
-            self.register_parameter("refine", None)
+        for name, size in self.record_sizes(form).items():
+            if size:
+                self._add_planes(name, self.intermediate_size, size, weight.device)
+            else:
+                self.register_parameter(name, None)
+        for name, bias in zip(BIASES[1:], (*layer.biases, layer.down_bias), strict=True):
+            # Clones: a fused layer's halves share memory, which safetensors does not write.
+            own = None if bias is None else nn.Parameter(bias.clone(), requires_grad=False)
+            self.register_parameter(name, own)
         # In a tuple, or torch would take it for a child.
         self._float = (_without_projections(layer),)
         self.training = layer.mlp.training
@@ -250,20 +262,24 @@ class PlaneFFN(PlaneModule):
             activations: statistics of its activations, K = I, or None; for down.
         """
         module = cls(layer, form)
-        assert layer.up is not None  # see find_places
-        weights = (linear.weight for linear in (layer.gate, layer.up, layer.down))
+        linears = (layer.gate, layer.up, layer.down)
+        weights = (linear.weight for linear in linears if linear is not None)
         module.round_into(
             module.own_planes(), *weights, statistics=statistics, activations=activations
         )
         return module
 
+    def record_sizes(self, form: PlaneFormat) -> dict[str, int]:
+        """Bytes of its neurons' records in a format, by the names of the streams."""
+        return form.record_sizes(self.hidden_size, self.form.matrices)
+
     @property
     def planes(self) -> NeuronPlanes:
-        """Its weights, as the kernels take them."""
+        """Its weights and biases but that of down, as the kernels take them."""
         refine = self.look[:, :0] if self.refine is None else self.refine
-        return NeuronPlanes(
-            self.look, self.count, refine, self.format, self.hidden_size, self.activation
-        )
+        sizes = self.format, self.hidden_size, self.activation
+        biases = (None if b is None else b.float() for b in (self.gate_bias, self.up_bias))
+        return NeuronPlanes(self.look, self.count, refine, *sizes, *biases)
 
     @torch.no_grad()
     def round_into(
@@ -273,17 +289,18 @@ class PlaneFFN(PlaneModule):
         statistics: InputStatistics | None = None,
         activations: InputStatistics | None = None,
     ) -> None:
-        """Round gate and up [I, H] and down [H, I] into planes of its sizes."""
-        gate, up, down = weights
+        """Round gate, up (if there is one) [I, H] and down [H, I] into planes of its sizes."""
+        *inputs, down = weights
         form, whole_down = self.format, None
         if activations is not None:
             # A neuron's errors are made up for by all later ones.
             whole_down = round_down(down.t(), form, activations)
         for first in range(0, self.intermediate_size, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
+            gate, *rest = (round_rows(weight[rows], form, statistics) for weight in inputs)
             block = pack_neurons(
-                round_rows(gate[rows], form, statistics),
-                round_rows(up[rows], form, statistics),
+                gate,
+                rest[0] if rest else None,
                 round_down(down[:, rows].t().contiguous(), form)
                 if whole_down is None
                 else whole_down[rows],
@@ -301,12 +318,15 @@ class PlaneFFN(PlaneModule):
         linears = [_float_linear(size, first_rows, self.dtype, device) for _ in inputs]
         linears.append(_float_linear(neurons, size, self.dtype, device))
         gate, up, down = self.form.split(*(linear.weight for linear in linears))
-        assert up is not None  # see find_places
+        biases = self.form.join_bias(self.gate_bias, self.up_bias, self.down_bias)
+        for linear, bias in zip(linears, biases, strict=True):
+            linear.bias = None if bias is None else nn.Parameter(bias.clone())  # type: ignore[assignment]
         for first in range(0, neurons, _BLOCK_ROWS):
             rows = slice(first, first + _BLOCK_ROWS)
-            values = [part.values().to(self.dtype) for part in planes.rounded(rows)]
-            gate[rows], up[rows] = values[0], values[1]
-            down[:, rows] = values[2].t()
+            parts = zip((gate, up, down.t()), planes.rounded(rows), strict=True)
+            for weight, part in parts:
+                if weight is not None and part is not None:
+                    weight[rows] = part.values().to(self.dtype)
         module = _shallow(self._float[0])
         module._modules.update(zip(self.form.projections, linears, strict=True))
         return module.train(self.training)
@@ -323,7 +343,12 @@ class PlaneFFN(PlaneModule):
     def all_neurons(self, hidden_states: Tensor, backend: str) -> Tensor:
         """The same by one of ``BACKENDS``."""
         x = self._input(hidden_states, self.hidden_size)
-        return dense_plane_ffn(x, self.planes, backend=backend).reshape(hidden_states.shape)
+        return self.all_rows(x, backend).reshape(hidden_states.shape)
+
+    def all_rows(self, x: Tensor, backend: str) -> Tensor:
+        """The same of hidden states [n, H], without a check."""
+        output = dense_plane_ffn(x, self.planes, backend=backend)
+        return output if self.down_bias is None else output + self.down_bias.to(output.dtype)
 
     def extra_repr(self) -> str:
         """Sizes, activation and format."""

@@ -113,14 +113,16 @@ def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
 
 
 def check_finite(places: Places) -> None:
-    """Check that all weights are numbers.
+    """Check that all weights, and biases of FFNs, are numbers.
 
     Raises:
-        ModelError: there is a NaN or an infinity; the message names the matrix.
+        ModelError: there is a NaN or an infinity; the message names the tensor.
     """
     for layer in places.ffns:
         for name, linear in layer.linears().items():
             refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
+            if linear.bias is not None:
+                refuse_infinite(f"{layer.name}.{name}.bias", linear.bias)
     for place in places.linears:
         refuse_infinite(f"{place.name}.weight", opened(place.linear, torch.float32).weight)
 
@@ -139,7 +141,7 @@ def opened_ffn(layer: FFNLayer) -> FFNLayer:
 
 
 def refuse_infinite(name: str, weight: Tensor) -> None:
-    """Check that a matrix holds numbers.
+    """Check that a matrix, or a bias, holds numbers.
 
     Raises:
         ModelError: there is a NaN or an infinity.
@@ -282,15 +284,13 @@ def _check_ffn(layer: FFNLayer) -> None:
         problem = "is written out in a larger module, which planes have no place in"
     elif layer.form.transposed:
         problem = "has weights [in, out], which planes are not made for"
-    elif layer.form.kind == "plain":
-        problem = "has no gate, which planes are not made for yet"
     for name, module in (("", mlp), *mlp.named_children()):
         if name in layer.projections:
             problem = problem or _problem(name, call_problem(module))
         elif not has_no_hooks(module):
             problem = problem or _problem(name, "has hooks, or its forward has been replaced")
     # What a state dict would lose; of int8 rows their scales are no more than the weights.
-    tensors = ("weight", "SCB", "weight_format") if layer.int8 else ("weight",)
+    tensors = ("weight", "bias", *(("SCB", "weight_format") if layer.int8 else ()))
     others = mlp.state_dict().keys() - {f"{p}.{t}" for p in layer.projections for t in tensors}
     if others:
         problem = problem or f"holds {min(others)}, which planes have no place for"

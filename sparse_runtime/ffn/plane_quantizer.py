@@ -28,7 +28,7 @@ from sparse_runtime.ffn.plane_checkpoint import (
     release_pages,
 )
 from sparse_runtime.ffn.plane_config import METHOD, PlaneConfig, check_same
-from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
+from sparse_runtime.ffn.plane_modules import BIASES, PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import (
     LinearPlace,
     refuse_infinite,
@@ -37,7 +37,7 @@ from sparse_runtime.ffn.plane_places import (
     untie,
 )
 from sparse_runtime.models.ffn_layers import find_ffn_layers
-from sparse_runtime.models.fingerprint import kept_fingerprint, kept_samples
+from sparse_runtime.models.fingerprint import first_matrices, kept_fingerprint, kept_samples
 
 # Bytes of weights read, after which their pages are let go; asking takes some milliseconds.
 _RELEASED_AT = 1 << 25
@@ -72,7 +72,9 @@ class PlaneQuantizer(HfQuantizer):
         with torch.device("cpu"):  # around us new tensors have no values
             places = config.places(model, saved=self.pre_quantized)
             layers = find_ffn_layers(model)
-        self._positions = {layer.name: position for position, layer in enumerate(layers)}
+        self._positions = dict(
+            zip((layer.name for layer in layers), first_matrices(layers), strict=False)
+        )
         if self.pre_quantized:
             untie(model, places.linears)
         tied = tied_weights(model)
@@ -81,7 +83,7 @@ class PlaneQuantizer(HfQuantizer):
             assert config.format is not None
             ffn = PlaneFFN(layer, config.format)
             setattr(layer.parent, layer.attribute, ffn)
-            self._await(ffn, layer.name, layer.projections, prefix)
+            self._await(ffn, layer.name, prefix)
         for place in places.linears:
             if f"{place.name}.weight" in tied:
                 # transformers loads whichever of the two the checkpoint has, and ties them.
@@ -90,18 +92,16 @@ class PlaneQuantizer(HfQuantizer):
             assert config.linear_format is not None
             linear = PlaneLinear(place.linear, config.linear_format)
             setattr(place.parent, place.attribute, linear)
-            self._await(linear, place.name, (), prefix)
+            self._await(linear, place.name, prefix)
         self._files = checkpoint_files or []
         if self.pre_quantized and self._files:
-            check_packed_files(model, self._files, prefix)
+            check_packed_files(model, self._files, prefix, _renaming(model))
         else:
             names = [f"{name}.{part}" for name, parts in self._waiting.items() for part in parts]
-            check_float_files(self._files, names, prefix)
+            check_float_files(self._files, names, prefix, _renaming(model))
 
-    def _await(
-        self, module: PlaneModule, name: str, projections: tuple[str, ...], prefix: str
-    ) -> None:
-        """Have a module's weights packed when they come."""
+    def _await(self, module: PlaneModule, name: str, prefix: str) -> None:
+        """Have a module's weights packed when they come; an FFN's biases come with them."""
         if self.pre_quantized:
             return
         from transformers.core_model_loading import WeightConverter
@@ -111,12 +111,11 @@ class PlaneQuantizer(HfQuantizer):
             blank = torch.empty(data.shape, dtype=module.dtype, device=data.device)
             module.register_parameter(plane, nn.Parameter(blank, requires_grad=False))
         start = name.removeprefix(f"{prefix}.")  # a checkpoint may have the prefix or not
-        names = tuple(f"{part}.weight" for part in projections) or ("weight",)
-        self._waiting[name] = names
+        self._waiting[name] = names = _sources(module)
         self._conversions.append(
             WeightConverter(
                 [f"{start}.{part}" for part in names],
-                f"{start}.look" if projections else f"{start}.planes",
+                f"{start}.{next(iter(module.own_planes()))}",
                 operations=[_operation(lambda model, tensors: self.take(model, name, tensors))],
             )
         )
@@ -130,17 +129,18 @@ class PlaneQuantizer(HfQuantizer):
             tensors: by their names' ends, as :meth:`_await` asked for them.
 
         Returns:
-            The module's planes by their full names. A problem is kept for when all is loaded:
-            transformers would take an error here for its own, and log it.
+            The module's planes, and an FFN's biases, by their full names. A problem is kept for when
+            all is loaded: transformers would take an error here for its own, and log it.
         """
         module = model.get_submodule(name)
         assert isinstance(module, PlaneModule)
-        weights: list[Any] = []
+        given: dict[str, Any] = {}
         for part in self._waiting.pop(name):
             value = next((v for key, v in tensors.items() if key.endswith(part)), None)
             weight: Any = value[0] if isinstance(value, list) and value else value
             self._check(f"{name}.{part}", weight, _shape(module, part))
-            weights.append(weight)
+            given[part] = weight
+        weights = [weight for part, weight in given.items() if part.endswith("weight")]
         device = "cpu" if weights[0] is None else weights[0].device
         planes = {
             plane: torch.zeros(data.shape, dtype=torch.uint8, device=device)
@@ -150,9 +150,11 @@ class PlaneQuantizer(HfQuantizer):
             self._unreleased += sum(weight.nbytes for weight in weights)
             if name in self._positions:
                 assert isinstance(module, PlaneFFN)
-                weights = list(module.form.split(*weights))
+                parts = module.form.split(*weights)
+                weights = [part for part in parts if part is not None]
                 self._samples[name] = kept_samples(self._positions[name], *weights)
             module.round_into(planes, *weights)
+            planes |= _biases(module, given)
             if self._unreleased >= _RELEASED_AT:
                 release_pages(self._files)
                 self._unreleased = 0
@@ -285,6 +287,15 @@ def _check_when_merging() -> None:
 _check_when_merging()
 
 
+def _renaming(model: Any) -> Callable[[str], str]:
+    """How transformers renames a checkpoint's tensors of a model type, as of many wrappers."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    steps = [s for s in get_model_conversion_mapping(model) if isinstance(s, WeightRenaming)]
+    return lambda name: rename_source_key(name, steps, [])[0]
+
+
 def _operation(convert: Callable[[Any, dict[str, Any]], dict[str, Any]]) -> Any:
     """A step of transformers' loading that calls a function with model and tensors."""
     from transformers.core_model_loading import ConversionOps
@@ -311,17 +322,46 @@ def _not_loaded(model: nn.Module) -> Iterator[str]:
     """Names of planes that transformers found nothing for."""
     for name, module in model.named_modules():
         if isinstance(module, PlaneModule):
-            for plane in module.own_planes():
+            for plane in _own_names(module):
                 if not getattr(module._parameters[plane], "_is_hf_initialized", False):
                     yield f"{name}.{plane}"
+
+
+def _own_names(module: PlaneModule) -> list[str]:
+    """Names of what a float checkpoint does not have: planes, and an FFN's biases."""
+    biases = module.own_biases() if isinstance(module, PlaneFFN) else {}
+    return [*module.own_planes(), *biases]
+
+
+def _sources(module: PlaneModule) -> tuple[str, ...]:
+    """What a module is packed from, by names below its own: weights, then an FFN's biases."""
+    if not isinstance(module, PlaneFFN):
+        return ("weight",)
+    form = module.form
+    biases = form.join_bias(module.gate_bias, module.up_bias, module.down_bias)
+    return (
+        *(f"{part}.weight" for part in form.projections),
+        *(f"{p}.bias" for p, b in zip(form.projections, biases, strict=True) if b is not None),
+    )
+
+
+def _biases(module: PlaneModule, given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """An FFN's biases by its own names, of its linear layers' by theirs."""
+    if not isinstance(module, PlaneFFN):
+        return {}
+    biases = [given.get(f"{part}.bias") for part in module.form.projections]
+    own = zip(BIASES[1:], (*module.form.split_bias(*biases), biases[-1]), strict=True)
+    return {name: b.to(module.dtype, copy=True) for name, b in own if b is not None}
 
 
 def _shape(module: PlaneModule, part: str) -> tuple[int, ...]:
     if isinstance(module, PlaneFFN):
         rows, size = module.intermediate_size, module.hidden_size
-        if part == f"{module.form.projections[-1]}.weight":
-            return size, rows
-        return module.form.first_rows(rows), size
+        projection, _, tensor = part.rpartition(".")
+        if projection == module.form.projections[-1]:
+            return (size, rows) if tensor == "weight" else (size,)
+        rows = module.form.first_rows(rows)
+        return (rows, size) if tensor == "weight" else (rows,)
     assert isinstance(module, PlaneLinear)
     return module.out_features, module.in_features
 

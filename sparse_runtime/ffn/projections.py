@@ -120,9 +120,9 @@ class Seen:
             weight = linear._parameters["weight"]
             assert weight is not None
             bias = linear._parameters["bias"]
-            weights.append((name, linear, weight, _version(weight), weight.data_ptr(), bias))
+            weights.append((name, linear, weight, version_of(weight), weight.data_ptr(), bias))
             if bias is not None:
-                biases.append((bias, _version(bias), bias.data_ptr()))
+                biases.append((bias, version_of(bias), bias.data_ptr()))
         others = tuple(
             (name, module)
             for name in (modules if form.inline is None else form.inline)
@@ -186,6 +186,6 @@ class Seen:
         return "hooks are registered for all modules" if has_global_hooks() else None
 
 
-def _version(weight: Tensor) -> int | None:
+def version_of(weight: Tensor) -> int | None:
     """How often a tensor was written to; None for one made in inference mode, which does not count."""
     return None if weight.is_inference() else weight._version

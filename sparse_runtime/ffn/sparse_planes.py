@@ -8,12 +8,13 @@ from typing import Any
 from torch import Tensor
 
 from sparse_runtime.ffn.intact import key_for
-from sparse_runtime.ffn.placement import mean_share, plain_tensors
+from sparse_runtime.ffn.placement import joined_bias, mean_share, plain_tensors
 from sparse_runtime.ffn.plane_modules import PlaneFFN
+from sparse_runtime.ffn.projections import version_of
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import has_global_hooks
 from sparse_runtime.kernels.operands import ClusterTables, Stages
-from sparse_runtime.kernels.plane_op import dense_plane_ffn, routed_plane_ffn
+from sparse_runtime.kernels.plane_op import routed_plane_ffn
 from sparse_runtime.kernels.planes import NeuronPlanes
 
 # Of sets that were cut for float weights.
@@ -22,31 +23,39 @@ _TAU = 2.0
 
 @dataclass(frozen=True, eq=False)
 class SeenPlanes:
-    """The streams that operands were made of. Nothing is derived from their bytes.
+    """The streams and biases that operands were made of. Nothing is derived from the streams' bytes.
 
     Attributes:
         owner: the FFN.
         streams: its tensors.
+        biases: by name, and with the version that operands have copies of.
     """
 
     owner: PlaneFFN
     streams: tuple[Tensor | None, ...]
+    biases: tuple[tuple[str, Tensor, int | None], ...]
 
     @classmethod
     def of(cls, owner: PlaneFFN) -> SeenPlanes:
         """As they are now."""
         own = owner._parameters
-        return cls(owner, (own["look"], own["count"], own["refine"]))
+        biases = ((name, bias, version_of(bias)) for name, bias in owner.own_biases().items())
+        return cls(owner, (own["look"], own["count"], own["refine"]), tuple(biases))
 
     def is_current(self) -> bool:
         """Whether the operands are still the FFN's."""
         return not self.is_stale() and not has_global_hooks()
 
     def is_stale(self) -> bool:
-        """Whether there are other tensors, or other memory behind them, by now."""
+        """Whether there are other tensors, or biases were written to, by now."""
         own = self.owner._parameters
         look, count, refine = self.streams
-        return own["look"] is not look or own["count"] is not count or own["refine"] is not refine
+        if own["look"] is not look or own["count"] is not count or own["refine"] is not refine:
+            return True
+        for name, bias, version in self.biases:
+            if own[name] is not bias or (version is not None and bias._version != version):
+                return True
+        return False
 
     def change(self) -> str | None:
         """Why the kernels may not stand in for the FFN."""
@@ -121,7 +130,7 @@ class SparsePlaneFFN(SparseFFN):
 
     def all_rows(self, x: Tensor) -> Tensor:
         """All neurons with all bits: [n, H] of hidden states [n, H]."""
-        return dense_plane_ffn(x, self.planes, backend=self.backend)
+        return self._owner_ffn.all_rows(x, self.backend)
 
     def dense(self, hidden_states: Tensor) -> Tensor:
         """All neurons with all bits, by the backend in use: [..., H] of hidden states [..., H]."""
@@ -146,6 +155,9 @@ class SparsePlaneFFN(SparseFFN):
 
     def _derive(self) -> None:
         b = self._buffers
+        owner = self._owner_ffn
+        if owner.down_bias is not None:
+            b |= joined_bias(owner.down_bias.to(owner.dtype), self._clusters)
         b["active_sets"], b["maybe_sets"] = self.tables.active_sets, None
         self.looked_at = mean_share(b["active_sets"], self.cost.intermediate_size)
         self.density = 0.0

@@ -31,7 +31,7 @@ from sparse_runtime.kernels.operands import (
 from sparse_runtime.kernels.plane_reference import plane_ffn_reference
 from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, linear_parts
 from sparse_runtime.kernels.reference import (
-    ACTIVATION_FUNCTIONS,
+    activations,
     add_compensation,
     routed_ids,
     token_factors,
@@ -85,6 +85,8 @@ def plane_linear(
 def dense_plane_ffn(x: Tensor, planes: NeuronPlanes, *, backend: str = "auto") -> Tensor:
     """All neurons with all their bits: y [n, H] of hidden states x [n, H], of x's dtype.
 
+    Biases of gate and up are added, that of down is the caller's.
+
     Raises:
         BackendUnavailableError: the backend cannot run, and is not ``auto``.
     """
@@ -93,12 +95,11 @@ def dense_plane_ffn(x: Tensor, planes: NeuronPlanes, *, backend: str = "auto") -
         if backend == "cpu":
             return _staged(torch.ops.sparse_runtime.cpu_plane_ffn.default, x, planes)
         result: Tensor = torch.ops.sparse_runtime.triton_dense_plane_ffn.default(
-            *_flattened(x, planes)
+            *_flattened(x, planes), planes.gate_bias, planes.up_bias
         )
         return result
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for gate, up, down in _blocks(x, planes, backend):
-        h = ACTIVATION_FUNCTIONS[planes.activation](F.linear(x, gate)) * F.linear(x, up)
+    for h, down in _blocks(x, planes, backend):
         output += h @ down
     return output.to(x.dtype)
 
@@ -177,6 +178,8 @@ def _staged(
         compensation.correction_up if compensation else None,
         *(() if counters is None or counters.programs is None else (counters.programs,)),
         tables.cluster_weights if tables and stages else None,
+        planes.gate_bias,
+        planes.up_bias,
     )
     return result
 
@@ -219,18 +222,19 @@ def _resolved(name: str, device: torch.device, dtype: torch.dtype) -> str:
         return "reference"
 
 
-def _blocks(
-    x: Tensor, planes: NeuronPlanes, backend: str
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Gate, up and down of some rows at a time, of x's dtype."""
-    rows = _BLOCK_ROWS[backend]
-    for first in range(0, planes.look.shape[0], rows):
-        gate, up, down = planes.parts(slice(first, first + rows))
-        yield (
-            _values(*gate, planes.format, x, backend),
-            _values(*up, planes.format, x, backend),
-            _values(*down, planes.format, x, backend),
+def _blocks(x: Tensor, planes: NeuronPlanes, backend: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Activations [n, rows] and down's values [rows, H] of some rows at a time, of x's dtype."""
+    size = _BLOCK_ROWS[backend]
+    for first in range(0, planes.look.shape[0], size):
+        rows = slice(first, first + size)
+        gate, up, down = (
+            None if part is None else _values(*part, planes.format, x, backend)
+            for part in planes.parts(rows)
         )
+        assert gate is not None
+        assert down is not None
+        biases = (None if b is None else b[rows] for b in (planes.gate_bias, planes.up_bias))
+        yield activations(x, gate, up, planes.activation, *biases), down
 
 
 def _values(

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.kernels.operands import Stages
 from sparse_runtime.kernels.planes import NeuronPlanes
-from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
+from sparse_runtime.kernels.reference import activations
 
 
 def plane_ffn_reference(
@@ -19,10 +18,10 @@ def plane_ffn_reference(
     row_counts: Tensor | None = None,
     factors: Tensor | None = None,
 ) -> Tensor:
-    """Compute a gated FFN from planes, reading each neuron only as far as it matters.
+    """Compute an FFN from planes, reading each neuron only as far as it matters.
 
-    With h̃ and h the activations of a neuron by base values and by full ones, e = |h̃|·factor, and
-    s(e) = 0 for e ≤ 1, else 1 (or, over a ramp of width w, min(1, (e − 1) / w)):
+    With h̃ and h the activations of a neuron by base values and by full ones, biases added,
+    e = |h̃|·factor, and s(e) = 0 for e ≤ 1, else 1 (or, over a ramp of width w, min(1, (e − 1) / w)):
 
         skipped   e ≤ 1                 nothing
         counted   1 < e ≤ τ             s(e) · h̃ · down's base values
@@ -43,13 +42,13 @@ def plane_ffn_reference(
         y [n, H] of x's dtype, computed in float32.
     """
     gate, up, down = planes.rounded()
-    wide = x.float()
+    biases = planes.gate_bias, planes.up_bias
 
-    def activations(base: bool) -> Tensor:
-        gates = F.linear(wide, gate.values(base=base))
-        return ACTIVATION_FUNCTIONS[planes.activation](gates) * F.linear(wide, up.values(base=base))
+    def values(base: bool) -> Tensor:
+        ups = None if up is None else up.values(base=base)
+        return activations(x.float(), gate.values(base=base), ups, planes.activation, *biases)
 
-    full, refined = activations(base=False), None
+    full, refined = values(base=False), None
     if candidates is None:
         candidates = torch.ones_like(full, dtype=torch.bool)
     if stages is None:
@@ -57,7 +56,7 @@ def plane_ffn_reference(
         output = h @ down.values()
         counted = refined = candidates
     else:
-        look = activations(base=True)
+        look = values(base=True)
         evidence = look.abs() * (stages.factors if factors is None else factors)
         counted = candidates & ~(evidence <= 1)
         refined = counted & ~(evidence <= stages.tau)

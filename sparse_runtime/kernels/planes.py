@@ -28,6 +28,9 @@ far as the neuron matters:
     count   down base | down scales [G]
     refine  gate residual | up residual | down residual
 
+An FFN without a gate has its one matrix before the activation in gate's place, and nothing in up's.
+Biases are no part of records.
+
 A linear layer's row is one record:  base | residual | scales [G].
 
 Float weights are looked at by the same records: :data:`LOOK_FORMAT`.
@@ -88,17 +91,25 @@ class PlaneFormat:
         """Bits of a weight, scales left out."""
         return self.base + self.residual
 
-    def look_size(self, hidden_size: int) -> int:
-        """Bytes of a neuron's look record."""
-        return cost.look_size(hidden_size, self.base)
+    def look_size(self, hidden_size: int, matrices: int = 2) -> int:
+        """Bytes of a neuron's look record: of gate and up, or of one matrix without a gate."""
+        return cost.look_size(hidden_size, self.base, matrices)
 
     def count_size(self, hidden_size: int) -> int:
         """Bytes of a neuron's count record."""
         return cost.count_size(hidden_size, self.base)
 
-    def refine_size(self, hidden_size: int) -> int:
-        """Bytes of a neuron's refine record."""
-        return cost.refine_size(hidden_size, self.residual)
+    def refine_size(self, hidden_size: int, matrices: int = 2) -> int:
+        """Bytes of a neuron's refine record, with so many matrices before the activation."""
+        return cost.refine_size(hidden_size, self.residual, matrices)
+
+    def record_sizes(self, hidden_size: int, matrices: int = 2) -> dict[str, int]:
+        """Bytes of a neuron's records by stream: ``look``, ``count`` and ``refine``."""
+        return {
+            "look": self.look_size(hidden_size, matrices),
+            "count": self.count_size(hidden_size),
+            "refine": self.refine_size(hidden_size, matrices),
+        }
 
     def linear_size(self, in_features: int) -> int:
         """Bytes of a linear layer's row."""
@@ -247,17 +258,24 @@ def unpack_linear(records: Tensor, form: PlaneFormat, in_features: int) -> Round
     return Rounded.unpack(*linear_parts(records, form, in_features), form, in_features)
 
 
+# Base planes, residual planes and scales of rows.
+_Part = tuple[Tensor, Tensor, Tensor]
+
+
 @dataclass(frozen=True, eq=False)
 class NeuronPlanes:
     """An FFN's weights in planes, a neuron being one record in each stream.
 
     Attributes:
-        look: gate's and up's base planes [I, :meth:`PlaneFormat.look_size`] uint8.
+        look: base planes of gate and up, or of the one matrix of an FFN without a gate
+            [I, :meth:`PlaneFormat.look_size`] uint8.
         count: down's base plane [I, :meth:`PlaneFormat.count_size`] uint8.
         refine: residual planes [I, :meth:`PlaneFormat.refine_size`] uint8, of no width without.
         format: of the weights.
         hidden_size: H.
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2`` (relu squared).
+        gate_bias: added to gate·x [I] float32, or None.
+        up_bias: added to up·x [I] float32, or None.
     """
 
     look: Tensor
@@ -266,25 +284,39 @@ class NeuronPlanes:
     format: PlaneFormat
     hidden_size: int
     activation: str = "silu"
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
 
-    def parts(self, rows: slice = slice(None)) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Base planes, residual planes and scales of gate, up and transposed down, as views."""
+    @property
+    def matrices(self) -> int:
+        """Matrices before the activation: 2, or 1 without a gate."""
+        return _look_matrices(self.look, self.format, self.hidden_size)
+
+    def parts(self, rows: slice = slice(None)) -> tuple[_Part, _Part | None, _Part]:
+        """Base planes, residual planes and scales of gate, up and transposed down, as views.
+
+        Up is None without a gate.
+        """
         size, form = self.hidden_size, self.format
-        (gate, gate_scales), (up, up_scales) = _look_parts(self.look[rows], form, size)
-        down, down_scales = self.count[rows].split(
+        bases = _look_parts(self.look[rows], form, size)
+        down, scales = self.count[rows].split(
             [plane_size(size, form.base), scales_size(size)], dim=1
         )
-        residuals = self.refine[rows].split([plane_size(size, form.residual)] * 3, dim=1)
-        return list(
-            zip((gate, up, down), residuals, (gate_scales, up_scales, down_scales), strict=True)
-        )
+        bases.append((down, scales))
+        residuals = self.refine[rows].split([plane_size(size, form.residual)] * len(bases), dim=1)
+        first, *rest = [
+            (base, residual, scales)
+            for (base, scales), residual in zip(bases, residuals, strict=True)
+        ]
+        return first, rest[0] if len(rest) > 1 else None, rest[-1]
 
-    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded, Rounded]:
-        """Gate, up and transposed down [I, H] in codes, or some of their rows."""
-        gate, up, down = (
-            Rounded.unpack(*part, self.format, self.hidden_size) for part in self.parts(rows)
-        )
-        return gate, up, down
+    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded | None, Rounded]:
+        """Gate, up (None without a gate) and transposed down [I, H] in codes, or some of their rows."""
+        gate, up, down = self.parts(rows)
+        return self._rounded(gate), None if up is None else self._rounded(up), self._rounded(down)
+
+    def _rounded(self, part: _Part) -> Rounded:
+        return Rounded.unpack(*part, self.format, self.hidden_size)
 
 
 def pack_look(gate: Rounded, up: Rounded | None) -> Tensor:
@@ -307,17 +339,24 @@ def unpack_look(look: Tensor, form: PlaneFormat, hidden_size: int) -> tuple[Tens
 def _look_parts(look: Tensor, form: PlaneFormat, size: int) -> list[tuple[Tensor, Tensor]]:
     """Base planes and scales of gate, and of up if there is one, as views."""
     base, scales = plane_size(size, form.base), scales_size(size)
-    matrices = 1 if look.shape[1] == base + scales else 2
+    matrices = _look_matrices(look, form, size)
     parts = look.split([base] * matrices + [scales] * matrices, dim=1)
     return list(zip(parts[:matrices], parts[matrices:], strict=True))
 
 
-def pack_neurons(gate: Rounded, up: Rounded, down_t: Rounded, activation: str) -> NeuronPlanes:
-    """An FFN's neurons, of rows [I, H] of one format."""
+def _look_matrices(look: Tensor, form: PlaneFormat, size: int) -> int:
+    return 1 if look.shape[1] == form.look_size(size, 1) else 2
+
+
+def pack_neurons(
+    gate: Rounded, up: Rounded | None, down_t: Rounded, activation: str
+) -> NeuronPlanes:
+    """An FFN's neurons, of rows [I, H] of one format; up is None without a gate."""
+    parts = [part for part in (gate, up, down_t) if part is not None]
     return NeuronPlanes(
         pack_look(gate, up),
         torch.cat([pack_plane(down_t.hi, down_t.format.base), _bytes(down_t.scales)], dim=1),
-        torch.cat([_residual_plane(part) for part in (gate, up, down_t)], dim=1),
+        torch.cat([_residual_plane(part) for part in parts], dim=1),
         gate.format,
         gate.hi.shape[1],
         activation,

@@ -72,6 +72,16 @@ class FFNForm:
             return (None, None) if biases[0] is None else biases[0].chunk(2)  # type: ignore[return-value]
         return biases[0], biases[1]
 
+    def join_bias(
+        self, gate: Tensor | None, up: Tensor | None, down: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        """Biases of its linear layers, of those of gate and up [I] and down [H]."""
+        if self.kind == "plain":
+            return gate, down
+        if self.kind == "fused":
+            return None if gate is None or up is None else torch.cat([gate, up]), down
+        return gate, up, down
+
 
 #: As of Llama and most others.
 LLAMA = FFNForm(("gate_proj", "up_proj", "down_proj"))

@@ -124,21 +124,21 @@ class FFNLayer:
     def down_rows(self) -> Tensor:
         """The last of :meth:`rows` alone: values of gate and up would take twice its memory again."""
         if self.packed:
-            return self.mlp.planes.rounded()[2].values()  # type: ignore[union-attr,operator]
+            return self.mlp.planes.rounded()[-1].values()  # type: ignore[union-attr,operator]
         return self.down.weight.detach().t()
 
     @property
     def biases(self) -> tuple[Tensor | None, Tensor | None]:
         """What is added to gate·x and up·x [I], or None."""
+        if self.packed:
+            return self.mlp.gate_bias, self.mlp.up_bias  # type: ignore[return-value]
         linears = self.linears().values()
-        if not linears:
-            return None, None
         return self.form.split_bias(*(_detached(linear.bias) for linear in linears))
 
     @property
     def down_bias(self) -> Tensor | None:
         """What is added to the output [H], or None."""
-        return None if self.packed else _detached(self.down.bias)
+        return self.mlp.down_bias if self.packed else _detached(self.down.bias)  # type: ignore[return-value]
 
     def rows(self, *, base: bool = False) -> tuple[Tensor, Tensor | None, Tensor]:
         """Gate, up and transposed down, each [I, H]: weights, or the values of planes in float32.
@@ -150,7 +150,11 @@ class FFNLayer:
         """
         if self.packed:
             rounded = self.mlp.planes.rounded()  # type: ignore[union-attr,operator]
-            gate, up, down_t = (part.values(base=base) for part in rounded)
+            gate, up, down_t = (
+                None if part is None else part.values(base=base) for part in rounded
+            )
+            assert gate is not None
+            assert down_t is not None
             return gate, up, down_t
         up = None if self.up is None else self.up.weight.detach()
         return self.gate.weight.detach(), up, self.down.weight.detach().t()
@@ -171,7 +175,12 @@ def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCo
     sizes = (layer.hidden_size, layer.intermediate_size, extra_elements)
     if layer.format is None:
         return FFNCost(*sizes, verified=verified, matrices=layer.form.matrices)
-    return PlaneCost(*sizes, base=layer.format.base, residual=layer.format.residual)
+    return PlaneCost(
+        *sizes,
+        matrices=layer.form.matrices,
+        base=layer.format.base,
+        residual=layer.format.residual,
+    )
 
 
 def is_packed(module: nn.Module) -> bool:
@@ -262,6 +271,11 @@ def decoder_of(model: nn.Module) -> nn.Module:
             "need its last hidden states; expected a model whose get_decoder() gives them"
         )
     return decoder
+
+
+def decoder_layers(model: nn.Module) -> Sequence[nn.Module]:
+    """A model's decoder layers, in order; none where it has no list of them."""
+    return _decoder_layers(model, {id(module): name for name, module in model.named_modules()})
 
 
 def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Module]:

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import random
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -109,16 +110,23 @@ def decode_weights(text: str, columns: int = SAMPLES_PER_MATRIX) -> Tensor:
     return torch.from_numpy(values.reshape(-1, columns)).view(torch.bfloat16)
 
 
-def kept_samples(position: int, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Samples [3, 16] bfloat16 of an FFN that is about to be packed, for :func:`kept_fingerprint`.
+def first_matrices(layers: Sequence[FFNLayer]) -> list[int]:
+    """Of each FFN of a model, how many matrices those before it have; and of all at the end."""
+    return [0, *accumulate(layer.form.matrices + 1 for layer in layers)]
+
+
+def kept_samples(first: int, *matrices: Tensor) -> Tensor:
+    """Samples of an FFN that is about to be packed, for :func:`kept_fingerprint`.
 
     Args:
-        position: of the FFN among the model's.
-        gate, up: [I, H], float.
-        down: [H, I].
+        first: of its matrices, as of :func:`first_matrices`.
+        matrices: gate, up (if there is one) [I, H] and down [H, I], float.
+
+    Returns:
+        [matrices, 16] bfloat16.
     """
-    matrices = enumerate((gate, up, down), 3 * position)
-    return torch.stack([_sampled(matrix, number)[::_KEPT_STEP] for number, matrix in matrices])
+    numbered = enumerate(matrices, first)
+    return torch.stack([_sampled(matrix, number)[::_KEPT_STEP] for number, matrix in numbered])
 
 
 def kept_fingerprint(
@@ -135,13 +143,13 @@ def kept_fingerprint(
     """
     taken = taken or {}
     rows = []
-    for position, layer in enumerate(layers):
+    for first, layer in zip(first_matrices(layers), layers, strict=False):
         samples = taken.get(layer.name)
         if samples is None:
             matrices = _matrices([layer])
             if matrices is None:
                 return None
-            samples = kept_samples(position, *matrices)
+            samples = kept_samples(first, *matrices)
         rows.append(samples)
     return _encoded(torch.cat(rows))
 
@@ -183,7 +191,7 @@ def _weight_mismatch(
             return None
         return "the sampled FFN weights have another sha256 than the artifact says"
     packed = any(layer.packed for layer in layers)
-    samples = _kept(model, len(layers)) if packed else _samples(layers)
+    samples = _kept(model, first_matrices(layers)[-1]) if packed else _samples(layers)
     if samples is None or expected.get("weights") is None:
         return None
     stored = decode_weights(expected["weights"])
@@ -211,7 +219,7 @@ def _weight_mismatch(
 
 
 def _samples(layers: Sequence[FFNLayer]) -> Tensor | None:
-    """Sampled weights [3 · layers, 64] bfloat16, None where some are offloaded."""
+    """Sampled weights [matrices, 64] bfloat16, None where some are offloaded."""
     matrices = _matrices(layers)
     if matrices is None:
         return None
@@ -229,8 +237,8 @@ def _encoded(samples: Tensor) -> str:
     return base64.b64encode(raw).decode("ascii")
 
 
-def _kept(model: nn.Module, num_layers: int) -> Tensor | None:
-    """What a packed model says of its float weights [3 · layers, 16] bfloat16; None if nothing."""
+def _kept(model: nn.Module, matrices: int) -> Tensor | None:
+    """What a packed model says of its float weights [matrices, 16] bfloat16; None if nothing."""
     config = getattr(model.config, "quantization_config", None)
     text = getattr(config, "fingerprint", None)
     if text is None:
@@ -241,9 +249,9 @@ def _kept(model: nn.Module, num_layers: int) -> Tensor | None:
         raise ModelError(
             f"{_KEPT_FIELD} is no base64 of samples ({error}). {_KEPT_REMEDY}"
         ) from error
-    if len(samples) != 3 * num_layers:
+    if len(samples) != matrices:
         raise ModelError(
-            f"{_KEPT_FIELD} samples {len(samples)} matrices; expected {3 * num_layers}. {_KEPT_REMEDY}"
+            f"{_KEPT_FIELD} samples {len(samples)} matrices; expected {matrices}. {_KEPT_REMEDY}"
         )
     return samples
 

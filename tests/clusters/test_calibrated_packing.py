@@ -5,17 +5,33 @@ import copy
 import pytest
 import torch
 from helpers import assert_same_state, logits, make_tiny_model, make_tiny_model_of
+from model_types import tiny_model_of_type
 from torch import nn
 
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
-from sparse_runtime.errors import ConfigError, ModelError, UnsupportedArchitectureError
+from sparse_runtime.errors import (
+    ConfigError,
+    ModelError,
+    NothingMatchedError,
+    UnsupportedArchitectureError,
+)
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.models.ffn_forms import LLAMA, Proof
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
-KINDS = ["mistral", "llama", "qwen2"]
+#: With biases of attention; of all; without a gate and with biases, twice, the second by other names.
+KINDS = ["mistral", "qwen2", "biased", "starcoder2", "gptj"]
+
+
+def tiny(kind):
+    if kind == "biased":
+        return make_tiny_model_of("llama", mlp_bias=True, attention_bias=True)
+    if kind in ("starcoder2", "gptj"):
+        return tiny_model_of_type(kind)
+    return make_tiny_model_of(kind)
 
 
 def windows(count=6, size=24, seed=1):
@@ -47,18 +63,18 @@ def by_hand(model, text, bits, linears, compensate):
             parent, name, PlaneLinear.from_linear(linear, PlaneFormat.of_bits(linears), statistic)
         )
 
-    from sparse_runtime.models.ffn_layers import find_ffn_layers
-
-    for layer, ffn in zip(model.model.layers, find_ffn_layers(model), strict=True):
+    for ffn in find_ffn_layers(model):
+        layer = ffn.parent
+        attention = getattr(layer, "self_attn", None) or layer.attn
         found = {
-            name: statistics(getattr(layer.self_attn, name))
-            for name in ("q_proj", "k_proj", "v_proj", "o_proj")
-            if linears
+            name: statistics(module)
+            for name, module in attention.named_children()
+            if linears and isinstance(module, nn.Linear)
         }
         packed = PlaneFFN.from_mlp(ffn, form, statistics(ffn.mlp), statistics(ffn.down))
         layer.mlp = packed
         for name, statistic in found.items():
-            place(layer.self_attn, name, statistic)
+            place(attention, name, statistic)
     if linears:
         place(model, "lm_head", statistics(model.lm_head))
     return model
@@ -68,7 +84,7 @@ def by_hand(model, text, bits, linears, compensate):
 @pytest.mark.parametrize("compensate", [False, True])
 @pytest.mark.parametrize("linears", [None, 6])
 def test_each_layer_is_rounded_by_what_it_sees_in_the_packed_model(kind, compensate, linears):
-    model = make_tiny_model_of(kind)
+    model = tiny(kind)
     expected = by_hand(copy.deepcopy(model), windows(), 5, linears, compensate)
     assert pack_calibrated(model, windows(), 5, linears=linears, compensate=compensate) is model
     a, b = model.state_dict(), expected.state_dict()
@@ -77,7 +93,7 @@ def test_each_layer_is_rounded_by_what_it_sees_in_the_packed_model(kind, compens
         # Sums in another order move a code here and there.
         same = (tensor == b[name]).float().mean()
         assert same > 0.99, (name, same)
-    plain = pack_model(make_tiny_model_of(kind), 5, linears=linears).state_dict()
+    plain = pack_model(tiny(kind), 5, linears=linears).state_dict()
     assert any((a[name] != plain[name]).float().mean() > 0.02 for name in a)
 
 
@@ -150,7 +166,7 @@ def test_progress_adds_up():
         assert bar.total == bar.done == expected
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     for wrong in (windows()[0], windows()[:0]):
         with pytest.raises(ConfigError, match=r"calibration windows are \[.*\[W, window\]"):
             pack_calibrated(make_tiny_model(), wrong, 6)
@@ -165,7 +181,13 @@ def test_refusals():
         pack_calibrated(model, windows(), None, linears=6)
     model = before
     model.model.layers = nn.ModuleDict({str(i): x for i, x in enumerate(model.model.layers)})
-    with pytest.raises(UnsupportedArchitectureError, match="no list named 'layers'"):
+    with pytest.raises(NothingMatchedError, match="no decoder layer"):
+        pack_calibrated(model, windows(), 6)
+    model = tiny("gptj")
+    monkeypatch.setattr(
+        model.transformer, "forward", lambda input_ids, **_: model.transformer.h[0](hidden_states=1)
+    )
+    with pytest.raises(UnsupportedArchitectureError, match="take hidden states by name"):
         pack_calibrated(model, windows(), 6)
 
 

@@ -130,11 +130,12 @@ class TestFloatLinear:
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["mistral", "qwen2"])
+@pytest.mark.parametrize("kind", ["mistral", "qwen2", "llama"])
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_packing_gives_what_packing_its_values_gives(how, kind, tied, dtype):
-    model, expected = quantized(how, tiny(kind, tie_word_embeddings=tied).to(dtype))
+    biases = {"mlp_bias": True} if kind == "llama" else {}
+    model, expected = quantized(how, tiny(kind, tie_word_embeddings=tied, **biases).to(dtype))
     pack_model(model, 8, linears=8)
     assert_same_state(model, pack_model(expected, 8, linears=8))
     assert torch.equal(logits(model), logits(expected))

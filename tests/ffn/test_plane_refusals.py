@@ -117,6 +117,10 @@ class TestRefusals:
         with pytest.raises(UnsupportedArchitectureError, match=r"offloaded.*quantization_config"):
             pack_model(model)
 
-    def test_biases(self):
-        with pytest.raises(UnsupportedArchitectureError, match=r"layers\.0\.mlp.*bias"):
-            pack_model(tiny("llama", mlp_bias=True))
+    @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
+    def test_biases_that_are_no_numbers(self, name):
+        model = tiny("llama", mlp_bias=True)
+        full = f"model.layers.1.mlp.{name}.bias"
+        with torch.no_grad():
+            model.get_parameter(full)[3] = float("inf")
+        self.refused(model, ModelError, full, "NaN or infinity")

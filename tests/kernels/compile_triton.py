@@ -13,7 +13,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sparse_runtime.kernels.triton import kernels, look_kernel, plane_kernels
+from sparse_runtime.kernels.triton import kernels, look_kernel, plane_kernels, plane_row_kernels
 from sparse_runtime.kernels.triton.config import TritonConfig
 
 CONFIG = TritonConfig()
@@ -23,7 +23,7 @@ POINTERS = {
     "counters": "*i32", "counter": "*i32", "projected": "*fp32", "partial": "*fp32",
     "factors": "*fp32", "cluster_weights": "*fp32", "sets": "*u8", "maybe_sets": "*u8", "member": "*u8",
     "finer_parts": "*fp32", "look": "*u8", "count_records": "*u8", "refine": "*u8", "records": "*u8",
-    "tau": "fp32", "width": "fp32",
+    "gate_bias": "*fp32", "up_bias": "*fp32", "tau": "fp32", "width": "fp32",
 }  # fmt: skip
 INTEGERS = ("H", "K", "n", "neurons", "set_bytes", "record_bytes", "total", "num_rows",
             "base_stride", "rest_stride", "scales_stride")  # fmt: skip
@@ -43,8 +43,13 @@ ROUTE = [
     for rank in (0, 128)
     for flags in variants(CORRECTION=[0, 16], LISTED=[False, True], COUNTED=[True])
 ]  # fmt: skip
+# With a gate and without biases, and the reverse.
+FORMS = [{"GATED": gated, "GATE_BIASED": not gated, "UP_BIASED": False} for gated in (True, False)]
 LOOK = [
-    {**flags, "WEIGHTED": flags["VERIFY"], "BASE": 4, "BLOCK_I": CONFIG.look_rows, "UNITS": 2}
+    {
+        **flags, **FORMS[flags["VERIFY"]], "WEIGHTED": flags["VERIFY"], "BASE": 4,
+        "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
+    }
     for flags in variants(
         H=[4096, 896],
         VERIFY=[False, True],
@@ -52,7 +57,7 @@ LOOK = [
         COUNTED=[True],
         ACTIVATION=["silu"],
     )
-]
+]  # fmt: skip
 FINISH = {"BIASED": True, "CORRECTION": 16}
 MANY = {"TOKENS": 16, "WIDEN": False, "BLOCK_R": CONFIG.many_rows}
 # Planes: one token and several, Mistral's rows and rows whose last unit has two groups.
@@ -63,17 +68,20 @@ PLANES = [
 PLANE_KERNELS = {
     "plane_gate_up_kernel": [
         {
-            **plane, "ACTIVATION": "silu", "CLUSTERED": staged, "STAGED": staged, "RAMP": staged,
-            "WEIGHTED": staged, "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
+            **plane, **form, "ACTIVATION": "silu", "CLUSTERED": staged, "STAGED": staged,
+            "RAMP": staged, "WEIGHTED": staged, "UNITS": 2,
+            "BLOCK_I": CONFIG.look_rows if form["GATED"] else 2 * CONFIG.look_rows,
         }
         for plane, staged in zip([*PLANES, PLANES[0]], [True, True, True, False], strict=True)
+        for form in FORMS
     ],
     "plane_down_kernel": [
         {
             **plane, **FINISH, "LISTED": plane["TOKENS"] == 1, "SPLITS": CONFIG.down_splits,
-            "BLOCK_R": 2 * CONFIG.down_rows,
+            "BLOCK_R": 2 * CONFIG.down_rows, "GATED": gated,
         }
         for plane in PLANES
+        for gated in (True, False)
     ],
     "plane_linear_kernel": [
         {**plane, "BIASED": True, "BLOCK_R": CONFIG.many_rows, "UNITS": 2} for plane in PLANES
@@ -88,8 +96,9 @@ KERNELS = {
     "route_kernel": ROUTE,
     "look_kernel": LOOK,
     "gate_up_one_kernel": [
-        {"ACTIVATION": name, "BLOCK_R": CONFIG.gate_rows, "BLOCK_H": CONFIG.gate_hidden}
-        for name in ("silu", "gelu", "gelu_tanh", "relu")
+        {**form, "ACTIVATION": name, "BLOCK_R": CONFIG.gate_rows, "BLOCK_H": CONFIG.gate_hidden}
+        for name in ("silu", "gelu", "gelu_tanh", "relu", "relu2")
+        for form in FORMS
     ],
     "down_one_kernel": [
         {
@@ -97,7 +106,9 @@ KERNELS = {
             "BLOCK_H": CONFIG.down_hidden,
         }
     ],
-    "gate_up_many_kernel": [{**MANY, "ACTIVATION": "silu", "BLOCK_H": CONFIG.many_hidden}],
+    "gate_up_many_kernel": [
+        {**MANY, **form, "ACTIVATION": "silu", "BLOCK_H": CONFIG.many_hidden} for form in FORMS
+    ],
     "down_many_kernel": [
         {**MANY, **FINISH, "SPLITS": CONFIG.many_splits, "BLOCK_H": CONFIG.many_outputs}
     ],
@@ -105,8 +116,10 @@ KERNELS = {
 
 
 def compile_kernel(name, constants, dtype, target):
-    module = next(m for m in (look_kernel, plane_kernels, kernels) if hasattr(m, name))
-    kernel = getattr(module, name)
+    modules = (look_kernel, plane_row_kernels, plane_kernels, kernels)
+    kernel = getattr(next(m for m in modules if hasattr(m, name)), name)
+    given = {parameter.name for parameter in kernel.params if parameter.is_constexpr}
+    assert given == constants.keys(), (name, given ^ constants.keys())
     wide = name in PLANE_KERNELS or name.endswith("one_kernel")
     signature, attributes = {}, {}
     for position, parameter in enumerate(kernel.arg_names):

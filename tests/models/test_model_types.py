@@ -9,7 +9,7 @@ from model_types import tiny_model_of_type
 
 from sparse_runtime import ClusterSet, cost_report, dense, reset_cost, sparsify, unsparsify
 from sparse_runtime.errors import NothingMatchedError, UnsupportedArchitectureError
-from sparse_runtime.ffn.plane_packing import pack_model
+from sparse_runtime.ffn.plane_packing import pack_model, unpack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 GATED = """
@@ -108,10 +108,22 @@ def test_all_rows_of_plain_ffns(kind):
     torch.testing.assert_close(logits(model), expected, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "reason"), [("arcee", "has no gate"), ("phi", "has no gate")])
-def test_planes_are_refused_by_name(kind, reason):
-    with pytest.raises(UnsupportedArchitectureError, match=reason):
-        pack_model(tiny_model_of_type(kind), 6)
+# transformers does not read gpt_neo's shrunk config.
+@pytest.mark.parametrize(
+    "kind", [*FUSED, *sorted({*PLAIN} - {"gpt_neo"}), "llava", "gemma3", "qwen2_5_vl"]
+)
+def test_planes(kind, tmp_path):
+    """Packed, saved and loaded; checkpoints of wrappers have other names than their models."""
+    model = tiny_model_of_type(kind)
+    before = logits(model)
+    packed = pack_model(model, 6)
+    found = logits(packed)
+    assert 1e-3 < (found - before).abs().max() < 0.5 * before.abs().max()
+    packed.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert_same_state(loaded, packed)
+    assert torch.equal(logits(loaded), found)
+    torch.testing.assert_close(logits(unpack_model(packed)), found, rtol=1e-2, atol=5e-3)
 
 
 @pytest.mark.parametrize(

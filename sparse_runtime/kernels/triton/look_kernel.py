@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from sparse_runtime.kernels.triton.kernels import _activation_of, _in_set, _is_last, _write_list
-from sparse_runtime.kernels.triton.plane_kernels import _gate_up, _sums
+from sparse_runtime.kernels.triton.plane_kernels import _gate_up
 
 
 @triton.jit
@@ -32,19 +32,10 @@ def look_kernel(
     if VERIFY:
         looked = _in_set(maybe_sets + cluster * set_bytes, i, valid) & valid & (computed == 0)
         if tl.max(looked.to(tl.int32), 0) > 0:
-            if GATED:
-                gate, up = _gate_up(
-                    x + token * H, look, look, block * BLOCK_I, looked, 1,
-                    H, BASE, 0, True, False, 1, UNITS, "ieee",
-                )  # fmt: skip
-            else:
-                GROUPS: tl.constexpr = (H + 63) // 64
-                record = look + i.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
-                gate = _sums(
-                    x + token * H, record, record, record + 8 * BASE * GROUPS, looked, 1,
-                    H, BASE, 0, 1, UNITS, "ieee",
-                )  # fmt: skip
-                up = gate
+            gate, up = _gate_up(
+                x + token * H, look, look, block * BLOCK_I, looked, 1,
+                H, BASE, 0, True, False, 1, UNITS, "ieee", GATED,
+            )  # fmt: skip
             h = tl.reshape(
                 _activation_of(
                     gate, up, i[None, :], valid[None, :], gate_bias, up_bias,

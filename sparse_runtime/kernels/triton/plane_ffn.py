@@ -22,7 +22,8 @@ import triton
 from torch import Tensor
 
 from sparse_runtime.kernels.operands import FFNWeights
-from sparse_runtime.kernels.triton import plane_kernels
+from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat
+from sparse_runtime.kernels.triton import plane_kernels, plane_row_kernels
 from sparse_runtime.kernels.triton.config import TritonConfig
 from sparse_runtime.kernels.triton.ffn import (
     _FORCED,
@@ -65,6 +66,8 @@ def triton_plane_ffn(
     correction_up: Tensor | None,
     counters: Tensor,
     cluster_weights: Tensor | None = None,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
     """Read the neurons of tokens' clusters as far as they matter; add bias and correction.
 
@@ -72,12 +75,12 @@ def triton_plane_ffn(
 
     Args:
         x: hidden states [n, H], bfloat16, float16 or float32.
-        look: records [I, ·] uint8.
+        look: records [I, ·] uint8; of one matrix where the FFN has no gate.
         count: records [I, ·] uint8.
         refine: records [I, ·] uint8; of no width without a residual.
         base: bits of base planes.
         residual: bits of residual planes.
-        activation: ``silu``, ``gelu``, ``gelu_tanh`` or ``relu``.
+        activation: ``silu``, ``gelu``, ``gelu_tanh``, ``relu`` or ``relu2``.
         sets: bitmaps of candidates [K, ⌈I/8⌉] uint8.
         cluster_ids: [n] int64, instead of the router's.
         router_down: [r, H] of x's dtype, or None for a linear router.
@@ -94,16 +97,20 @@ def triton_plane_ffn(
         counters: :func:`sparse_runtime.kernels.triton.ffn.num_counters` zeros, int32; calls that may
             overlap need their own.
         cluster_weights: [K] float32, or None: all ones.
+        gate_bias: added to gate·x [I] float32, or None.
+        up_bias: added to up·x [I] float32, or None.
 
     Returns:
         [n, H], dtype of x.
     """
-    streams = (look, count, refine)
+    planes = NeuronPlanes(
+        look, count, refine, PlaneFormat(base, residual), x.shape[1], activation, gate_bias, up_bias
+    )
     given = () if cluster_ids is None else cluster_ids.contiguous().split(_part(x))
     ids_of_parts = iter(given)
 
     def compute(tokens: Tensor) -> Tensor:
-        call = _PlaneCall(tokens, streams, (base, residual), activation, counters, sets)
+        call = _PlaneCall(tokens, planes, counters, sets)
         call.counts, call.bias = row_counts, cluster_bias
         call.cluster_weights = cluster_weights
         call.correction = None if correction_down is None else (correction_down, correction_up)
@@ -132,13 +139,17 @@ def triton_dense_plane_ffn(
     base: int,
     residual: int,
     activation: str,
+    gate_bias: Tensor | None = None,
+    up_bias: Tensor | None = None,
 ) -> Tensor:
-    """All neurons with all their bits: the first arguments, and the result, of the operation above."""
+    """All neurons with all their bits: arguments and result of the operation above, of these names."""
     counters = torch.zeros(num_counters(x.shape[1]), dtype=torch.int32, device=x.device)
-    streams = (look, count, refine)
+    planes = NeuronPlanes(
+        look, count, refine, PlaneFormat(base, residual), x.shape[1], activation, gate_bias, up_bias
+    )
 
     def compute(tokens: Tensor) -> Tensor:
-        call = _PlaneCall(tokens, streams, (base, residual), activation, counters, None)
+        call = _PlaneCall(tokens, planes, counters, None)
         return call.compute_stages(None, 1.0, 0.0)
 
     return _in_parts(x, compute)
@@ -175,7 +186,7 @@ def triton_plane_linear(
             continue
         block = config.gate_rows if len(tokens) == 1 else max(16, config.many_rows)
         with torch.cuda.device_of(x):
-            plane_kernels.plane_linear_kernel[(-(-rows // block),)](
+            plane_row_kernels.plane_linear_kernel[(-(-rows // block),)](
                 tokens, records, records if bias is None else bias, outputs, len(tokens), rows,
                 H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None, BLOCK_R=block,
                 UNITS=units_at_a_time(config.gate_hidden, size),
@@ -220,7 +231,7 @@ def triton_plane_values(
         return y
     with torch.cuda.device_of(y):
         grid = -(-rows // _VALUE_ROWS), -(-length // UNIT_SIZE)
-        plane_kernels.plane_values_kernel[grid](
+        plane_row_kernels.plane_values_kernel[grid](
             base_planes, residual_planes, scales, y, rows,
             base_planes.stride(0), residual_planes.stride(0), scales.stride(0),
             H=length, BASE=base, RESIDUAL=residual, BLOCK_R=_VALUE_ROWS,
@@ -247,19 +258,22 @@ class _PlaneCall(_Call):
     def __init__(
         self,
         x: Tensor,
-        streams: tuple[Tensor, Tensor, Tensor],
-        bits: tuple[int, int],
-        activation: str,
+        planes: NeuronPlanes,
         counters: Tensor,
         sets: Tensor | None,
     ) -> None:
+        streams = (planes.look, planes.count, planes.refine)
         look, count, refine = (stream.contiguous() for stream in streams)
+        biases = planes.gate_bias, planes.up_bias
         bitmaps = look if sets is None else sets
-        super().__init__(x, FFNWeights(look, count, refine, activation), bitmaps, None, None)
+        weights = FFNWeights(look, count, refine, planes.activation, None, *biases)
+        super().__init__(x, weights, bitmaps, None, None)
         # Neurons are listed after a look, not by the router.
         self.look = (bitmaps, look, look)
         self.clustered, self.counters = sets is not None, counters
-        self.format = {"H": self.hidden_size, "BASE": bits[0], "RESIDUAL": bits[1]}
+        self.form["GATED"] = gated = planes.matrices == 2
+        bits = {"BASE": planes.format.base, "RESIDUAL": planes.format.residual}
+        self.format = {"H": self.hidden_size, **bits, "GATED": gated}
 
     def take(self, cluster_ids: Tensor, cluster_counts: Tensor) -> None:
         """Take clusters as given."""
@@ -288,15 +302,16 @@ class _PlaneCall(_Call):
     ) -> None:
         config, one = self.config, self.tokens == 1
         look, _, refine = self.weights
-        # Two rows of a neuron are one step's rows, 16 at least for several tokens.
-        block = config.look_rows if one else max(8, config.many_rows // 2)
+        # All rows of a neuron are one step's rows, 16 at least for several tokens.
+        block = 2 * config.look_rows if one else max(16, config.many_rows)
+        block //= 2 if self.form["GATED"] else 1
         plane_kernels.plane_gate_up_kernel[(-(-self.neurons // block),)](
             self.x, self.ids, self.sets, activations if factors is None else factors,
             activations if self.cluster_weights is None else self.cluster_weights, look, refine,
-            activations, finer, self.rows, self.count,
+            *self.biases, activations, finer, self.rows, self.count,
             self.count if self.counts is None else self.counts, self.counters[_LOOK_COUNTER:],
-            self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width), **self.format,
-            ACTIVATION=self.form["ACTIVATION"], CLUSTERED=self.clustered, STAGED=factors is not None,
+            self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width),
+            **(self.format | self.form), CLUSTERED=self.clustered, STAGED=factors is not None,
             WEIGHTED=self.cluster_weights is not None, RAMP=width > 0, BLOCK_I=block,
             UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
             **_tokens(self.x, config.look_warps, config),

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from sparse_runtime.kernels.triton.kernels import (
-    _activate,
+    _activation_of,
     _finish,
     _in_set,
     _is_last,
@@ -195,23 +195,36 @@ def _gate_up(
     x, look, refine, first, wanted, n,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, READ_BASE: tl.constexpr,
     READ_RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """Gate's and up's products, each [TOKENS, BLOCK_I]: their rows are read as one matrix in turns."""
+    """Gate's and up's products, each [TOKENS, BLOCK_I]: their rows are read as one matrix in turns.
+
+    Without a gate both are those of the one matrix.
+    """
     GROUPS: tl.constexpr = (H + 63) // 64
     BLOCK_I: tl.constexpr = wanted.shape[0]
-    r = tl.arange(0, 2 * BLOCK_I)
-    i, which = (first + r // 2).to(tl.int64), r % 2
-    both = tl.broadcast_to(wanted.to(tl.int32)[:, None], [BLOCK_I, 2])
-    record = look + i * ((16 * BASE + 4) * GROUPS)
-    sums = _sums(
-        x, record + which * (8 * BASE * GROUPS),
-        refine + i * (24 * RESIDUAL * GROUPS) + which * (8 * RESIDUAL * GROUPS),
-        record + 16 * BASE * GROUPS + which * (2 * GROUPS),
-        tl.reshape(both, [2 * BLOCK_I]) != 0, n,
-        H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
-    )  # fmt: skip
-    return tl.split(tl.reshape(sums, [TOKENS, BLOCK_I, 2]))
+    if GATED:
+        r = tl.arange(0, 2 * BLOCK_I)
+        i, which = (first + r // 2).to(tl.int64), r % 2
+        both = tl.broadcast_to(wanted.to(tl.int32)[:, None], [BLOCK_I, 2])
+        record = look + i * ((16 * BASE + 4) * GROUPS)
+        sums = _sums(
+            x, record + which * (8 * BASE * GROUPS),
+            refine + i * (24 * RESIDUAL * GROUPS) + which * (8 * RESIDUAL * GROUPS),
+            record + 16 * BASE * GROUPS + which * (2 * GROUPS),
+            tl.reshape(both, [2 * BLOCK_I]) != 0, n,
+            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
+        )  # fmt: skip
+        products = tl.split(tl.reshape(sums, [TOKENS, BLOCK_I, 2]))
+    else:
+        i = (first + tl.arange(0, BLOCK_I)).to(tl.int64)
+        record = look + i * ((8 * BASE + 2) * GROUPS)
+        sums = _sums(
+            x, record, refine + i * (16 * RESIDUAL * GROUPS), record + 8 * BASE * GROUPS, wanted, n,
+            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
+        )  # fmt: skip
+        products = sums, sums
+    return products
 
 
 @triton.jit
@@ -227,9 +240,10 @@ def _ramp(evidence, width, RAMP: tl.constexpr):
 
 @triton.jit
 def plane_gate_up_kernel(
-    x, ids, sets, factors, cluster_weights, look, refine, activations, finer_parts, rows, count,
-    row_counts, counter, n, neurons, set_bytes, tau, width,
+    x, ids, sets, factors, cluster_weights, look, refine, gate_bias, up_bias, activations, finer_parts,
+    rows, count, row_counts, counter, n, neurons, set_bytes, tau, width,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
     CLUSTERED: tl.constexpr, STAGED: tl.constexpr, WEIGHTED: tl.constexpr, RAMP: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -251,9 +265,12 @@ def plane_gate_up_kernel(
     if tl.max(looked, 0) > 0:
         gate, up = _gate_up(
             x, look, refine, first, looked != 0, n,
-            H, BASE, RESIDUAL, True, not STAGED, TOKENS, UNITS, PRECISION,
+            H, BASE, RESIDUAL, True, not STAGED, TOKENS, UNITS, PRECISION, GATED,
         )  # fmt: skip
-        h = _activate(gate, ACTIVATION) * up
+        h = _activation_of(
+            gate, up, i[None, :], (i < neurons)[None, :], gate_bias, up_bias,
+            ACTIVATION, GATED, GATE_BIASED, UP_BIASED,
+        )  # fmt: skip
         counted, refined = mine, mine
         if STAGED:
             factor = tl.load(factors + i, mask=i < neurons, other=0)[None, :]
@@ -270,9 +287,12 @@ def plane_gate_up_kernel(
                 if tl.max(needed, 0) > 0:
                     more_gate, more_up = _gate_up(
                         x, look, refine, first, needed != 0, n,
-                        H, BASE, RESIDUAL, False, True, TOKENS, UNITS, PRECISION,
+                        H, BASE, RESIDUAL, False, True, TOKENS, UNITS, PRECISION, GATED,
                     )  # fmt: skip
-                    full = _activate(gate + more_gate, ACTIVATION) * (up + more_up)
+                    full = _activation_of(
+                        gate + more_gate, up + more_up, i[None, :], (i < neurons)[None, :], gate_bias,
+                        up_bias, ACTIVATION, GATED, GATE_BIASED, UP_BIASED,
+                    )  # fmt: skip
                     h = tl.where(finer > 0, h + finer * (full - h), h)
             h *= _ramp(evidence, width, RAMP)
         else:
@@ -318,11 +338,14 @@ def _add_outputs(
 @triton.jit
 def _down_unit(
     activations, finer_parts, count_records, refine, rows, begin, end, partial, n, neurons, unit,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, U: tl.constexpr,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    LISTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    U: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one unit from a part of the neurons."""
     GROUPS: tl.constexpr = (H + 63) // 64
+    RESIDUAL_PLANE: tl.constexpr = 8 * RESIDUAL * GROUPS
+    MATRICES: tl.constexpr = 2 if GATED else 1
     t = tl.arange(0, TOKENS)
     s0 = tl.zeros([BLOCK_R if TOKENS == 1 else TOKENS, 64], tl.float32)
     s1, s2, s3 = s0, s0, s0
@@ -341,7 +364,7 @@ def _down_unit(
         if RESIDUAL > 0:
             h = tl.load(finer_parts + place, mask=mask, other=0) * (1 / (1 << RESIDUAL))
             needed = tl.max((h != 0).to(tl.int32), 0) > 0
-            plane = refine + row.to(tl.int64) * (24 * RESIDUAL * GROUPS) + 16 * RESIDUAL * GROUPS
+            plane = refine + (row.to(tl.int64) * (MATRICES + 1) + MATRICES) * RESIDUAL_PLANE
             s0, s1, s2, s3 = _add_outputs(
                 s0, s1, s2, s3, h, plane, scale, needed, unit, GROUPS, RESIDUAL, PRECISION, U
             )
@@ -362,9 +385,9 @@ def _down_unit(
 def plane_down_kernel(
     activations, finer_parts, count_records, refine, rows, count, partial, y, ids, cluster_bias,
     projected, correction_up, counters, n, neurons, total,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, LISTED: tl.constexpr,
-    SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr, TOKENS: tl.constexpr,
-    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    LISTED: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs. Grid (units, SPLITS): each split takes a part of one token's list, or of all neurons."""
     unit, split = tl.program_id(0), tl.program_id(1)
@@ -378,13 +401,13 @@ def plane_down_kernel(
         _down_unit(
             activations, finer_parts, count_records, refine, rows, begin, end,
             partial + split * n * H, n, neurons, unit,
-            H, BASE, RESIDUAL, LISTED, TOKENS, BLOCK_R, PRECISION, 4,
+            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, PRECISION, 4,
         )  # fmt: skip
     elif U > 0:
         _down_unit(
             activations, finer_parts, count_records, refine, rows, begin, end,
             partial + split * n * H, n, neurons, unit,
-            H, BASE, RESIDUAL, LISTED, TOKENS, BLOCK_R, PRECISION, U,
+            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, PRECISION, U,
         )  # fmt: skip
     if _is_last(counters + unit, SPLITS):
         h = unit * 256 + tl.arange(0, 256)
@@ -393,58 +416,3 @@ def plane_down_kernel(
                 y, token, total, partial + token * H, n * H, ids, cluster_bias, projected,
                 correction_up, h, h < H, H, SPLITS, BIASED, CORRECTION,
             )  # fmt: skip
-
-
-@triton.jit
-def plane_linear_kernel(
-    x, records, bias, y, n, num_rows,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, BIASED: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Outputs of a linear layer. Grid (rows / BLOCK_R,)."""
-    GROUPS: tl.constexpr = (H + 63) // 64
-    r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)
-    t = tl.arange(0, TOKENS)
-    record = records + r.to(tl.int64) * ((8 * (BASE + RESIDUAL) + 2) * GROUPS)
-    sums = _sums(
-        x, record, record + 8 * BASE * GROUPS, record + 8 * (BASE + RESIDUAL) * GROUPS,
-        r < num_rows, n, H, BASE, RESIDUAL, TOKENS, UNITS, PRECISION,
-    )  # fmt: skip
-    if BIASED:
-        sums += tl.load(bias + r, mask=r < num_rows, other=0).to(tl.float32)[None, :]
-    place = y + t[:, None] * num_rows + r[None, :]
-    mask = (t < n)[:, None] & (r < num_rows)[None, :]
-    tl.store(place, sums.to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _store_values(
-    y, base, rest, scales, r, wanted, unit,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, U: tl.constexpr,
-):  # fmt: skip
-    """Write the values of one unit of rows r."""
-    GROUPS: tl.constexpr = (H + 63) // 64
-    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, 1, U)
-    scale = _wide(_scales(scales, wanted, unit, GROUPS, 1)) * (1 / (1 << RESIDUAL))
-    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
-    for c in tl.static_range(4):
-        mask = wanted[:, None] & (inside & (h + 16 * c < H))[None, :]
-        place = y + r[:, None] * H + (h + 16 * c)[None, :]
-        tl.store(place, (codes[c] * scale).to(y.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def plane_values_kernel(
-    base, rest, scales, y, num_rows, base_stride, rest_stride, scales_stride,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, BLOCK_R: tl.constexpr,
-):  # fmt: skip
-    """Values of rows [num_rows, H]; strides in bytes. Grid (rows / BLOCK_R, units)."""
-    unit = tl.program_id(1)
-    r = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)
-    WHOLE: tl.constexpr = (H + 63) // 64 // 4
-    U: tl.constexpr = (H + 63) // 64 % 4
-    base, rest, scales = base + r * base_stride, rest + r * rest_stride, scales + r * scales_stride
-    if unit < WHOLE:
-        _store_values(y, base, rest, scales, r, r < num_rows, unit, H, BASE, RESIDUAL, 4)
-    elif U > 0:
-        _store_values(y, base, rest, scales, r, r < num_rows, unit, H, BASE, RESIDUAL, U)
