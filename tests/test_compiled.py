@@ -9,6 +9,12 @@ from sparse_runtime.compiled import compiling
 from sparse_runtime.errors import CompilationError
 
 
+@pytest.fixture(autouse=True)
+def new_caches():
+    """Of as many graphs as torch compiles of one function, other tests of the process may have had some."""
+    torch.compiler.reset()
+
+
 def tokens(model, **options):
     with torch.inference_mode():
         return model.generate(

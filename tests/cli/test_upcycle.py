@@ -1,5 +1,6 @@
 """``upcycle``: a folder that stock transformers loads, or nothing."""
 
+import copy
 import json
 
 import pytest
@@ -29,8 +30,9 @@ def folder(tiny_tokenizer, tmp_path):
     model.generation_config.temperature = 0.625
     model.generation_config.do_sample = True
     model.save_pretrained(path)
-    tiny_tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
-    tiny_tokenizer.save_pretrained(path)
+    tokenizer = copy.deepcopy(tiny_tokenizer)  # which other tests have, too
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.content }}>{% endfor %}"
+    tokenizer.save_pretrained(path)
     return path
 
 
