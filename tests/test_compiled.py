@@ -11,7 +11,7 @@ from sparse_runtime.errors import CompilationError
 
 @pytest.fixture(autouse=True)
 def new_caches():
-    """Of as many graphs as torch compiles of one function, other tests of the process may have had some."""
+    """Torch compiles only so many graphs of one function, and other tests may have had some."""
     torch.compiler.reset()
 
 
