@@ -40,6 +40,7 @@ AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
 COMMON_FILES: dict[str, list[str]] = {
     "checks.cpp": [],
     "dispatch.cpp": [],
+    "experts.cpp": [],
     "ffn.cpp": [],
     "isa_scalar.cpp": [],
     "linear.cpp": [],

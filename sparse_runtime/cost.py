@@ -77,6 +77,7 @@ class FFNCost:
         verified: a second band of neurons is looked at.
         clustered: sets are read as bitmaps; False for methods that have none.
         matrices: before the activation: 2 (gate and up), or 1 of an FFN without a gate.
+        neurons_per_token: of I, those of a token's experts; None of a single FFN, which has one of all.
     """
 
     hidden_size: int
@@ -86,6 +87,7 @@ class FFNCost:
     verified: bool = False
     clustered: bool = True
     matrices: int = 2
+    neurons_per_token: int | None = None
 
     #: Whether every neuron is looked at before it is computed.
     looks_first: ClassVar[bool] = False
@@ -111,9 +113,15 @@ class FFNCost:
         return 0
 
     @property
+    def neurons(self) -> int:
+        """Neurons that a dense token reads: I, or those of its experts."""
+        own = self.neurons_per_token
+        return self.intermediate_size if own is None else own
+
+    @property
     def dense_bytes(self) -> int:
-        """Bytes of gate, up and down: 3·I·H·b; without a gate 2·I·H·b."""
-        return self.intermediate_size * self.neuron_bytes
+        """Bytes of gate, up and down: 3·I·H·b; without a gate 2·I·H·b. Of a token's experts alone."""
+        return self.neurons * self.neuron_bytes
 
     @property
     def whole_bytes(self) -> int:
@@ -124,9 +132,7 @@ class FFNCost:
     def overhead_bytes(self) -> int:
         """Bytes read whatever the cluster: router, compensation and the bands' bitmaps."""
         bitmaps = (2 if self.verified else 1) if self.clustered else 0
-        return self.extra_elements * self.element_size + bitmaps * packed_size(
-            self.intermediate_size
-        )
+        return self.extra_elements * self.element_size + bitmaps * packed_size(self.neurons)
 
     def sparse_bytes(
         self,
@@ -190,7 +196,7 @@ class PlaneCost(FFNCost):
     @property
     def whole_bytes(self) -> int:
         """Bytes that a token reads that runs dense: all planes."""
-        return self.intermediate_size * (self.look_bytes + self.count_bytes + self.refine_bytes)
+        return self.neurons * (self.look_bytes + self.count_bytes + self.refine_bytes)
 
 
 def router_parameter_count(hidden_size: int, num_clusters: int, rank: int | None) -> int:

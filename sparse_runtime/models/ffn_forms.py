@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -35,7 +35,7 @@ class FFNForm:
         projections: their names in its module, that of down last.
         kind: ``gated``: gate, up and down; ``fused``: one whose first half of rows is gate and the
             second up, and down; ``plain``: one, called gate like those that the activation is of, and
-            down.
+            down; ``experts``: parameters of many fused ones (``models/experts.py``).
         transposed: their weights are [in, out], as GPT-2's.
         inline: of an FFN written out in the forward of a larger module
             (``sparse_runtime.models.inline``): modules called in between, by name, in order. None of
@@ -43,7 +43,7 @@ class FFNForm:
     """
 
     projections: tuple[str, ...]
-    kind: Literal["gated", "fused", "plain"] = "gated"
+    kind: Literal["gated", "fused", "plain", "experts"] = "gated"
     transposed: bool = False
     inline: tuple[str, ...] | None = None
 
@@ -209,6 +209,25 @@ def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) ->
     except Exception as error:
         reason = f"tried on small matrices, it raises {error!r}{_extras(module, form)}"
         return Proof(form, None, reason)
+    return closest(found, x, trials, form, _extras(module, form))
+
+
+def closest(
+    found: Any,
+    x: Tensor,
+    trials: Iterable[tuple[tuple[FFNForm, str], Tensor]],
+    form: FFNForm,
+    extras: str = "",
+) -> Proof:
+    """Which of some trials a module's output is that of.
+
+    Args:
+        found: the output, of hidden states ``x``.
+        x: of the output's shape, if it is one of an FFN.
+        trials: forms and activations, with what they give.
+        form: to name if there is none.
+        extras: a likely cause if it is none of them.
+    """
     if not isinstance(found, Tensor) or found.shape != x.shape:
         shape = list(found.shape) if isinstance(found, Tensor) else type(found).__name__
         return Proof(form, None, f"it gives {shape} for hidden states {list(x.shape)}")
@@ -221,7 +240,7 @@ def _prove(module: nn.Module, forms: Sequence[FFNForm], device: torch.device) ->
         best,
         None,
         f"tried on small matrices, its values of up to {largest:.3g} differ by {difference:.3g} or "
-        f"more with any of {', '.join(ACTIVATION_FUNCTIONS)}{_extras(module, best)}",
+        f"more with any of {', '.join(ACTIVATION_FUNCTIONS)}{extras}",
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,14 @@ from sparse_runtime.cost import FFNCost, PlaneCost
 from sparse_runtime.errors import ConfigError, NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.kernels.linear import weight_problem
 from sparse_runtime.kernels.planes import PlaneFormat
+from sparse_runtime.models.experts import (
+    EXPERTS,
+    ExpertRows,
+    chosen_experts,
+    expert_weights,
+    holds_experts,
+    prove_experts,
+)
 from sparse_runtime.models.ffn_forms import (
     LLAMA,
     FFNForm,
@@ -31,9 +39,6 @@ from sparse_runtime.models.transposed import (
     linear_sizes,
 )
 
-# Names of stacked experts' matrices [E, …] in transformers.
-_EXPERTS = ("gate_up_proj", "gate_proj", "up_proj", "down_proj", "w1", "w2", "input_linear")
-
 
 @dataclass(frozen=True)
 class FFNLayer:
@@ -41,7 +46,9 @@ class FFNLayer:
 
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; without a gate, ``gate`` is what the
     activation is of, and ``up`` None. ``parent`` holds ``mlp`` under the attribute ``attribute``, and
-    ``form`` says which linear layers of ``mlp`` they are. Of an FFN whose weights are packed in planes
+    ``form`` says which linear layers of ``mlp`` they are. Of a mixture of experts ``mlp`` holds all
+    experts' matrices, ``parent`` is the block that has their router, and the neurons are those of all
+    experts, one expert's after the other's. Of an FFN whose weights are packed in planes
     (``sparse_runtime.ffn.plane_modules``), ``mlp`` has none of them. Where the FFN is written out in a
     larger module (``form.inline``), ``mlp`` is that module; ``sparse_runtime.models.inline_calls`` has
     what to call.
@@ -52,11 +59,14 @@ class FFNLayer:
     parent: nn.Module
     attribute: str
     mlp: nn.Module
-    gate: nn.Linear | LinearRows | TransposedLinear
-    up: nn.Linear | LinearRows | None
-    down: nn.Linear | TransposedLinear
+    gate: nn.Linear | LinearRows | ExpertRows | TransposedLinear
+    up: nn.Linear | LinearRows | ExpertRows | None
+    down: nn.Linear | ExpertRows | TransposedLinear
     activation: str
     form: FFNForm = LLAMA
+    #: Number of experts, and how many of them a token has; 0 of a single FFN.
+    experts: int = 0
+    active: int = 0
 
     @property
     def projections(self) -> tuple[str, ...]:
@@ -86,7 +96,7 @@ class FFNLayer:
     @property
     def device(self) -> torch.device:
         """Of the weights."""
-        return self.mlp.look.device if self.packed else self.gate.weight.device  # type: ignore[return-value]
+        return self.mlp.look.device if self.packed else self.weights[0].device  # type: ignore[return-value]
 
     @property
     def dtype(self) -> torch.dtype:
@@ -95,7 +105,26 @@ class FFNLayer:
             return self.mlp.dtype  # type: ignore[return-value]
         if self.int8:  # of the decoder layer's norms
             return next(p.dtype for p in self.parent.parameters() if p.is_floating_point())
-        return self.gate.weight.dtype
+        return self.weights[0].dtype
+
+    @property
+    def weights(self) -> tuple[Tensor, ...]:
+        """The parameters that hold its matrices; none if it is packed."""
+        if self.experts and not self.packed:
+            return tuple(self.mlp._parameters[name] for name in self.projections)  # type: ignore[misc]
+        return tuple(linear.weight for linear in self.linears().values())
+
+    @property
+    def neurons_per_token(self) -> int:
+        """Neurons that a token reads at most: those of its experts."""
+        if not self.experts:
+            return self.intermediate_size
+        return self.intermediate_size // self.experts * self.active
+
+    def expert_weights(self, x: Tensor) -> Tensor:
+        """What each expert counts for hidden states [n, H]: [n, E] float32, 0 if it is not chosen."""
+        index, weights = chosen_experts(self.parent, self.attribute, x)
+        return expert_weights(index, weights, self.experts)
 
     @property
     def format(self) -> PlaneFormat | None:
@@ -108,13 +137,15 @@ class FFNLayer:
         return None if self.format is None else self.format.bits
 
     def linears(self) -> dict[str, Any]:
-        """Its linear layers by their names in the FFN, with weights [out, in]; none if it is packed."""
+        """Its linear layers by their names, with weights [out, in]; none of experts, or if packed."""
         return {name: _with_rows(module) for name, module in self.own_linears().items()}
 
     def own_linears(self) -> dict[str, nn.Module]:
         """The modules of :meth:`linears`, whatever they are."""
         modules: Any = self.mlp._modules
-        return {} if self.packed else {name: modules[name] for name in self.projections}
+        if self.packed or self.experts:
+            return {}
+        return {name: modules[name] for name in self.projections}
 
     @property
     def parts(self) -> list[nn.Module]:
@@ -173,11 +204,15 @@ def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCo
         verified: whether float neurons are looked at; planes always are.
     """
     sizes = (layer.hidden_size, layer.intermediate_size, extra_elements)
+    own = layer.neurons_per_token if layer.experts else None
     if layer.format is None:
-        return FFNCost(*sizes, verified=verified, matrices=layer.form.matrices)
+        return FFNCost(
+            *sizes, verified=verified, matrices=layer.form.matrices, neurons_per_token=own
+        )
     return PlaneCost(
         *sizes,
         matrices=layer.form.matrices,
+        neurons_per_token=own,
         base=layer.format.base,
         residual=layer.format.residual,
     )
@@ -304,10 +339,8 @@ def _ffn_of(
         if is_packed(module):
             proven.append(_layer(index, name, module, model, module.form, module.activation))  # type: ignore[arg-type]
             continue
-        if any(getattr(getattr(module, part, None), "ndim", 0) == 3 for part in _EXPERTS):
-            raise UnsupportedArchitectureError(
-                f"{name} ({type(module).__name__}) is a mixture of experts; expected one FFN a layer"
-            )
+        if holds_experts(module):
+            return _experts(index, name, module, model)
         forms = forms_of(module)
         if not forms:
             continue
@@ -347,6 +380,21 @@ def _proof(module: nn.Module, forms: Sequence[FFNForm], *, is_layer: bool) -> Pr
         return whole
     inline = prove_inline(module, forms, device)
     return inline if inline.activation is not None or is_layer else whole
+
+
+def _experts(index: int, name: str, module: nn.Module, model: nn.Module) -> FFNLayer:
+    """The experts of a decoder layer. Shared ones beside them run as they stand."""
+    device = next(p.device for p in module.parameters())
+    proof = prove_experts(module, torch.device("cpu") if device.type == "meta" else device)
+    if proof.activation is None:
+        raise UnsupportedArchitectureError(
+            f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} is not that of "
+            f"experts with gate and up in one matrix: {proof.reason}"
+        )
+    layer = _layer(index, name, module, model, EXPERTS, proof.activation)
+    sample = torch.zeros(1, layer.hidden_size, dtype=layer.dtype, device=device)
+    active = chosen_experts(layer.parent, layer.attribute, sample)[0].shape[1]
+    return replace(layer, active=active)
 
 
 _FORMULAS = {
@@ -391,10 +439,14 @@ def _layer(
     gate: Any = first
     up: Any = rest[0] if form.kind == "gated" else None
     down: Any = linears[-1]
+    experts = 0
+    if form.kind == "experts":
+        gate, up, down = (ExpertRows(mlp, part) for part in ("gate", "up", "down"))
+        experts = mlp._parameters[form.projections[-1]].shape[0]  # type: ignore[union-attr]
     if form.kind == "fused" and first is not None:
         gate, up = LinearRows(first, second=False), LinearRows(first, second=True)
     parent = model.get_submodule(parent_name)
-    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, form)
+    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, form, experts)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
@@ -408,8 +460,7 @@ def _check_layer(layer: FFNLayer, *, int8: bool) -> None:
                 f"{layer.name}: {name} {problem}. {packing} the model unquantized, and "
                 "merge or remove adapters and parametrizations first"
             )
-    weights = [linear.weight for linear in layer.linears().values()]
-    present = [weight for weight in weights if weight.device.type != "meta"]  # not offloaded
+    present = [weight for weight in layer.weights if weight.device.type != "meta"]  # not offloaded
     kinds = [f"{weight.dtype} on {weight.device}".removeprefix("torch.") for weight in present]
     if len(set(kinds)) > 1:
         raise UnsupportedArchitectureError(

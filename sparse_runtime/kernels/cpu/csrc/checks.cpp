@@ -1,6 +1,7 @@
 #include "checks.h"
 
 #include "pass.h"
+#include "sizes.h"
 
 namespace sparse_ffn {
 
@@ -21,7 +22,7 @@ constexpr int64_t kLargest = int64_t(1) << 30;
 }  // namespace
 
 Inputs BiasArguments::inputs(const StringArgument& activation, int64_t matrices, int64_t neurons) {
-  Inputs inputs = {matrices, nullptr, nullptr, activation_named(activation.get())};
+  Inputs inputs = {matrices, nullptr, nullptr, activation_named(activation.get()), 1.0f};
   if (gate.given()) inputs.gate_bias = floats_of(gate, neurons, "I");
   if (up.given() && matrices == 1) fail("up_bias without up, which alone it is for");
   if (up.given()) inputs.up_bias = floats_of(up, neurons, "I");
@@ -131,6 +132,51 @@ Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down
           w_up.given() ? w_up.matrix() : w_gate.matrix(),
           w_down_t.matrix(),
           inputs};
+}
+
+Choice ChoiceArguments::choice(int64_t tokens, int64_t neurons) {
+  if (!weights.given()) fail("top_k_index is given without top_k_weights; they go together");
+  if (experts < 1 || neurons % experts != 0 || neurons / experts % 8 != 0)
+    fail("there are " + std::to_string(neurons) + " neurons and " + std::to_string(experts) +
+         " experts; expected a multiple of 8 neurons for each");
+  index.inspect(2);
+  index.expect_dtype(aoti_torch_dtype_int64(), "int64");
+  weights.inspect(2);
+  weights.expect_dtype(aoti_torch_dtype_float32(), "float32");
+  for (Argument* one : {&index, &weights}) {
+    one->expect_size(0, tokens, "n");
+    one->expect_size(1, index.size(1), "k");
+    one->expect_rows();
+    if (tokens > 1 && one->stride(0) != index.size(1)) fail("top_k_index or top_k_weights is not contiguous");
+  }
+  const int64_t* const chosen = static_cast<const int64_t*>(index.data());
+  for (int64_t i = 0; i < tokens * index.size(1); ++i)
+    if (chosen[i] < 0 || chosen[i] >= experts)
+      throw std::out_of_range("top_k_index holds " + std::to_string(chosen[i]) +
+                              "; expected 0 <= index < experts = " + std::to_string(experts));
+  return {chosen, static_cast<const float*>(weights.data()), index.size(1), experts};
+}
+
+Ffn experts_of(const Argument& x, Argument& w_gate, Argument& w_down_t, int64_t experts,
+               const StringArgument& activation, BiasArguments& biases) {
+  const DTypeInfo info = x.float_dtype();
+  w_down_t.inspect(2);
+  const int64_t neurons = w_down_t.size(0);
+  for (Argument* weight : {&w_gate, &w_down_t}) {
+    weight->inspect(2);
+    weight->expect_dtype(x.dtype(), "of x");
+    weight->expect_size(1, x.size(1), "H");
+    weight->expect_rows();
+    check_sizes("experts", weight->size(0), x.size(1));
+  }
+  const int64_t matrices = w_gate.size(0) == 2 * neurons ? 2 : 1;
+  w_gate.expect_size(0, matrices * neurons, "the rows of all experts");
+  const Inputs inputs = biases.inputs(activation, matrices, neurons);
+  const Matrix gate = w_gate.matrix();
+  const int64_t rows = matrices == 2 ? neurons / at_least(experts, 1) : 0;
+  const Matrix up = {static_cast<const char*>(gate.data) + rows * gate.stride * info.size,
+                     gate.stride};
+  return {info.dtype, info.size, x.size(1), neurons, gate, up, w_down_t.matrix(), inputs};
 }
 
 Clusters clusters_of(Argument& sets, int64_t neurons) {

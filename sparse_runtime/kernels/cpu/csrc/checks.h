@@ -2,6 +2,7 @@
 #pragma once
 
 #include "arguments.h"
+#include "experts.h"
 
 namespace sparse_ffn {
 
@@ -22,6 +23,27 @@ struct BiasArguments {
 // Without w_up it is an FFN with one matrix before its activation.
 Ffn ffn_of(const Argument& x, Argument& w_gate, Argument& w_up, Argument& w_down_t,
            const StringArgument& activation, BiasArguments& biases);
+
+// The optional last arguments of operations over mixtures of experts: index and weights [n, k] of each
+// token's experts.
+struct ChoiceArguments {
+  Argument index, weights;
+  int64_t experts;
+
+  ChoiceArguments(StableIValue index, StableIValue weights, StableIValue experts)
+      : index("top_k_index", Argument::optional_handle(index)),
+        weights("top_k_weights", Argument::optional_handle(weights)),
+        experts(static_cast<int64_t>(experts)) {}
+
+  bool given() const { return index.given(); }
+  // Checked against the tokens, and the neurons of all experts.
+  Choice choice(int64_t tokens, int64_t neurons);
+};
+
+// The FFN of all experts: w_gate [experts * 2 I, H] has gate and up of each, or [experts * I, H] gate
+// alone; w_down_t is [experts * I, H].
+Ffn experts_of(const Argument& x, Argument& w_gate, Argument& w_down_t, int64_t experts,
+               const StringArgument& activation, BiasArguments& biases);
 
 Clusters clusters_of(Argument& sets, int64_t neurons);
 

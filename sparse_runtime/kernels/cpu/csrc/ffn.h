@@ -6,12 +6,14 @@
 
 namespace sparse_ffn {
 
-// What an activation is made of: h = act(gate·x + bias) · (up·x + bias), or act(gate·x + bias).
+// What an activation is made of: h = act(gate·x + bias) · (up·x + bias), or act(gate·x + bias), times
+// the weight of the expert that it belongs to.
 struct Inputs {
   int64_t matrices;        // 2, or 1: there is no up
   const float* gate_bias;  // [I] or null
   const float* up_bias;    // [I] or null
   Activation activation;
+  float weight;            // 1: no expert, or one that counts once
 };
 
 // Finishes the dot products of some rows, index[0..count) or from `first` on where index is null: adds
@@ -24,6 +26,14 @@ inline void add_biases(const Inputs& inputs, const int32_t* index, int64_t first
     for (int64_t r = 0; r < count; ++r) up[r] = 1.0f;
   else if (inputs.up_bias)
     for (int64_t r = 0; r < count; ++r) up[r] += inputs.up_bias[index ? index[r] : first + r];
+}
+
+// gate[r] = h of some rows, out of what add_biases has finished.
+inline void activate(const CommonKernels& common, const Inputs& inputs, float* gate,
+                     const float* up, int64_t count) {
+  common.activate(inputs.activation, gate, up, count);
+  if (inputs.weight != 1.0f)
+    for (int64_t r = 0; r < count; ++r) gate[r] *= inputs.weight;
 }
 
 struct Ffn {

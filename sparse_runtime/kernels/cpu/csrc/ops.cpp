@@ -81,8 +81,10 @@ const char* const kRoutedFfn =
     "Tensor(a!)? cluster_counts, str activation, Tensor? maybe_sets=None, "
     "Tensor? look=None, Tensor? factors=None, Tensor(b!)? row_counts=None, "
     "Tensor? correction_down=None, Tensor? correction_up=None, Tensor? cluster_weights=None, "
-    "Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor";
+    "Tensor? gate_bias=None, Tensor? up_bias=None, Tensor? top_k_index=None, "
+    "Tensor? top_k_weights=None, int experts=1) -> Tensor";
 
+// With experts w_gate has the rows of gate and up of one after the other, and w_up is None.
 void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), w_gate("w_gate", stack[1]);
   Argument w_up("w_up", Argument::optional_handle(stack[2]));
@@ -94,11 +96,17 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   StringArgument activation(stack[10]);
   VerificationArguments verification(stack + 11, stack[17]);
   BiasArguments biases(stack[18], stack[19]);
+  ChoiceArguments chosen(stack[20], stack[21], stack[22]);
   Argument correction_down("correction_down", Argument::optional_handle(stack[15]));
   Argument correction_up("correction_up", Argument::optional_handle(stack[16]));
 
   const Tokens tokens = tokens_of(x);
-  const Ffn ffn = ffn_of(x, w_gate, w_up, w_down_t, activation, biases);
+  if (chosen.given() && w_up.given()) fail("w_up is given, but experts have it in w_gate");
+  const Ffn ffn =
+      chosen.given() ? experts_of(x, w_gate, w_down_t, chosen.experts, activation, biases)
+                     : ffn_of(x, w_gate, w_up, w_down_t, activation, biases);
+  Choice choice = {};
+  if (chosen.given()) choice = chosen.choice(tokens.count, ffn.num_neurons);
   Clusters clusters = clusters_of(sets, ffn.num_neurons);
   verification.check_into(clusters, ffn);
   const Router router = router_of(x, down, up, bias);
@@ -110,7 +118,12 @@ void routed_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Result y(new_tensor(2, shape, x.dtype()));
   int64_t* const ids = id_scratch(tokens.count);
   run_router(ffn.dtype, ffn.element_size, tokens, ffn.hidden_size, router, clusters.count, ids);
-  run_ffn(ffn, tokens, clusters, ids, compensation, y.data());
+  if (chosen.given()) {
+    const int64_t block = ffn.inputs.matrices * (ffn.num_neurons / choice.experts);
+    run_experts(ffn, block, choice, tokens, clusters, ids, compensation, y.data());
+  } else {
+    run_ffn(ffn, tokens, clusters, ids, compensation, y.data());
+  }
   if (count)
     for (int64_t t = 0; t < tokens.count; ++t) add_count(count + ids[t], 1);
   stack[0] = y.release();

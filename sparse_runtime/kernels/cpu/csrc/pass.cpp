@@ -34,7 +34,7 @@ void compute_rows(const Pass& pass, const Part& own, const Rows& rows) {
     float* const gate = own.gate + t * pass.row_stride;
     float* const up = own.up + t * pass.row_stride;
     add_biases(ffn.inputs, rows.index, rows.first, rows.count, gate, up);
-    pass.isa->common.activate(ffn.inputs.activation, gate, up, rows.count);
+    activate(pass.isa->common, ffn.inputs, gate, up, rows.count);
     // Zeros of gate and up stay zeros only where there is nothing to add.
     if (rows.tokens && (ffn.inputs.gate_bias || ffn.inputs.matrices == 1))
       for (int64_t r = 0; r < rows.count; ++r)

@@ -34,7 +34,8 @@ const char* const kPlaneFfn =
     "Tensor? router_bias, Tensor? factors, float tau, float width, Tensor? cluster_bias, "
     "Tensor(a!)? cluster_counts, Tensor(b!)? row_counts, Tensor? correction_down, "
     "Tensor? correction_up, Tensor? cluster_weights=None, Tensor? gate_bias=None, "
-    "Tensor? up_bias=None) -> Tensor";
+    "Tensor? up_bias=None, Tensor? top_k_index=None, Tensor? top_k_weights=None, "
+    "int experts=1) -> Tensor";
 
 void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument x("x", stack[0]), look("look", stack[1]), count("count", stack[2]);
@@ -53,6 +54,7 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   Argument correction_up("correction_up", Argument::optional_handle(stack[19]));
   Argument cluster_weights("cluster_weights", Argument::optional_handle(stack[20]));
   BiasArguments biases(stack[21], stack[22]);
+  ChoiceArguments chosen(stack[23], stack[24], stack[25]);
 
   const Tokens tokens = tokens_of(x);
   const DTypeInfo info = x.float_dtype();
@@ -101,7 +103,12 @@ void plane_ffn_op(StableIValue* stack, uint64_t, uint64_t) {
   int64_t* const counted = counts_of(cluster_counts, clusters.count, "K");
   const int64_t shape[2] = {tokens.count, hidden};
   Result y(new_tensor(2, shape, x.dtype()));
-  run_plane_ffn(ffn, tokens, clusters, ids, stages, compensation, y.data());
+  if (chosen.given()) {
+    const Choice choice = chosen.choice(tokens.count, ffn.num_neurons);
+    run_plane_experts(ffn, choice, tokens, clusters, ids, stages, compensation, y.data());
+  } else {
+    run_plane_ffn(ffn, tokens, clusters, ids, stages, compensation, y.data());
+  }
   if (counted && ids)
     for (int64_t t = 0; t < tokens.count; ++t) add_count(counted + ids[t], 1);
   stack[0] = y.release();

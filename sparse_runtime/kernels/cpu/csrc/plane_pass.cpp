@@ -80,7 +80,7 @@ void look(const PlanePass& pass, PlanePart& own, PlaneStep& step) {
     }
     add_biases(ffn.inputs, step.index, 0, step.count, gate, up);
     memcpy(looks, gate, size_t(step.count) * sizeof(float));
-    pass.isa->common.activate(ffn.inputs.activation, looks, up, step.count);
+    activate(pass.isa->common, ffn.inputs, looks, up, step.count);
   }
 }
 
@@ -153,7 +153,7 @@ void refine(const PlanePass& pass, PlanePart& own, const PlaneStep& step) {
       gate[place[i]] += own.dots[t * ld + matrices * i];
       if (matrices > 1) up[place[i]] += own.dots[t * ld + matrices * i + 1];
     }
-    pass.isa->common.activate(ffn.inputs.activation, gate, up, step.count);
+    activate(pass.isa->common, ffn.inputs, gate, up, step.count);
   }
 }
 
