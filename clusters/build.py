@@ -53,7 +53,8 @@ from sparse_runtime.clusters.text import (
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
 from sparse_runtime.errors import ConfigError, DataError, ModelError
 from sparse_runtime.files import atomic_folder, check_new_folder, write_json, write_tensors
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.predictors.training import route
 from sparse_runtime.progress import ProgressReporter, TqdmProgress

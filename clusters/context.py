@@ -15,7 +15,7 @@ from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.fisher import LayerFisher
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 #: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
 #: |h_i|·w_i with the loss's sensitivity w_i (``clusters/fisher.py``). ``binary``: whether the norm

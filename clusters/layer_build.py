@@ -32,7 +32,7 @@ from sparse_runtime.clusters.paper.awc_paper import AWCPaperConfig, fit_awc_pape
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
 from sparse_runtime.files import write_tensors
 from sparse_runtime.kernels.bitmaps import pack_bits, union, unpack_bits
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.predictors import Router, new_router
 from sparse_runtime.predictors.training import (
     RouterTraining,

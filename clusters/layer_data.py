@@ -16,7 +16,7 @@ from sparse_runtime.cost import FFNCost, PlaneCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 _CHUNK_TOKENS = 4096
 

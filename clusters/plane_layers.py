@@ -12,7 +12,7 @@ from torch import Tensor
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
 from sparse_runtime.ffn.plane_restoring import Packing
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
 #: Tokens whose statistics weights are rounded by.

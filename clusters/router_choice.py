@@ -27,7 +27,7 @@ from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.files import write_json
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.predictors import Router
 from sparse_runtime.predictors.training import route
 

@@ -27,11 +27,13 @@ from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
+from sparse_runtime.ffn.sparse_experts import SparseExperts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
 from sparse_runtime.kernels import resolve_backend
 from sparse_runtime.kernels.linear import runs_own_forward
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 if TYPE_CHECKING:
     from sparse_runtime.ffn.plane_restoring import Packing
@@ -99,7 +101,7 @@ def sparsify(
             matched = [layer for layer in layers if layer.index in kept]
         _note_other_bits(artifact, matched)
         ffns = [
-            (SparsePlaneFFN if layer.packed else SparseFFN)(
+            _kind(layer)(
                 layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
             )
             for layer in matched
@@ -111,6 +113,12 @@ def sparsify(
         swap(linears)
         state.fast_linears += linears
     return model
+
+
+def _kind(layer: FFNLayer) -> type[SparseFFN]:
+    if layer.experts:
+        return SparseExperts
+    return SparsePlaneFFN if layer.packed else SparseFFN
 
 
 def _pack(model: nn.Module, config: SparseConfig) -> Packing | None:
@@ -197,7 +205,7 @@ def _note_other_bits(clusters: ClusterSet, layers: Iterable[FFNLayer]) -> None:
 
 def _obstacle(layer: FFNLayer) -> str | None:
     """Why an FFN cannot be patched; None if it can."""
-    if any(linear.weight.device.type == "meta" for linear in layer.linears().values()):
+    if any(weight.device.type == "meta" for weight in layer.weights):
         return (
             "accelerate offloads their weights, and moving whole matrices costs more than skipping "
             "rows saves. Give the model more device memory to run them sparsely"

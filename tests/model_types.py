@@ -55,6 +55,23 @@ _SIZES = {
     "image_size": 28,
     "patch_size": 14,
 }
+# Of mixtures of experts, by the names that they give the number of experts.
+_EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_SIZES = {
+    **dict.fromkeys(_EXPERTS, 4),
+    "intermediate_size": 48,  # a multiple of 8
+    "moe_intermediate_size": 16,
+    "shared_expert_intermediate_size": 24,
+    "num_experts_per_tok": 2,
+    "num_experts_per_token": 2,
+    "moe_k": 2,
+    "moe_topk": 2,
+    "top_k_experts": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+    "decoder_sparse_step": 1,
+}
 _OFTEN_NONE = ("pad_token_id", "head_dim", "q_lora_rank", "n_inner", "num_key_value_heads")
 
 
@@ -66,13 +83,14 @@ def tiny_model_of_type(kind):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             # transformers' weights are too small to tell answers apart, and its biases zero.
-            if parameter.ndim == 2 or name.endswith(".bias"):
+            if parameter.ndim in (2, 3) or name.endswith(".bias"):
                 parameter.normal_(std=0.2)
     return model
 
 
 def _shrunk(config):
-    for name, value in _SIZES.items():
+    sizes = _SIZES | (_EXPERT_SIZES if any(hasattr(config, name) for name in _EXPERTS) else {})
+    for name, value in sizes.items():
         found = getattr(config, name, "missing")
         if isinstance(found, int) or (found is None and name in _OFTEN_NONE):
             with suppress(AttributeError, NotImplementedError):  # computed from others

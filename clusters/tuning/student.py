@@ -21,7 +21,8 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer, decoder_of, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].

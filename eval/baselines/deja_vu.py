@@ -25,7 +25,7 @@ from sparse_runtime.eval.baselines.masked_ffn import (
     run_neurons,
     threshold_for,
 )
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 _CHUNK_TOKENS = 2048
 

@@ -25,7 +25,8 @@ from sparse_runtime.eval.quality.forwards import Forward, swapped_forwards
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter
 

@@ -25,7 +25,8 @@ from sparse_runtime.eval.quality.forwards import (
     swapped_forwards,
 )
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
 
 

@@ -17,7 +17,7 @@ from sparse_runtime.eval.baselines.masked_ffn import (
     most,
     run_neurons,
 )
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 _CHUNK_TOKENS = 2048
 

@@ -16,7 +16,7 @@ from sparse_runtime.eval.baselines.masked_ffn import (
     threshold_for,
 )
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 # Thresholds come from so many tokens, spread over the calibration text: a layer's mean density varies
 # by 0.1 / √4096 or so, less than one text differs from another.

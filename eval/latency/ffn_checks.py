@@ -18,7 +18,8 @@ from sparse_runtime.kernels.reference import (
     add_compensation,
     sparse_ffn_reference,
 )
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 # Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
 _TOLERANCE = 0.02

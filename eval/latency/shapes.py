@@ -12,7 +12,8 @@ from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 
 SHAPES = {

@@ -23,7 +23,7 @@ from sparse_runtime.clusters.paper.binary_patterns import (
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import router_parameter_count
 from sparse_runtime.eval.baselines.masked_ffn import MaskedOutput, Variants, run_neurons
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.predictors import Router
 from sparse_runtime.predictors.training import route
 

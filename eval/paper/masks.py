@@ -36,7 +36,8 @@ from sparse_runtime.eval.paper.patterns import (
     edited_outputs,
     pattern_bytes,
 )
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter
 
 __all__ = [

@@ -15,7 +15,8 @@ from sparse_runtime.clusters.paper.binary_patterns import (
     binarize,
 )
 from sparse_runtime.errors import ConfigError, DataError
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 PROJECTIONS = ("gate", "up", "down")

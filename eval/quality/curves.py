@@ -46,7 +46,8 @@ from sparse_runtime.eval.baselines.registry import captured_states, fit_baseline
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
 from sparse_runtime.eval.quality.forwards import dense_prompts
 from sparse_runtime.eval.quality.rows import Curve, Protocol, amounts, reading, reading_of_bits
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers, packed_bits
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers, packed_bits
 
 DEFAULT_CALIBRATION = "wikitext2"
 

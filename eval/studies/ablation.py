@@ -28,7 +28,8 @@ from sparse_runtime.clusters.paper.awc_paper import AWCPaperConfig, fit_awc_pape
 from sparse_runtime.clusters.paper.binary_patterns import percentile_threshold
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.errors import DataError
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers, select_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers, select_layers
 from sparse_runtime.predictors.training import initial_router, route
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.eval.upcycling.partition import expert_mass, split_neurons
 from sparse_runtime.eval.upcycling.routing import expert_weights, train_router
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 #: Of the mean squared activation: how much the dense weights are trusted beside the calibration text.
 _RIDGE = 1e-2

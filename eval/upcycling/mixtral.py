@@ -11,7 +11,8 @@ from torch import Tensor
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.eval.upcycling.layer_experts import LayerExperts, cut_experts
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 #: Fields of a dense model's config that Mixtral's has too; those of the FFN are its own.
 _SHARED_FIELDS = (

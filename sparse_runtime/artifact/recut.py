@@ -15,7 +15,8 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import check_cut
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers, layer_cost
+from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17

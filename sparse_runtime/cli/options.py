@@ -22,7 +22,7 @@ from sparse_runtime.cli.ranges import (
 )
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.models import parse_dtype
-from sparse_runtime.models.ffn_layers import is_packed
+from sparse_runtime.models.ffn_layer import is_packed
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Hub id, local folder, or 'demo' (SmolLM2-135M).")

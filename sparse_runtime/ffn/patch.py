@@ -17,7 +17,7 @@ from sparse_runtime.ffn.projections import drops_values, own_class
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels.linear import change_class, has_no_hooks
 from sparse_runtime.models.ffn_forms import FFNForm
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.inline import (
     STATE,
     InlineForward,
@@ -41,16 +41,16 @@ class SparseForward(nn.Module):
         sparse = self._modules.get(CHILD)
         if sparse is None:  # somebody kept this method beyond unsparsify
             return type(self).forward(self, *args, **kwargs)
-        if len(args) != 1 or kwargs:
+        if kwargs or len(args) not in (1, 3):  # of experts three
             bound = inspect.signature(own_class(self).forward).bind(self, *args, **kwargs)
             args = tuple(bound.arguments.values())[1:]
         call = sparse.forward if has_no_hooks(sparse) else sparse
         output: Tensor = call(*args)
         return output
 
-    def dense_forward(self, hidden_states: Tensor) -> Tensor:
-        """The forward of the FFN's own class."""
-        output: Tensor = super().forward(hidden_states)
+    def dense_forward(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
+        """The forward of the FFN's own class; experts have index and weights, too."""
+        output: Tensor = super().forward(hidden_states, *choice)
         return output
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -97,7 +97,7 @@ class SparseInlineForward(SparseForward, InlineForward):
             sparse.stand_back()
         sparse.count_dense(reason, num_tokens)
 
-    def dense_forward(self, hidden_states: Tensor) -> Tensor:
+    def dense_forward(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """The FFN by the modules it is made of."""
         return run_inline(self, self.inline_form, hidden_states)
 

@@ -34,10 +34,10 @@ def plain_tensors() -> Iterator[None]:
 
 
 def lay_out(weight: Tensor, *, transposed: bool) -> None:
-    """Put a matrix in memory by columns, or by rows again; its values, shape and kind stay."""
+    """Put matrices in memory by columns, or by rows again; its values, shape and kind stay."""
     with torch.inference_mode(weight.is_inference()), torch.no_grad():
         data = weight.data
-        weight.data = data.t().contiguous().t() if transposed else data.contiguous()
+        weight.data = data.mT.contiguous().mT if transposed else data.contiguous()
 
 
 def own_copy(clusters: LayerClusters) -> LayerClusters:

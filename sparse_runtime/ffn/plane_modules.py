@@ -24,7 +24,7 @@ from sparse_runtime.kernels.planes import (
     unpack_linear,
 )
 from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
 # several times its memory.

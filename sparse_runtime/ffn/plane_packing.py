@@ -23,7 +23,8 @@ from sparse_runtime.ffn.plane_places import (
 from sparse_runtime.ffn.plane_restoring import Packing, attach, described, planes_config
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint
 
 ModelT = TypeVar("ModelT", bound=nn.Module)

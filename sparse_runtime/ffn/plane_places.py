@@ -20,7 +20,8 @@ from sparse_runtime.ffn.patch import owners
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.kernels.backends import KERNEL_DTYPES
 from sparse_runtime.kernels.linear import FastLinear, call_problem, has_no_hooks
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.int8_linears import float_linear, int8_problem, is_int8
 
 _REMEDY = "Merge or remove adapters, hooks and parametrizations first, or load the float checkpoint"

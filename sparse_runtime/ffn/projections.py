@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
+from sparse_runtime.ffn.expert_parameters import SeenExperts, experts_problem
 from sparse_runtime.kernels.linear import (
     call_problem,
     has_global_hooks,
@@ -26,6 +27,11 @@ def own_class(owner: nn.Module) -> type[nn.Module]:
 
 def projection_tensors(owner: nn.Module, form: FFNForm, *names: str) -> list[Tensor | None]:
     """An FFN's weights [out, in], or biases, or both one after the other, in the form's order."""
+    if form.kind == "experts":  # which have none of the latter
+        own = owner._parameters
+        return [
+            own[part] if name == "weight" else None for name in names for part in form.projections
+        ]
     linears: Any = [owner._modules[linear] for linear in form.projections]
     tensors = [linear._parameters[name] for name in names for linear in linears]
     if not form.transposed:
@@ -35,6 +41,9 @@ def projection_tensors(owner: nn.Module, form: FFNForm, *names: str) -> list[Ten
 
 def weight_by_columns(owner: nn.Module, form: FFNForm) -> Tensor:
     """The weight that has a neuron in a column: that of down, or transposed ones that of the first."""
+    if form.kind == "experts":
+        down: Any = owner._parameters[form.projections[-1]]
+        return down
     linear: Any = owner._modules[form.projections[0 if form.transposed else -1]]
     weight: Tensor = linear._parameters["weight"]
     return weight
@@ -48,6 +57,8 @@ def projection_problem(owner: nn.Module, form: FFNForm, sizes: tuple[int, int]) 
         form: its linear layers.
         sizes: I and H that the clusters are for.
     """
+    if form.kind == "experts":
+        return experts_problem(owner, form.projections, sizes)
     kinds, rows = set(), form.first_rows(sizes[0])
     for name in form.projections:
         linear = owner._modules.get(name)
@@ -110,8 +121,10 @@ class Seen:
     held: tuple[Tensor, ...]
 
     @classmethod
-    def of(cls, owner: nn.Module, form: FFNForm, besides: nn.Module) -> Seen:
+    def of(cls, owner: nn.Module, form: FFNForm, besides: nn.Module) -> Seen | SeenExperts:
         """Look at a sparse FFN: its projections, and all its other modules but ``besides``."""
+        if form.kind == "experts":
+            return SeenExperts.of(owner, form.projections, besides, own_class(owner))
         modules = owner._modules
         weights, biases = [], []
         for name in form.projections:

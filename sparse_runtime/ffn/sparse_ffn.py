@@ -18,6 +18,7 @@ from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
 from sparse_runtime.ffn.buffers import FFNBuffers
+from sparse_runtime.ffn.expert_parameters import SeenExperts
 from sparse_runtime.ffn.intact import is_intact_now, key_for
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.placement import (
@@ -43,7 +44,7 @@ from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed,
 from sparse_runtime.kernels.looks import look_records
 from sparse_runtime.kernels.operands import ClusterTables, FFNWeights
 from sparse_runtime.kernels.reference import add_compensation, routed_ids
-from sparse_runtime.models.ffn_layers import FFNLayer, layer_cost
+from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 
 # One at a time: two threads may find the same changed weights.
 _ADOPTING = threading.RLock()
@@ -106,7 +107,7 @@ class SparseFFN(FFNBuffers):
         self.route: Callable[[Tensor], Tensor] | None = None
         self.problem: str | None = None
         self._key = -1
-        self._seen: Seen | None = None
+        self._seen: Seen | SeenExperts | None = None
         self._operands: Any = None
         self._placed: tuple[torch.device, torch.dtype] | None = None
         self.backend = "dense"
@@ -118,15 +119,15 @@ class SparseFFN(FFNBuffers):
 
     # What the call does
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """Map hidden states [..., H] to the FFN's output [..., H]."""
         operands = self._operands
         if operands is not None and self._is_plain_decode(hidden_states):
             if self._first:
                 self.state.note_call(1, long=False)
             x = hidden_states.reshape(-1, self._hidden_size)
-            return self._routed(x, operands).reshape(hidden_states.shape)
-        return self._any_call(hidden_states)
+            return self._routed(x, operands, *choice).reshape(hidden_states.shape)
+        return self._any_call(hidden_states, *choice)
 
     def _is_plain_decode(self, hidden_states: Tensor) -> bool:
         """Whether :meth:`_any_call` would find a sparse call and nothing else to do, for less time."""
@@ -148,7 +149,7 @@ class SparseFFN(FFNBuffers):
             and seen.is_current()
         )
 
-    def _any_call(self, hidden_states: Tensor) -> Tensor:
+    def _any_call(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         num_tokens = hidden_states.numel() // self.cost.hidden_size
         path, reason = self._path(hidden_states, num_tokens)
         if reason is not None:
@@ -156,28 +157,28 @@ class SparseFFN(FFNBuffers):
         if self._first and not torch.compiler.is_compiling():
             self.state.note_call(num_tokens, long=reason == "long call" and path == "dense")
         if path == "dense":
-            return self.dense(hidden_states)
+            return self.dense(hidden_states, *choice)
         x = hidden_states.reshape(num_tokens, self.cost.hidden_size)
         router_up = self._buffers["router_up"]
         assert router_up is not None
         if x.dtype != router_up.dtype:
             x = x.to(router_up.dtype)  # autocast to the weights' dtype: see _path
-        output = self.sparse(x) if path == "sparse" else self.all_rows(x)
+        output = self.sparse(x, *choice) if path == "sparse" else self.all_rows(x)
         return output.reshape(hidden_states.shape)
 
-    def sparse(self, x: Tensor) -> Tensor:
-        """Compute the neurons of each token's cluster: [n, H] of hidden states [n, H]."""
+    def sparse(self, x: Tensor, *choice: Tensor) -> Tensor:
+        """The neurons of each token's cluster: [n, H] of hidden states [n, H] (and their experts)."""
         if self.route is None:
             operands = self._operands
             if operands is None or torch.compiler.is_compiling():
                 operands = self._flattened()
-            return self._routed(x, operands)
-        return self._by_clusters(x, self.route(x))
+            return self._routed(x, operands, *choice)
+        return self._by_clusters(x, self.route(x), *choice)
 
-    def _routed(self, x: Tensor, operands: Any) -> Tensor:
+    def _routed(self, x: Tensor, operands: Any, *choice: Tensor) -> Tensor:
         return routed_ffn(x, *operands, backend=self.backend)
 
-    def _by_clusters(self, x: Tensor, ids: Tensor) -> Tensor:
+    def _by_clusters(self, x: Tensor, ids: Tensor, *choice: Tensor) -> Tensor:
         self.cluster_counts.scatter_add_(0, ids, torch.ones_like(ids))
         backend = "triton" if self.backend == "triton" else "reference"
         output = sparse_ffn(
@@ -191,9 +192,9 @@ class SparseFFN(FFNBuffers):
         bias = projection_tensors(self._owner[0], self.form, "bias")[-1]
         return output if bias is None else output + bias
 
-    def dense(self, hidden_states: Tensor) -> Tensor:
+    def dense(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """Run the FFN's own forward: [..., H] of hidden states [..., H]."""
-        output: Tensor = self._owner[0].dense_forward(hidden_states)  # type: ignore[operator]
+        output: Tensor = self._owner[0].dense_forward(hidden_states, *choice)  # type: ignore[operator]
         return output
 
     def cluster_ids(self, x: Tensor) -> Tensor:
@@ -301,7 +302,7 @@ class SparseFFN(FFNBuffers):
 
     # What it is derived from
 
-    def adopt(self) -> Seen | None:
+    def adopt(self) -> Seen | SeenExperts | None:
         """Take the projections as they are now: place tables beside them, make copies anew.
 
         Where the kernels cannot stand in for them, the FFN runs as it stands from here on.
@@ -334,7 +335,7 @@ class SparseFFN(FFNBuffers):
         """Whether a backend can run where the weights are by now."""
         try:
             self._place(device, dtype)
-        except BackendUnavailableError as error:  # moved after sparsify
+        except BackendUnavailableError as error:
             if self.config.strict:
                 raise
             self.backend, self.problem, self._placed = "dense", str(error), None
@@ -411,7 +412,7 @@ class SparseFFN(FFNBuffers):
         if self.backend == "triton":
             from sparse_runtime.kernels.triton.config import config_for
 
-            shape = (self.cost.hidden_size, self.cost.intermediate_size)
+            shape = self.cost.hidden_size, self.cost.intermediate_size
             bound = bound or config_for(device, *shape, dtype).max_tokens
             tensors["programs"] = triton_programs(shape[0], device)
         for name, tensor in tensors.items():

@@ -122,17 +122,17 @@ class SparsePlaneFFN(SparseFFN):
 
     # What a call does
 
-    def _routed(self, x: Tensor, operands: Any) -> Tensor:
+    def _routed(self, x: Tensor, operands: Any, *choice: Tensor) -> Tensor:
         return routed_plane_ffn(x, *operands, backend=self.backend)
 
-    def _by_clusters(self, x: Tensor, ids: Tensor) -> Tensor:
+    def _by_clusters(self, x: Tensor, ids: Tensor, *choice: Tensor) -> Tensor:
         return routed_plane_ffn(x, *self._flattened(), backend=self.backend, cluster_ids=ids)
 
     def all_rows(self, x: Tensor) -> Tensor:
         """All neurons with all bits: [n, H] of hidden states [n, H]."""
         return self._owner_ffn.all_rows(x, self.backend)
 
-    def dense(self, hidden_states: Tensor) -> Tensor:
+    def dense(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """All neurons with all bits, by the backend in use: [..., H] of hidden states [..., H]."""
         backend = "auto" if self.backend == "dense" else self.backend
         return self._owner_ffn.all_neurons(hidden_states, backend)

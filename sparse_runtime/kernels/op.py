@@ -14,6 +14,7 @@ from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
     Counters,
+    ExpertChoice,
     FFNWeights,
     RouterWeights,
 )
@@ -21,6 +22,7 @@ from sparse_runtime.kernels.reference import (
     ACTIVATION_FUNCTIONS,
     add_compensation,
     routed_ids,
+    sparse_experts_reference,
     sparse_ffn_reference,
 )
 
@@ -98,8 +100,12 @@ def routed_ffn(
     counters: Counters,
     *,
     backend: str,
+    choice: ExpertChoice | None = None,
 ) -> Tensor:
     """Route tokens, compute their clusters' neurons, and add what compensates for the others.
+
+    Of a mixture of experts, those neurons of a token's cluster that are of its experts: with e_j and
+    w_j of ``choice``, y_t = Σ_j w_j · Σ_{i ∈ S_t of e_j} h_i(x_t) · down_t[i]; looks judge w_j·h̃_i.
 
     Arguments are checked by the backend, and by the fused ones as cheaply as they can.
 
@@ -110,7 +116,8 @@ def routed_ffn(
         router: of the weights' dtype.
         compensation: of the weights' dtype.
         counters: every call adds to them.
-        backend: ``cpu``, ``triton`` or ``reference``.
+        backend: ``cpu``, ``triton`` or ``reference``; of experts not ``triton``.
+        choice: of a mixture of experts.
 
     Returns:
         y [n, H], dtype of ``x``.
@@ -118,7 +125,10 @@ def routed_ffn(
     if backend == "reference":
         ids = routed_ids(x, router)
         counters.clusters.scatter_add_(0, ids, torch.ones_like(ids))
-        output = sparse_ffn(x, weights, tables, ids, row_counts=counters.rows)
+        if choice is not None:
+            output = sparse_experts_reference(x, weights, tables, ids, choice, counters.rows)
+        else:
+            output = sparse_ffn(x, weights, tables, ids, row_counts=counters.rows)
         return add_compensation(output, x, ids, compensation)
     ops = torch.ops.sparse_runtime
     operation = ops.cpu_routed_ffn.default if backend == "cpu" else ops.triton_routed_ffn.default
@@ -145,6 +155,7 @@ def routed_ffn(
         tables.cluster_weights if looks else None,
         weights.gate_bias,
         weights.up_bias,
+        *(() if choice is None else (choice.index, choice.weights, choice.experts)),
     )
     return result
 

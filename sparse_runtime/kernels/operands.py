@@ -36,6 +36,25 @@ class FFNWeights:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertChoice:
+    """The experts of each token, in a mixture of experts.
+
+    Its :class:`FFNWeights` hold the neurons of all experts, one expert's after the other's: ``gate``
+    has each expert's rows of gate and then of up [E·2·I, H], ``up`` is None, and all else is of E·I
+    neurons.
+
+    Attributes:
+        index: [n, k] int64.
+        weights: what they count [n, k] float32.
+        experts: E. I is a multiple of eight.
+    """
+
+    index: Tensor
+    weights: Tensor
+    experts: int
+
+
+@dataclass(frozen=True, eq=False)
 class ClusterTables:
     """Which neurons each cluster computes.
 

@@ -12,6 +12,7 @@ from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
+    ExpertChoice,
     FFNWeights,
     RouterWeights,
 )
@@ -63,6 +64,53 @@ def sparse_ffn_reference(
         )
         y[token : token + 1] = gated_ffn(x[token : token + 1], own)
     return y
+
+
+def sparse_experts_reference(
+    x: Tensor,
+    weights: FFNWeights,
+    tables: ClusterTables,
+    cluster_ids: Tensor,
+    choice: ExpertChoice,
+    row_counts: Tensor | None = None,
+) -> Tensor:
+    """Σ_j w_j·FFN of each token's experts over their neurons of its cluster; see ``routed_ffn``."""
+    y = x.new_zeros(x.shape, dtype=torch.float32)
+    for expert in range(choice.experts):
+        tokens, place = (choice.index == expert).nonzero(as_tuple=True)
+        if len(tokens) == 0:
+            continue
+        own, sets = expert_operands(weights, tables, expert, choice.experts)
+        factors, scale = sets.factors, choice.weights[tokens, place]
+        if factors is not None:
+            # What a token's factors are multiplied by, as if each were a cluster of its own.
+            clusters = cluster_ids[tokens]
+            counts = 1.0 if sets.cluster_weights is None else sets.cluster_weights[clusters]
+            assert sets.maybe_sets is not None
+            each = torch.arange(len(tokens), device=x.device)
+            tables_of = ClusterTables(
+                sets.active_sets[clusters], sets.maybe_sets[clusters], factors, scale.abs() * counts
+            )
+            output = sparse_ffn_reference(x[tokens], own, tables_of, each, row_counts)
+        else:
+            output = sparse_ffn_reference(x[tokens], own, sets, cluster_ids[tokens], row_counts)
+        y.index_add_(0, tokens, output.float() * scale.unsqueeze(-1))
+    return y.to(x.dtype)
+
+
+def expert_operands(
+    weights: FFNWeights, tables: ClusterTables, expert: int, experts: int
+) -> tuple[FFNWeights, ClusterTables]:
+    """One expert's weights and sets, out of those of all of them, as views."""
+    neurons = weights.down_t.shape[0] // experts
+    rows = slice(expert * neurons, (expert + 1) * neurons)
+    bits = slice(rows.start // 8, rows.stop // 8)
+    gate, up = weights.gate.view(experts, 2, neurons, -1)[expert]
+    look = None if weights.look is None else weights.look[rows]
+    own = FFNWeights(gate, up, weights.down_t[rows], weights.activation, look)
+    maybe = None if tables.maybe_sets is None else tables.maybe_sets[:, bits]
+    factors = None if tables.factors is None else tables.factors[rows]
+    return own, ClusterTables(tables.active_sets[:, bits], maybe, factors, tables.cluster_weights)
 
 
 def gated_ffn(x: Tensor, weights: FFNWeights, chosen: Tensor | None = None) -> Tensor:

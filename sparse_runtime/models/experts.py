@@ -68,12 +68,16 @@ class ExpertRows:
         if self.part == "down":
             return self._down.mT.flatten(0, 1).t()
         gate_up: Any = self.module._parameters[EXPERTS.projections[0]]
-        return gate_up.chunk(2, dim=1)[self.part == "up"].flatten(0, 1)  # type: ignore[no-any-return]
+        return gate_up.chunk(2, dim=1)[self.part == "up"].flatten(0, 1)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map [..., in] to [..., out], with all experts' rows."""
+        return F.linear(x, self.weight)
 
     @property
     def _down(self) -> Tensor:
         down: Any = self.module._parameters[EXPERTS.projections[1]]
-        return down  # type: ignore[no-any-return]
+        return down
 
 
 def prove_experts(module: nn.Module, device: torch.device) -> Proof:
@@ -115,7 +119,8 @@ def _unlike(module: nn.Module) -> str | None:
     gate_up, down = (parameters[name] for name in EXPERTS.projections)
     if getattr(module, "is_transposed", False) or not getattr(module, "is_concatenated", True):
         return "its matrices are transposed, or gate and up interleaved"
-    assert gate_up is not None and down is not None
+    assert gate_up is not None
+    assert down is not None
     experts, rows, hidden = gate_up.shape
     if down.shape != (experts, hidden, rows // 2):
         return f"down_proj is {list(down.shape)}; expected {[experts, hidden, rows // 2]}"

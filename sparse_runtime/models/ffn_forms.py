@@ -66,6 +66,8 @@ class FFNForm:
 
     def split_bias(self, *biases: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
         """Biases of gate and up [I], of those of its linear layers."""
+        if self.kind == "experts":
+            return None, None
         if self.kind == "plain":
             return biases[0], None
         if self.kind == "fused":

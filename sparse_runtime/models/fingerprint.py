@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.errors import ModelError
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 #: Weights sampled of each gate, up and down matrix: one from each of so many equal bands of rows and
 #: of columns. A change in a share p of a matrix's weights is missed with probability (1 - p)^64:

@@ -9,7 +9,7 @@ from torch import nn
 
 from sparse_runtime.kernels.linear import change_class
 from sparse_runtime.models.ffn_forms import FFNForm
-from sparse_runtime.models.ffn_layers import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.inline import (
     STATE,
     InlineFFN,

@@ -65,3 +65,8 @@ class TransposedLinear:
         """Map [..., in] to [..., out]."""
         output: Tensor = self.linear(x)
         return output
+
+
+def with_rows(linear: Any) -> Any:
+    """A linear layer, or one in its place whose weights are [out, in]."""
+    return TransposedLinear(linear) if is_transposed(linear) else linear

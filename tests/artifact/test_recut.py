@@ -21,7 +21,8 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.ffn.counts import read_counts
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.bitmaps import unpack_bits
-from sparse_runtime.models.ffn_layers import find_ffn_layers, layer_cost
+from sparse_runtime.models.ffn_layer import layer_cost
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 LOOK = 0.18
 

@@ -10,7 +10,8 @@ from sparse_runtime import recut, sparsify, unsparsify
 from sparse_runtime.clusters.plane_layers import base_error
 from sparse_runtime.clusters.tuning.student import divergence, students
 from sparse_runtime.ffn.plane_packing import pack_model
-from sparse_runtime.models.ffn_layers import find_ffn_layers, layer_cost
+from sparse_runtime.models.ffn_layer import layer_cost
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 
 @pytest.mark.parametrize("bits", [4, 5, 6])

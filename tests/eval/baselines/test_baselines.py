@@ -32,7 +32,8 @@ from sparse_runtime.eval.paper.clusters import AwcPaper, PaperClusterMasks
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.kernels.bitmaps import pack_bits
-from sparse_runtime.models.ffn_layers import FFNLayer, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.predictors import new_router
 
