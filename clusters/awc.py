@@ -20,6 +20,8 @@ from sparse_runtime.clusters.importance import chunk_slices, normalized
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _CHUNK_TOKENS = 4096
+# Weight, in tokens, of all tokens' mean where only those of a cluster count that have an expert.
+_EXPERT_SHRINKAGE = 8.0
 
 
 @dataclass
@@ -85,28 +87,53 @@ def cluster_means(
     num_clusters: int,
     shrinkage: float = 0.0,
     transform: Callable[[Tensor], Tensor] = normalized,
+    present: Tensor | None = None,
 ) -> Tensor:
-    """Mean over each cluster's tokens of their normalized importance, float32 [K, C].
+    """Mean over each cluster's tokens of their normalized importance, float32 [K, ..., I].
 
     Args:
-        values: one row per token [N, C′].
+        values: one row per token [N, C].
         assignment: cluster of each token, int64 [N].
         num_clusters: K.
         shrinkage: weight, in tokens, of the mean over all tokens; keeps small clusters from
             following noise. An empty cluster gets that mean.
-        transform: what is averaged, rows [n, C′] -> [n, C].
+        transform: what is averaged, rows [n, C] -> [n, ..., I].
+        present: which of E experts each token has, bool [N, E]; the I neurons are theirs one after the
+            other, 0 where a token does not have them. Means are over a cluster's tokens that have the
+            expert, those over all tokens likewise, and shrunk in turn toward the mean over all experts'
+            neurons.
     """
     sums: Tensor | None = None
     for rows in chunk_slices(values.shape[0], _CHUNK_TOKENS):
         chunk = transform(values[rows])
         if sums is None:
-            sums = torch.zeros(num_clusters, chunk.shape[1], device=chunk.device)
+            sums = torch.zeros(num_clusters, *chunk.shape[1:], device=chunk.device)
         sums.index_add_(0, assignment[rows], chunk)
     assert sums is not None, "no tokens to average"
-    counts = torch.bincount(assignment, minlength=num_clusters).unsqueeze(-1)
-    overall = sums.sum(0) / values.shape[0]
     prior = max(shrinkage, 1e-6)
+    if present is None:
+        counts = torch.bincount(assignment, minlength=num_clusters).view(-1, *[1] * (sums.ndim - 1))
+        overall = sums.sum(0) / values.shape[0]
+        return (sums + prior * overall) / (counts + prior)
+    own = expert_counts(assignment, present, num_clusters).to(sums.device)
+    counts = own.repeat_interleave(sums.shape[-1] // own.shape[1], dim=-1)
+    total = sums.sum(0)
+    level = total.sum(-1, keepdim=True) / counts.sum()  # of a neuron where it is present
+    overall = (total + prior * level) / (counts.sum(0) + prior)
+    counts = counts.view(num_clusters, *[1] * (sums.ndim - 2), -1)
     return (sums + prior * overall) / (counts + prior)
+
+
+def expert_counts(assignment: Tensor, present: Tensor, num_clusters: int) -> Tensor:
+    """How many tokens of each cluster have each expert, float32 [K, E].
+
+    Args:
+        assignment: cluster of each token, int64 [N].
+        present: which experts each has, bool [N, E].
+        num_clusters: K.
+    """
+    counts = torch.zeros(num_clusters, present.shape[1], device=present.device)
+    return counts.index_add_(0, assignment.to(present.device), present.float())
 
 
 def fit_awc(
@@ -118,6 +145,7 @@ def fit_awc(
     max_iterations: int = 10,
     tolerance: float = 2e-4,
     progress: ProgressReporter | None = None,
+    present: Tensor | None = None,
 ) -> Clustering:
     """Cluster the tokens of one layer.
 
@@ -133,13 +161,17 @@ def fit_awc(
         max_iterations: bound on the iterations.
         tolerance: smallest rise of mean coverage that goes on.
         progress: reports one unit per iteration.
+        present: as of :func:`cluster_means`; sets then hold what matters most of each expert where a
+            token has it.
 
     Returns:
         Clustering with active sets of exactly ``set_size`` neurons.
     """
     num_tokens = importance.shape[0]
     seeds = torch.randperm(num_tokens, generator=generator)[:num_clusters]
-    overall = cluster_means(importance, importance.new_zeros(num_tokens, dtype=torch.int64), 1)
+    shrinkage = 0.0 if present is None else _EXPERT_SHRINKAGE
+    together = importance.new_zeros(num_tokens, dtype=torch.int64)
+    overall = cluster_means(importance, together, 1, present=present)
     centroids = 0.5 * normalized(importance[seeds.to(importance.device)]) + 0.5 * overall
     sets = top_sets(centroids, set_size)
     history: list[dict[str, float]] = []
@@ -152,7 +184,7 @@ def fit_awc(
             history.append({"objective": objective, "empty_clusters": float(len(empty))})
             if len(history) > 1 and objective - history[-2]["objective"] < tolerance:
                 break
-            centroids = cluster_means(importance, assignment, num_clusters)
+            centroids = cluster_means(importance, assignment, num_clusters, shrinkage, present=present)
             if len(empty):
                 worst = coverage.topk(len(empty), largest=False).indices
                 centroids[empty] = 0.5 * normalized(importance[worst]) + 0.5 * overall

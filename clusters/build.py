@@ -161,12 +161,11 @@ def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -
 
 def _check_in_memory(layers: list[FFNLayer]) -> None:
     for layer in layers:
-        for linear in layer.linears().values():
-            if linear.weight.device.type == "meta":
-                raise ModelError(
-                    f"{layer.name} has no weights in memory: they are offloaded. A build reads every "
-                    "FFN's weights; load the model without offloading (device_map='cpu')"
-                )
+        if any(weight.device.type == "meta" for weight in layer.weights):
+            raise ModelError(
+                f"{layer.name} has no weights in memory: they are offloaded. A build reads every "
+                "FFN's weights; load the model without offloading (device_map='cpu')"
+            )
 
 
 @dataclass

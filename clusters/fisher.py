@@ -16,11 +16,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, SparseRuntimeError
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # A window's sum of squared gradients counts up to so many times the median window's.
 _MOST_OF_MEDIAN = 5.0
+# Tokens that the layer's usual gradients count for beside an expert's own.
+_EXPERT_TOKENS = 32.0
 # Above it decoder layers run again in the backward pass.
 _KEPT_BYTES = 4 * 2**30
 
@@ -34,7 +37,8 @@ class LayerFisher:
     """How much the model's predictions depend on an FFN.
 
     Attributes:
-        neurons: w_i = sqrt(mean_t (∂loss/∂h_i(t))²) [I] float32.
+        neurons: w_i = sqrt(mean_t (∂loss/∂h_i(t))²) [I] float32. Of experts, by what is left of h when
+            the router's weight is in it, and over the tokens that have the expert.
         tokens: ‖∂loss/∂y(t)‖² of each token's output [n] float32; NaN where a window is left out.
     """
 
@@ -74,12 +78,12 @@ def fisher_weights(
     offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
     if offloaded:
         raise NoBackwardPassError(f"weights are offloaded, {offloaded[0]} among them")
-    watched = [_Gradients() for _ in layers]
+    watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
     for layer, gradients in zip(layers, watched, strict=True):
-        down = [*layer.own_linears().values()][-1]
-        handles.append(down.register_forward_hook(gradients.watch))
+        module = layer.mlp if layer.experts else [*layer.own_linears().values()][-1]
+        handles.append(module.register_forward_hook(gradients.watch))
     try:
         for parameter in trained:
             parameter.requires_grad_(False)
@@ -123,9 +127,10 @@ class _Gradients:
         inputs[0].register_hook(
             lambda gradient: self._neurons.append(gradient.float().square().flatten(0, -2).mean(0))
         )
-        output.register_hook(
-            lambda gradient: self._tokens.append(gradient.float().square().sum(-1).flatten())
-        )
+        output.register_hook(self._note_tokens)
+
+    def _note_tokens(self, gradient: Tensor) -> None:
+        self._tokens.append(gradient.float().square().sum(-1).flatten())
 
     def fisher(self, name: str, dtype: torch.dtype) -> LayerFisher:
         """Of all windows with usual gradients. Raises ModelError if none has finite ones."""
@@ -138,7 +143,45 @@ class _Gradients:
             )
         kept = usual_windows(values)
         tokens = torch.stack(self._tokens).masked_fill(~kept.unsqueeze(-1), float("nan"))
-        return LayerFisher(values[kept].mean(0).sqrt().cpu(), tokens.flatten().cpu())
+        return LayerFisher(self._mean_squares(values, kept).sqrt().cpu(), tokens.flatten().cpu())
+
+    def _mean_squares(self, values: Tensor, kept: Tensor) -> Tensor:
+        """Over the tokens of the windows that are kept, bool [W], of values [W, I]: [I]."""
+        return values[kept].mean(0)
+
+
+class _ExpertGradients(_Gradients):
+    """Of a layer of experts: ∂loss/∂(w·h) of a token is its output's gradient times down's row."""
+
+    def __init__(self, layer: FFNLayer) -> None:
+        super().__init__()
+        self._layer = layer
+        self._counts: list[Tensor] = []
+
+    def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """Hook of the experts, which are called with hidden states, index and weights."""
+        index = inputs[1]
+
+        def note(gradient: Tensor) -> None:
+            rows = self._layer.down_rows().unflatten(0, (self._layer.experts, -1))
+            sums = torch.zeros(rows.shape[:2], device=gradient.device)
+            for expert in index.unique().tolist():
+                own = gradient[(index == expert).any(-1)] @ rows[expert].t()
+                sums[expert] = own.float().square().sum(0)
+            self._neurons.append(sums.flatten())
+            self._counts.append(torch.bincount(index.flatten(), minlength=len(rows)))
+            self._note_tokens(gradient)
+
+        output.register_hook(note)
+
+    def _mean_squares(self, values: Tensor, kept: Tensor) -> Tensor:
+        """Of an expert with few tokens shrunk toward what the layer's rows of down have for their length."""
+        experts = self._layer.experts
+        counts = torch.stack(self._counts)[kept].sum(0).float().unsqueeze(-1)
+        sums = values[kept].sum(0).view(experts, -1)
+        lengths = self._layer.down_rows().float().square().sum(-1).view(experts, -1)
+        usual = lengths * (sums.sum() / (counts * lengths).sum().clamp_min(1e-30))
+        return ((sums + _EXPERT_TOKENS * usual) / (counts + _EXPERT_TOKENS)).flatten()
 
 
 def _drawn(logits: Tensor, window: Tensor) -> Tensor:

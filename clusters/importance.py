@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.kernels.reference import activations
+from sparse_runtime.models.experts import expert_activations
 from sparse_runtime.models.ffn_layer import FFNLayer
 
 #: ``norm``: |h_i|·‖down_i‖₂, the length of what a neuron adds to the FFN's output. ``fisher``:
@@ -31,6 +32,8 @@ class ImportanceScorer:
         neuron_weights: weight of each neuron's |h| [I] float32.
         activation: kernel name of the activation.
         biases: of gate and up [I], or None.
+        experts: of a mixture of experts, whose neurons are one expert's after the other's: what each
+            counts for hidden states [n, H], float32 [n, E], 0 if it is not chosen.
     """
 
     gate: Tensor
@@ -38,15 +41,30 @@ class ImportanceScorer:
     neuron_weights: Tensor
     activation: str
     biases: tuple[Tensor | None, Tensor | None] = (None, None)
+    experts: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
         """Score hidden states [n, H]: e(t, i) = |h(t, i)|·w(i), float32 [n, I], ≥ 0."""
         return self.activations(hidden_states).abs_().mul_(self.neuron_weights)
 
     def activations(self, hidden_states: Tensor) -> Tensor:
-        """h of hidden states [n, H], float32 [n, I]."""
+        """h of hidden states [n, H], float32 [n, I]; of experts times what they count, 0 of others."""
         x = hidden_states.float()
-        return activations(x, self.gate, self.up, self.activation, *self.biases)
+        if self.experts is None:
+            return activations(x, self.gate, self.up, self.activation, *self.biases)
+        counts = self.experts(hidden_states)
+        neurons = len(self.gate) // counts.shape[1]
+
+        def one(x: Tensor, expert: int) -> Tensor:
+            rows = slice(expert * neurons, (expert + 1) * neurons)
+            assert self.up is not None
+            return activations(x, self.gate[rows], self.up[rows], self.activation)
+
+        return expert_activations(x, counts, one, neurons)
+
+    def present(self, hidden_states: Tensor) -> Tensor | None:
+        """Which experts hidden states [n, H] have, bool [n, E]; None of a single FFN."""
+        return None if self.experts is None else self.experts(hidden_states) != 0
 
 
 def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> ImportanceScorer:
@@ -65,6 +83,7 @@ def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> 
         neuron_weights=neuron_weights.to(layer.device),
         activation=layer.activation,
         biases=layer.biases,
+        experts=layer.expert_weights if layer.experts else None,
     )
 
 

@@ -18,6 +18,7 @@ from sparse_runtime.clusters.awc import (
     best_sets,
     cluster_means,
     coverage_matrix,
+    expert_counts,
     fit_awc,
     top_sets,
 )
@@ -74,14 +75,18 @@ def fit_clusters(
     if config.method == "awc-paper":
         density = set_size / importance.shape[1]
         return fit_paper_clusters(packed_patterns(importance), config, density, generator)
+    present = data.present_in_fit
     if config.clustering_tokens is not None and config.clustering_tokens < len(importance):
         sample = torch.randperm(len(importance), generator=generator)[: config.clustering_tokens]
-        importance = importance[sample.sort().values]
+        sample = sample.sort().values
+        importance = importance[sample]
+        present = None if present is None else present[sample]
     return fit_awc(
         importance,
         num_clusters=config.num_clusters,
         set_size=set_size,
         generator=generator,
+        present=present,
     )
 
 
@@ -121,7 +126,9 @@ def fit_router(
         )
         if number < rounds:
             assignment = route(router, data.hidden_states[data.fit])
-            means = cluster_means(importance, assignment, num_clusters, _SHRINKAGE)
+            means = cluster_means(
+                importance, assignment, num_clusters, _SHRINKAGE, present=data.present_in_fit
+            )
             sets = top_sets(means, set_size)
     return router, sets, history
 
@@ -223,13 +230,23 @@ def layer_centroids(
         magnitudes = activations.abs() * scorer.neuron_weights
         squares = magnitudes.square()
         clip = (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
-        return torch.cat([squares * clip, magnitudes * clip.sqrt(), activations], dim=-1)
+        return torch.stack([squares * clip, magnitudes * clip.sqrt(), activations], dim=1)
 
-    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, moments)
-    squares, magnitudes, activations = (part.contiguous().cpu() for part in means.chunk(3, dim=-1))
+    present = data.present_in_fit
+    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, moments, present)
+    squares, magnitudes, activations = (part.contiguous().cpu() for part in means.unbind(1))
     shares = torch.bincount(assignment, minlength=num_clusters) / len(assignment)
     weights = scorer.neuron_weights.cpu()
-    return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights)
+    own = None if present is None else _expert_shares(assignment, present, num_clusters)
+    return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights, own)
+
+
+def _expert_shares(assignment: Tensor, present: Tensor, num_clusters: int) -> Tensor:
+    """Share of each cluster's tokens that have each expert [K, E], shrunk toward that of all tokens."""
+    counts = expert_counts(assignment, present, num_clusters)
+    tokens = torch.bincount(assignment, minlength=num_clusters).unsqueeze(-1)
+    overall = present.float().mean(0)
+    return (counts + _SHRINKAGE * overall) / (tokens + _SHRINKAGE)
 
 
 def cluster_weights(assignment: Tensor, gradients: Tensor, num_clusters: int) -> Tensor:
@@ -266,6 +283,7 @@ def uncut_layer(
     bias = None
     if config.cluster_bias:
         left_out = fitted.centroids.mean_activations.masked_fill(fitted.sets, 0)
+        left_out = fitted.centroids.of_tokens(left_out)
         bias = left_out @ layer.down_rows().float().cpu()
     state = {name: tensor.detach() for name, tensor in fitted.router.state_dict().items()}
     return LayerClusters(
@@ -278,6 +296,7 @@ def uncut_layer(
         cluster_weights=weights,
         weights=config.weights,
         base_error=base_error,
+        experts=layer.experts or None,
         centroids=fitted.centroids,
     )
 
@@ -305,7 +324,11 @@ def held_out_scores(
 def save_fitted(file: Path, fitted: FittedLayer) -> None:
     """Write a fitted layer, atomically, to go on from after an interruption."""
     tensors = {f"router.{name}": tensor for name, tensor in fitted.router.state_dict().items()}
-    tensors |= {f"centroids.{name}": tensor for name, tensor in vars(fitted.centroids).items()}
+    tensors |= {
+        f"centroids.{name}": tensor
+        for name, tensor in vars(fitted.centroids).items()
+        if tensor is not None
+    }
     tensors["sets"] = fitted.sets
     write_tensors(
         file,

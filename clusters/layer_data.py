@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,11 +30,13 @@ class LayerData:
         hidden_states: [N, H] float32.
         importance: [N, I] bfloat16.
         num_fit: tokens to fit on; the rest are held out.
+        present: of a mixture of experts, which of them each token has, bool [N, E].
     """
 
     hidden_states: Tensor
     importance: Tensor
     num_fit: int
+    present: Tensor | None = None
 
     def free(self) -> None:
         """Let go of the tensors."""
@@ -47,7 +50,13 @@ class LayerData:
             torch.cat([self.hidden_states[part] for part in parts]),
             torch.cat([self.importance[part] for part in parts]),
             kept,
+            None if self.present is None else torch.cat([self.present[part] for part in parts]),
         )
+
+    @property
+    def present_in_fit(self) -> Tensor | None:
+        """``present`` of the tokens to fit on."""
+        return None if self.present is None else self.present[self.fit]
 
     @property
     def fit(self) -> slice:
@@ -67,10 +76,14 @@ def layer_cost(
     extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
     extra += (config.cluster_bias + 2 * correction_rank) * layer.hidden_size
     sizes = (layer.hidden_size, layer.intermediate_size, extra)
+    shape: Any = {
+        "matrices": layer.form.matrices,
+        "neurons_per_token": layer.neurons_per_token if layer.experts else None,
+    }
     if config.weights is None:
-        return FFNCost(*sizes, verified=config.verify, matrices=layer.form.matrices)
+        return FFNCost(*sizes, verified=config.verify, **shape)
     form = PlaneFormat.of_bits(config.weights)
-    return PlaneCost(*sizes, matrices=layer.form.matrices, base=form.base, residual=form.residual)
+    return PlaneCost(*sizes, **shape, base=form.base, residual=form.residual)
 
 
 def set_size_for(
@@ -120,14 +133,18 @@ def load_layer(
     )
     scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
     device = layer.device
+    present = []
     for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
-        matrix.values[rows] = scorer(hidden_states[rows].to(device)).to("cpu", torch.bfloat16)
+        states = hidden_states[rows].to(device)
+        matrix.values[rows] = scorer(states).to("cpu", torch.bfloat16)
+        present.append(scorer.present(states))
     if config.percentile is not None:
         chunks = (matrix.values[r] for r in chunk_slices(num_fit, _CHUNK_TOKENS))
         threshold = percentile_threshold(chunks, config.percentile)
         for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
             matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
-    return LayerData(hidden_states, matrix.values, num_fit), matrix
+    known = torch.cat([part.cpu() for part in present if part is not None]) if layer.experts else None
+    return LayerData(hidden_states, matrix.values, num_fit, known), matrix
 
 
 def packed_patterns(importance: Tensor) -> PackedPatterns:

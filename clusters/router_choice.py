@@ -158,9 +158,13 @@ def priced_loss(
     ids = route(fitted.router, states)
     loss, num_computed, num_looked, num_refined = 0.0, 0, 0, 0
     for rows in chunk_slices(len(states), _CHUNK_TOKENS):
-        squares = scorer(states[rows].to(scorer.gate.device)).square_().cpu()
-        looked = maybe[ids[rows]]
-        computed = bands.sure[ids[rows]] | (looked & (squares > threshold))
+        chunk = states[rows].to(scorer.gate.device)
+        squares, present = scorer(chunk).square_().cpu(), scorer.present(chunk)
+        sure, looked = bands.sure[ids[rows]], maybe[ids[rows]]
+        if present is not None:
+            read = present.repeat_interleave(sure.shape[1] // present.shape[1], dim=1)
+            sure, looked = sure & read, looked & read
+        computed = sure | (looked & (squares > threshold))
         refined = looked & (squares > finer)
         left = torch.where(computed, squares * stages.base_error, squares).masked_fill_(refined, 0)
         loss += left.sum().item()

@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_runtime.artifact.bands import LayerCentroids
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
@@ -116,12 +115,11 @@ def scaled(clusters: ClusterSet, weights: dict[int, float]) -> ClusterSet:
         root = weight**0.5
         layers[index] = replace(
             layer,
-            centroids=LayerCentroids(
-                centroids.mean_squares * weight,
-                centroids.mean_magnitudes * root,
-                centroids.mean_activations,
-                centroids.shares,
-                centroids.neuron_weights * root,
+            centroids=replace(
+                centroids,
+                mean_squares=centroids.mean_squares * weight,
+                mean_magnitudes=centroids.mean_magnitudes * root,
+                neuron_weights=centroids.neuron_weights * root,
             ),
         )
     return replace(clusters, layers=layers)

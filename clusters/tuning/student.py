@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -87,38 +87,103 @@ class StudentFFN(nn.Module):
         """C of the correction [c, H]."""
         return self.up * (self.output_scale / max(1, self.up.shape[0]) ** 0.5)
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
-        """Map hidden states [..., H] to the FFN's output [..., H]."""
-        layer, masks, rows = self._layer[0], self._masks, self._rows
+    def forward(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
+        """Map hidden states [..., H] to the FFN's output [..., H].
+
+        Args:
+            hidden_states: [..., H].
+            choice: of experts, index and weights of each token's, [n, k].
+        """
+        layer, masks = self._layer[0], self._masks
         if not self.enabled and not layer.packed:
-            output: Tensor = self._dense[0](hidden_states)
+            output: Tensor = self._dense[0](hidden_states, *choice)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
-        full = rows.activations(x)
         constant = 0.0 if layer.down_bias is None else layer.down_bias
         if not self.enabled or masks.everything:
-            return (full @ rows.down_t + constant).reshape(hidden_states.shape)
-        h = full if rows.base is None else rows.base.activations(x)
+            found = self._neurons(x, None, choice)
+            return (found.output + constant).reshape(hidden_states.shape)
         with torch.no_grad():
             ids = masks.route(x)
-            chosen = masks.chosen(ids, h)
-            refined = masks.refined(chosen, ids, h)
+        found = self._neurons(x, ids, choice)
+        y = found.output
+        bias = (masks.cluster_bias + self.bias_shift).to(x.dtype)[ids]
+        if self.restored is not None or self.measured is not None:
+            missing = (found.full - y - bias).detach()
+        if self.measured is not None:
+            self.measured.append((_root_mean_square(missing), _root_mean_square(x)))
+        if self.restored is not None:
+            self.left_out = found.left_out / len(x)
+            y = y + self.restored.to(x.dtype) * missing
+        y = y + bias
+        correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
+        return (y + correction + constant).reshape(hidden_states.shape)
+
+    def _neurons(self, x: Tensor, ids: Tensor | None, choice: tuple[Tensor, ...]) -> _Found:
+        """What the neurons of hidden states [n, H] put out under the masks of clusters [n], or all."""
+        if not self._layer[0].experts:
+            return self._part(x, ids, slice(None), None)
+        index, weights = choice
+        output, full, left_out = torch.zeros_like(x), torch.zeros_like(x), 0.0
+        size = self._layer[0].intermediate_size // self._layer[0].experts
+        for expert in index.unique().tolist():
+            tokens, place = (index == expert).nonzero(as_tuple=True)
+            rows = slice(expert * size, (expert + 1) * size)
+            clusters = None if ids is None else ids[tokens]
+            counts = weights[tokens, place].unsqueeze(-1)
+            own = self._part(x[tokens], clusters, rows, counts.to(x.dtype))
+            output.index_add_(0, tokens, own.output)
+            full.index_add_(0, tokens, own.full.detach())
+            left_out += own.left_out
+        return _Found(output, full, left_out)
+
+    def _part(self, x: Tensor, ids: Tensor | None, neurons: slice, counts: Tensor | None) -> _Found:
+        """Of some neurons, whose h counts so many times [n, 1]."""
+        rows, masks = self._rows.some(neurons), self._masks
+
+        def activations_of(rows: _Rows) -> Tensor:
+            h = rows.activations(x)
+            return h if counts is None else h * counts
+
+        full = activations_of(rows)
+        whole = full @ rows.down_t if ids is None or self._looks_at_full else full
+        if ids is None:
+            return _Found(whole, whole, 0.0)
+        h = full if rows.base is None else activations_of(rows.base)
+        with torch.no_grad():
+            chosen = masks.chosen(ids, h, neurons)
+            refined = masks.refined(chosen, ids, h, neurons)
         if rows.base is None:
             y = (h * chosen) @ rows.down_t
         else:
             used = torch.where(refined, full, h) * chosen
             y = used @ rows.base.down_t + (used * refined) @ (rows.down_t - rows.base.down_t)
-        bias = (masks.cluster_bias + self.bias_shift).to(x.dtype)[ids]
-        if self.restored is not None or self.measured is not None:
-            missing = (full @ rows.down_t - y - bias).detach()
-        if self.measured is not None:
-            self.measured.append((_root_mean_square(missing), _root_mean_square(x)))
+        if not self._looks_at_full:
+            return _Found(y, y, 0.0)
+        left_out = 0.0
         if self.restored is not None:
-            self.left_out = masks.left_out(chosen, refined, ids, full.detach())
-            y = y + self.restored.to(x.dtype) * missing
-        y = y + bias
-        correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
-        return (y + correction + constant).reshape(hidden_states.shape)
+            left_out = masks.left_out(chosen, refined, ids, full.detach(), neurons)
+        return _Found(y, whole, left_out)
+
+    @property
+    def _looks_at_full(self) -> bool:
+        """Whether what all neurons put out is asked for as well."""
+        return self.restored is not None or self.measured is not None
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What neurons put out.
+
+    Attributes:
+        output: of those that are computed [n, H].
+        full: of all [n, H], where it is asked for.
+        left_out: Σ e² of the others, over all tokens.
+    """
+
+    output: Tensor
+    full: Tensor
+    left_out: float
 
 
 @dataclass(frozen=True)
@@ -149,6 +214,18 @@ class _Rows:
 
         has_base = layer.format is not None and layer.format.residual > 0
         return rows(False, rows(True) if has_base else None)
+
+    def some(self, neurons: slice) -> _Rows:
+        """Of some of the neurons; views."""
+        if neurons == slice(None):
+            return self
+        return replace(
+            self,
+            gate=self.gate[neurons],
+            up=None if self.up is None else self.up[neurons],
+            down_t=self.down_t[neurons],
+            base=None if self.base is None else self.base.some(neurons),
+        )
 
     def activations(self, x: Tensor) -> Tensor:
         """h [n, I] of hidden states [n, H]."""
@@ -212,30 +289,38 @@ class _Masks:
         """Cluster ids [n] of hidden states [n, H]."""
         return router_logits(x, self._down, self._up, self._bias).argmax(-1)
 
-    def chosen(self, ids: Tensor, h: Tensor) -> Tensor:
-        """Neurons that are computed, bool [n, I], from cluster ids [n] and activations [n, I]."""
-        chosen = self._sure[ids]
+    def chosen(self, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
+        """Neurons that are computed, bool [n, i], from cluster ids [n] and activations [n, i].
+
+        Args:
+            ids: [n] int64.
+            h: activations of some neurons.
+            neurons: which of them.
+        """
+        chosen = self._sure[:, neurons][ids]
         if self._maybe is None or self._factors is None:
             return chosen
-        return chosen | (self._maybe[ids] & (self._evidence(ids, h) > 1))
+        return chosen | (self._maybe[:, neurons][ids] & (self._evidence(ids, h, neurons) > 1))
 
-    def refined(self, chosen: Tensor, ids: Tensor, h: Tensor) -> Tensor:
-        """Neurons that residual planes are read of, bool [n, I], out of the chosen ones."""
+    def refined(self, chosen: Tensor, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
+        """Neurons that residual planes are read of, bool [n, i], out of the chosen ones."""
         if self._factors is None:
             return chosen
-        return chosen & (self._evidence(ids, h) > self._tau)
+        return chosen & (self._evidence(ids, h, neurons) > self._tau)
 
-    def _evidence(self, ids: Tensor, h: Tensor) -> Tensor:
+    def _evidence(self, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
         assert self._factors is not None
-        return h.abs() * (self._factors * self._cluster_weights[ids].unsqueeze(-1))
+        return h.abs() * (self._factors[neurons] * self._cluster_weights[ids].unsqueeze(-1))
 
-    def left_out(self, chosen: Tensor, refined: Tensor, ids: Tensor, h: Tensor) -> float:
-        """Mean over tokens of Σ e² over the neurons that are not chosen, and ρ²·e² of the unrefined."""
+    def left_out(
+        self, chosen: Tensor, refined: Tensor, ids: Tensor, h: Tensor, neurons: slice
+    ) -> float:
+        """Σ e² of all tokens over the neurons that are not chosen, and ρ²·e² of the unrefined."""
         assert self._neuron_weights is not None, "left_out needs centroids"
-        weights = self._neuron_weights * self._cluster_weights[ids].unsqueeze(-1)
+        weights = self._neuron_weights[neurons] * self._cluster_weights[ids].unsqueeze(-1)
         squares = (h.float() * weights).square()
         lost = torch.where(chosen, squares * self._base_error, squares)
-        return lost.masked_fill_(refined & chosen, 0).sum(-1).mean().item()
+        return lost.masked_fill_(refined & chosen, 0).sum().item()
 
 
 @contextmanager

@@ -15,12 +15,16 @@ The cheapest wins, and one λ for all layers and clusters is bisected to the bud
 neuron is counted where e² > c·λ, and refined where e² > c·λ·τ², with τ² = r / (c·ρ²). Float weights
 have r = 0 and ρ = 0, and c = 1; without verification there is no third band, and a neuron is computed
 where E[e²] > λ.
+
+Of a mixture of experts e is of a neuron's h times what the token's router gives its expert, and means are
+over the tokens that have the expert, as nothing is read of it for others; sums over a token's neurons
+weigh each by P(expert | cluster).
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -41,6 +45,9 @@ class LayerCentroids:
         mean_activations: mean h [K, I].
         shares: share of the tokens in each cluster [K].
         neuron_weights: w [I], so that e = h·w.
+        expert_shares: of a mixture of E experts, share of each cluster's tokens that have each [K, E];
+            means are over these tokens, and the neurons are the experts' one after the other. None of a
+            single FFN.
     """
 
     mean_squares: Tensor
@@ -48,18 +55,24 @@ class LayerCentroids:
     mean_activations: Tensor
     shares: Tensor
     neuron_weights: Tensor
+    expert_shares: Tensor | None = None
 
     def __repr__(self) -> str:
         return "LayerCentroids({} clusters, {} neurons)".format(*self.mean_squares.shape)
 
     def every(self, step: int) -> LayerCentroids:
-        """Of every ``step``-th neuron only."""
-        return LayerCentroids(
-            self.mean_squares[:, ::step],
-            self.mean_magnitudes[:, ::step],
-            self.mean_activations[:, ::step],
-            self.shares,
-            self.neuron_weights[::step],
+        """Of every ``step``-th neuron only, of each expert."""
+
+        def some(values: Tensor) -> Tensor:
+            experts = 1 if self.expert_shares is None else self.expert_shares.shape[1]
+            return values.unflatten(-1, (experts, -1))[..., ::step].flatten(-2)
+
+        return replace(
+            self,
+            mean_squares=some(self.mean_squares),
+            mean_magnitudes=some(self.mean_magnitudes),
+            mean_activations=some(self.mean_activations),
+            neuron_weights=some(self.neuron_weights),
         )
 
     def weighted(self, cluster_weights: Tensor | None) -> LayerCentroids:
@@ -67,18 +80,36 @@ class LayerCentroids:
         if cluster_weights is None:
             return self
         factor = cluster_weights.float().unsqueeze(-1)
-        return LayerCentroids(
-            self.mean_squares.float() * factor.square(),
-            self.mean_magnitudes.float() * factor,
-            self.mean_activations,
-            self.shares,
-            self.neuron_weights,
+        return replace(
+            self,
+            mean_squares=self.mean_squares.float() * factor.square(),
+            mean_magnitudes=self.mean_magnitudes.float() * factor,
         )
 
+    def per_token(self, of_neurons: Tensor) -> float:
+        """Mean over tokens of the sum over their neurons of values [K, I]."""
+        return (self.shares @ self.of_tokens(of_neurons).sum(-1)).item()
+
+    def of_tokens(self, of_neurons: Tensor) -> Tensor:
+        """Values [K, I] of neurons where they are read as means over all tokens, float32."""
+        values = of_neurons.float()
+        if self.expert_shares is None:
+            return values
+        own = values.unflatten(-1, (self.expert_shares.shape[1], -1))
+        return (own * self.expert_shares.unsqueeze(-1)).flatten(-2)
+
     def static_set(self, size: float) -> Tensor:
-        """The ``size`` neurons that matter most over all tokens, bool [I]."""
-        overall = self.shares @ self.mean_squares.float()
-        top = overall.topk(max(1, round(size))).indices
+        """The ``size`` neurons that matter most where they are read, bool [I].
+
+        Args:
+            size: of a token; of experts' neurons as many more as there are more of them.
+        """
+        overall = self.shares @ self.of_tokens(self.mean_squares)
+        if self.expert_shares is not None:
+            shares = (self.shares @ self.expert_shares).clamp_min(1e-30)
+            size *= len(shares) / shares.sum().item()
+            overall = (overall.unflatten(-1, (len(shares), -1)) / shares.unsqueeze(-1)).flatten()
+        top = overall.topk(min(len(overall), max(1, round(size)))).indices
         return torch.zeros_like(overall, dtype=torch.bool).index_fill_(0, top, True)
 
 
@@ -137,7 +168,7 @@ class Bands:
     Attributes:
         sure: computed, bool [K, I].
         maybe: computed if a look says so, bool [K, I]; None without verification.
-        left_out: expected h of what a token's neurons leave out [K, I].
+        left_out: expected h of what a token's neurons leave out [K, I], over all tokens.
         computed: neurons computed per token, mean over clusters.
         looked: neurons looked at per token, mean over clusters.
         refined: neurons refined per token, mean over clusters.
@@ -165,14 +196,13 @@ def cut_bands(centroids: LayerCentroids, price: float, stages: StageCosts) -> Ba
     """
     squares = centroids.mean_squares.float()
     activations = centroids.mean_activations.float()
-    shares = centroids.shares
     sure = squares > price * stages.count
     if stages.look is None:
         # The best neuron at least: a set is never empty.
         sure.scatter_(1, squares.argmax(-1, keepdim=True), True)
         loss = squares.masked_fill(sure, 0)
-        computed = (shares @ sure.sum(-1).float()).item()
-        left_out = activations.masked_fill(sure, 0)
+        computed = centroids.per_token(sure)
+        left_out = centroids.of_tokens(activations.masked_fill(sure, 0))
         return Bands(sure, None, left_out, computed, 0.0, 0.0, *_losses(loss, centroids))
     magnitudes, threshold = centroids.mean_magnitudes.float(), price * stages.count
     tail = _LogNormal(squares, magnitudes, threshold)
@@ -185,24 +215,28 @@ def cut_bands(centroids: LayerCentroids, price: float, stages: StageCosts) -> Ba
     maybe = kept + cost < (squares if stages.looks_first else squares.clamp_max(threshold))
     sure = torch.zeros_like(maybe) if stages.looks_first else sure & ~maybe
     loss = torch.where(maybe, kept, squares).masked_fill(sure, 0)
-    computed = (shares @ (sure.sum(-1) + (exceeds * maybe).sum(-1))).item()
-    looked = (shares @ maybe.sum(-1).float()).item()
     left_out = torch.where(maybe, activations * tail.small_part, activations).masked_fill(sure, 0)
-    refined = (shares @ (refined * maybe).sum(-1)).item()
-    return Bands(sure, maybe, left_out, computed, looked, refined, *_losses(loss, centroids))
+    return Bands(
+        sure,
+        maybe,
+        centroids.of_tokens(left_out),
+        centroids.per_token(sure + exceeds * maybe),
+        centroids.per_token(maybe),
+        centroids.per_token(refined * maybe),
+        *_losses(loss, centroids),
+    )
 
 
 def _losses(loss: Tensor, centroids: LayerCentroids) -> tuple[float, float]:
     """Mean over clusters of what neurons lose [K, I], and that as a share of Σ e²."""
-    lost = (centroids.shares @ loss.sum(-1)).item()
-    whole = (centroids.shares @ centroids.mean_squares.float().sum(-1)).item()
+    lost, whole = centroids.per_token(loss), centroids.per_token(centroids.mean_squares)
     return lost, lost / max(whole, 1e-30)
 
 
 def all_neurons(centroids: LayerCentroids) -> Bands:
     """Bands of a layer that computes every neuron, by all its bits."""
     sure = torch.ones_like(centroids.mean_squares, dtype=torch.bool)
-    neurons = float(sure.shape[1])
+    neurons = centroids.per_token(sure)
     return Bands(sure, None, torch.zeros(sure.shape), neurons, neurons, neurons, 0.0, 0.0)
 
 

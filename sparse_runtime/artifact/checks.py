@@ -129,6 +129,12 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
             _refuse(file, f"{where}index", index, "each layer once")
         if index not in indices:
             _refuse(file, f"{where}index", index, "a layer that the fingerprint names")
+        experts = entry.get("experts")
+        if experts is not None:
+            neurons = fingerprint["intermediate_sizes"][fingerprint["layers"].index(index)]
+            if neurons % experts:
+                expected = f"a number that {neurons} neurons can be shared out to"
+                _refuse(file, f"{where}experts", experts, expected)
         seen.add(index)
     for name in config["files"]:
         if name not in FILES or name == CONFIG_FILE:

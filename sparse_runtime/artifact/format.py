@@ -18,7 +18,7 @@ from sparse_runtime.kernels.planes import PLANE_BITS
 
 FORMAT = "sparse_runtime.clusters"
 #: Written; versions from 1 on are read.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 CONFIG_FILE = "config.json"
 CLUSTERS_FILE = "clusters.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
@@ -168,9 +168,10 @@ LAYER_KEYS: dict[str, LayerKey] = {
     "weights": LayerKey(BITS, attrgetter("weights"), since=3),
     "base_error": LayerKey(ERROR, attrgetter("base_error"), since=3),
     "tau": LayerKey(TAU, attrgetter("tau"), since=3),
+    "experts": LayerKey(optional(whole(1)), attrgetter("experts"), since=4),
 }
 #: Those that are attributes of a ``LayerClusters`` of their own, and not told by its tensors.
-LAYER_VALUES = ("left_out", "weights", "base_error", "tau")
+LAYER_VALUES = ("left_out", "weights", "base_error", "tau", "experts")
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,7 @@ class TensorKey:
         attribute: of ``LayerClusters``; behind ``centroids.``, of its ``LayerCentroids``.
         shape: a letter for each dimension: K clusters, I neurons, B = ⌈I/8⌉ bytes of a bitmap, H hidden
             size, R rank of the router, W what its second matrix takes (R, or H for a linear router), C
-            rank of the correction.
+            rank of the correction, E experts.
         dtype: on disk.
         file: that holds it.
         when: key of the layer's entry that must be set for it to be there; None for always.
@@ -222,6 +223,15 @@ TENSORS: tuple[TensorKey, ...] = (
             ("neuron_weights", "I", _FLOAT, 0),
         )
     ),
+    TensorKey(
+        "expert_shares",
+        "centroids.expert_shares",
+        "KE",
+        _FLOAT,
+        file=CENTROIDS_FILE,
+        when="experts",
+        least=0,
+    ),
     TensorKey("bias_shift", "bias_shift", "KH", _HALF, file=CENTROIDS_FILE, when="distilled"),
 )
 
@@ -243,4 +253,5 @@ def sizes_of(entry: dict[str, Any], hidden_size: int, intermediate_size: int) ->
         "R": rank or 0,
         "W": hidden_size if rank is None else rank,
         "C": entry["correction_rank"],
+        "E": entry.get("experts") or 0,
     }

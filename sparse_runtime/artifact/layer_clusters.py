@@ -47,6 +47,8 @@ class LayerClusters:
         weights: bits of the planes that the clusters were built for; None for float weights.
         base_error: of these planes, the share of e² that is lost where neurons are counted by their
             base planes.
+        experts: E, of a mixture of experts, whose neurons are one expert's after the other's; None of a
+            single FFN.
         centroids: what other sets can be cut from (:func:`sparse_runtime.recut`), or None.
     """
 
@@ -66,6 +68,7 @@ class LayerClusters:
     tau: float | None = None
     weights: int | None = None
     base_error: float | None = None
+    experts: int | None = None
     centroids: LayerCentroids | None = None
 
     def __repr__(self) -> str:
@@ -113,6 +116,7 @@ class LayerClusters:
             static_set=self.static_set,
             router_up=torch.zeros(1, self.hidden_size),
             router_bias=torch.zeros(1),
+            experts=self.experts,
         )
 
 

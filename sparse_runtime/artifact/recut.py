@@ -162,14 +162,13 @@ class _Part:
 
     def _share(self, bands: Bands, price: float) -> float:
         """Expected cost share, that of all neurons where these are worth their price."""
-        neurons = self._layer.intermediate_size
-        scale = neurons / bands.sure.shape[1]
+        scale = self._layer.intermediate_size / bands.sure.shape[1]
         amounts = (bands.computed, bands.looked, bands.refined)
         if self._cost.looks_first and bands.maybe is None:  # read whole
             amounts = (bands.computed, bands.computed, bands.computed)
         share = self._cost.share(*(amount * scale for amount in amounts))
         whole = self._whole_share
-        return share if bands.loss * scale < price * neurons * (whole - share) else whole
+        return share if bands.loss * scale < price * self._cost.neurons * (whole - share) else whole
 
     def cut(self, price: float) -> LayerClusters:
         """The layer's clusters with the sets of a price."""

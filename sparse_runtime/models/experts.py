@@ -70,6 +70,21 @@ class ExpertRows:
         gate_up: Any = self.module._parameters[EXPERTS.projections[0]]
         return gate_up.chunk(2, dim=1)[self.part == "up"].flatten(0, 1)
 
+    @property
+    def device(self) -> torch.device:
+        """Of the parameters."""
+        return self._down.device
+
+    def at(self, rows: Tensor, columns: Tensor) -> Tensor:
+        """Some values of ``weight`` [n], by their places [n] int64; nothing is copied for it."""
+        size = self._down.shape[2]
+        neurons, others = (columns, rows) if self.part == "down" else (rows, columns)
+        expert, neuron = neurons // size, neurons % size
+        if self.part == "down":
+            return self._down.detach()[expert, others, neuron]
+        gate_up: Any = self.module._parameters[EXPERTS.projections[0]]
+        return gate_up.detach()[expert, neuron + size * (self.part == "up"), others]
+
     def __call__(self, x: Tensor) -> Tensor:
         """Map [..., in] to [..., out], with all experts' rows."""
         return F.linear(x, self.weight)
@@ -173,9 +188,7 @@ def chosen_experts(block: nn.Module, attribute: str, x: Tensor) -> tuple[Tensor,
     taken: list[tuple[Tensor, Tensor]] = []
 
     def take(states: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        if states.reshape(-1, x.shape[1]).shape == x.shape and torch.equal(
-            states.reshape(x.shape), x
-        ):
+        if states.numel() == x.numel() and (x.is_meta or torch.equal(states.reshape(x.shape), x)):
             taken.append((index, weights))
         return torch.zeros_like(states)
 

@@ -99,7 +99,7 @@ class FFNLayer:
 
     def expert_weights(self, x: Tensor) -> Tensor:
         """What each expert counts for hidden states [n, H]: [n, E] float32, 0 if it is not chosen."""
-        index, weights = chosen_experts(self.parent, self.attribute, x)
+        index, weights = chosen_experts(self.parent, self.attribute, x.to(self.dtype))
         return expert_weights(index, weights, self.experts)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.errors import ModelError
+from sparse_runtime.models.experts import ExpertRows
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
@@ -116,7 +117,7 @@ def first_matrices(layers: Sequence[FFNLayer]) -> list[int]:
     return [0, *accumulate(layer.form.matrices + 1 for layer in layers)]
 
 
-def kept_samples(first: int, *matrices: Tensor) -> Tensor:
+def kept_samples(first: int, *matrices: Tensor | ExpertRows) -> Tensor:
     """Samples of an FFN that is about to be packed, for :func:`kept_fingerprint`.
 
     Args:
@@ -171,11 +172,11 @@ def _listed(indices: Sequence[int]) -> str:
     return f"{len(indices)} FFN layers ({indices[0]} to {indices[-1]})"
 
 
-def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor] | None:
+def _matrices(layers: Sequence[FFNLayer]) -> list[Tensor | ExpertRows] | None:
     if any(layer.packed or layer.int8 for layer in layers):
         return None
     matrices = [
-        linear.weight.detach()
+        linear if isinstance(linear, ExpertRows) else linear.weight.detach()
         for layer in layers
         for linear in (layer.gate, layer.up, layer.down)
         if linear is not None
@@ -227,10 +228,22 @@ def _samples(layers: Sequence[FFNLayer]) -> Tensor | None:
     return torch.stack([_sampled(matrix, number) for number, matrix in enumerate(matrices)])
 
 
-def _sampled(matrix: Tensor, number: int) -> Tensor:
+def _sampled(matrix: Tensor | ExpertRows, number: int) -> Tensor:
     """Samples [64] bfloat16 of the matrix of a number."""
-    index = torch.tensor(_positions(*matrix.shape, seed=number), device=matrix.device)
-    return matrix.detach()[index[0], index[1]].to(torch.bfloat16).cpu()
+    index = torch.tensor(_positions(*_shape(matrix), seed=number), device=matrix.device)
+    return _values(matrix, *index).to(torch.bfloat16).cpu()
+
+
+def _shape(matrix: Tensor | ExpertRows) -> tuple[int, int]:
+    if isinstance(matrix, ExpertRows):
+        return matrix.out_features, matrix.in_features
+    return matrix.shape[0], matrix.shape[1]
+
+
+def _values(matrix: Tensor | ExpertRows, rows: Tensor, columns: Tensor) -> Tensor:
+    if isinstance(matrix, ExpertRows):
+        return matrix.at(rows, columns)
+    return matrix.detach()[rows, columns]
 
 
 def _encoded(samples: Tensor) -> str:
@@ -278,8 +291,9 @@ def _weights_sha256(layers: Sequence[FFNLayer]) -> str | None:
         return None
     digest = hashlib.sha256()
     for matrix in matrices:
-        count = min(_SAMPLES_IN_FORMAT_1, matrix.numel())
-        flat = torch.arange(count, device=matrix.device) * (matrix.numel() // count)
-        values = matrix[flat // matrix.shape[1], flat % matrix.shape[1]]
+        rows, columns = _shape(matrix)
+        count = min(_SAMPLES_IN_FORMAT_1, rows * columns)
+        flat = torch.arange(count, device=matrix.device) * (rows * columns // count)
+        values = _values(matrix, flat // columns, flat % columns)
         digest.update(values.to(torch.bfloat16).cpu().view(torch.int16).numpy().tobytes())
     return digest.hexdigest()

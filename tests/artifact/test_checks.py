@@ -52,7 +52,7 @@ def test_every_row_of_the_tables_is_written(folder, config):
     """The verified, cuttable artifact here has all there is but biases and corrections."""
     names = {key.partition(".")[2].partition(".")[2] for key in load_file(folder / CLUSTERS_FILE)}
     names |= {key.split(".", 2)[2] for key in load_file(folder / CENTROIDS_FILE)}
-    optional = {"cluster_bias", "correction.down", "correction.up", "bias_shift"}
+    optional = {"cluster_bias", "correction.down", "correction.up", "bias_shift", "expert_shares"}
     assert names == {key.name for key in TENSORS} - optional
     assert list(config["layers"][0]) == ["index", *LAYER_KEYS]
     assert load(folder, config).layers[1].factors is not None
