@@ -184,7 +184,9 @@ def fit_awc(
             history.append({"objective": objective, "empty_clusters": float(len(empty))})
             if len(history) > 1 and objective - history[-2]["objective"] < tolerance:
                 break
-            centroids = cluster_means(importance, assignment, num_clusters, shrinkage, present=present)
+            centroids = cluster_means(
+                importance, assignment, num_clusters, shrinkage, present=present
+            )
             if len(empty):
                 worst = coverage.topk(len(empty), largest=False).indices
                 centroids[empty] = 0.5 * normalized(importance[worst]) + 0.5 * overall

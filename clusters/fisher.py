@@ -175,7 +175,7 @@ class _ExpertGradients(_Gradients):
         output.register_hook(note)
 
     def _mean_squares(self, values: Tensor, kept: Tensor) -> Tensor:
-        """Of an expert with few tokens shrunk toward what the layer's rows of down have for their length."""
+        """Shrunk, of an expert with few tokens, toward the layer's usual for rows of that length."""
         experts = self._layer.experts
         counts = torch.stack(self._counts)[kept].sum(0).float().unsqueeze(-1)
         sums = values[kept].sum(0).view(experts, -1)

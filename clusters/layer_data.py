@@ -135,15 +135,17 @@ def load_layer(
     device = layer.device
     present = []
     for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
-        states = hidden_states[rows].to(device)
-        matrix.values[rows] = scorer(states).to("cpu", torch.bfloat16)
-        present.append(scorer.present(states))
+        chunk = hidden_states[rows].to(device)
+        matrix.values[rows] = scorer(chunk).to("cpu", torch.bfloat16)
+        present.append(scorer.present(chunk))
     if config.percentile is not None:
         chunks = (matrix.values[r] for r in chunk_slices(num_fit, _CHUNK_TOKENS))
         threshold = percentile_threshold(chunks, config.percentile)
         for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
             matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
-    known = torch.cat([part.cpu() for part in present if part is not None]) if layer.experts else None
+    known = (
+        torch.cat([part.cpu() for part in present if part is not None]) if layer.experts else None
+    )
     return LayerData(hidden_states, matrix.values, num_fit, known), matrix
 
 

@@ -86,7 +86,7 @@ class DejaVu:
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Train a predictor for each budget; the start is common to all."""
-        states = states.to(layer.gate.weight.device)
+        states = states.to(layer.device)
         scorer = importance_scorer(layer)
         importance = torch.cat(
             [scorer(states[s]).bfloat16() for s in chunk_slices(len(states), _CHUNK_TOKENS)]

@@ -39,6 +39,9 @@ def _merged(layer: LayerClusters) -> LayerClusters:
     def mean(values: Tensor) -> Tensor:
         return (centroids.shares @ values.float()).unsqueeze(0)
 
+    def of_neurons(values: Tensor) -> Tensor:
+        return centroids.overall(values).unsqueeze(0)
+
     return replace(
         layer,
         active_sets=layer.active_sets[:1],
@@ -50,10 +53,11 @@ def _merged(layer: LayerClusters) -> LayerClusters:
         cluster_bias=None if layer.cluster_bias is None else mean(layer.cluster_bias),
         bias_shift=None if layer.bias_shift is None else mean(layer.bias_shift),
         centroids=LayerCentroids(
-            mean(centroids.mean_squares),
-            mean(centroids.mean_magnitudes),
-            mean(centroids.mean_activations),
+            of_neurons(centroids.mean_squares),
+            of_neurons(centroids.mean_magnitudes),
+            of_neurons(centroids.mean_activations),
             torch.ones(1),
             centroids.neuron_weights,
+            None if centroids.expert_shares is None else mean(centroids.expert_shares),
         ),
     )

@@ -26,7 +26,7 @@ from sparse_runtime.eval.quality.forwards import (
 )
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import find_single_ffns
 from sparse_runtime.models.inline_calls import calling, ffn_module
 
 
@@ -149,7 +149,7 @@ def masked_ffns(
     Raises:
         ConfigError: the masks are not those of the model's layers, or want a prompt and get none.
     """
-    layers = find_ffn_layers(model)
+    layers = find_single_ffns(model, "a baseline that masks neurons")
     expected = [layer.index for layer in layers]
     if sorted(masks) != expected:
         raise ConfigError(f"masks are for layers {sorted(masks)}; expected {expected}")

@@ -84,7 +84,7 @@ class Static:
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Means of each token's normalized importance."""
         scorer = importance_scorer(layer)
-        total = torch.zeros(layer.intermediate_size, device=layer.gate.weight.device)
+        total = torch.zeros(layer.intermediate_size, device=layer.device)
         for chunk in states.split(_CHUNK_TOKENS):
             total += normalized(scorer(chunk.to(total.device))).sum(0)
         return [{self.name: SetMasks(most(total, budget))} for budget in budgets]
@@ -111,7 +111,7 @@ class Random:
         """Nothing is fitted; the set of a larger budget holds that of a smaller one."""
         generator = layer_generator(self._seed, layer.index)
         order = torch.rand(layer.intermediate_size, generator=generator)
-        order = order.to(layer.gate.weight.device)
+        order = order.to(layer.device)
         return [{self.name: SetMasks(most(order, budget))} for budget in budgets]
 
 

@@ -136,9 +136,8 @@ def bench(
         progress: reports one unit per run.
 
     Returns:
-        ``read_gbps``; where FFNs are float ``mlp`` (see :func:`bench_mlp`) and ``prediction`` (see
-        :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds
-        (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
+        ``read_gbps``; where FFNs are float and no experts ``mlp`` (see :func:`bench_mlp`) and
+        ``prediction`` (see :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds (median and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
         (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by variant ``bytes_per_token`` of the
         whole model's weights and ``gbps``; ``cost_share`` and, the same, ``bits_per_weight``;
         ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``num_layers``; ``host``.
@@ -158,7 +157,8 @@ def bench(
     sparse_model = model if bits == (None, None) else _packed_twin(model, *bits)
     config = SparseConfig(check_fingerprint=False, **planes)
     runs = [_Run(artifact, config, model, sparse_model) for artifact in clusters]
-    if not any(layer.packed for layer in find_ffn_layers(sparse_model, packed=True)):
+    found = find_ffn_layers(sparse_model, packed=True)
+    if not any(layer.packed or layer.experts for layer in found):
         states = own_states(model, clusters, prompt)
         for number, run in enumerate(runs):
             # How many tokens pay is told once: it depends on the density less than on the machine.

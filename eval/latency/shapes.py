@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
-from transformers import MistralConfig, MistralForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
@@ -16,8 +18,9 @@ from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
     "mistral-7b": {
+        "model_type": "mistral",
         "hidden_size": 4096,
         "intermediate_size": 14336,
         "num_hidden_layers": 32,
@@ -28,6 +31,7 @@ SHAPES = {
         "sliding_window": None,
     },
     "smollm2-135m": {
+        "model_type": "mistral",
         "hidden_size": 576,
         "intermediate_size": 1536,
         "num_hidden_layers": 30,
@@ -38,13 +42,28 @@ SHAPES = {
         "sliding_window": None,
         "tie_word_embeddings": True,
     },
+    "qwen3-30b-a3b": {
+        "model_type": "qwen3_moe",
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": True,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "vocab_size": 151936,
+        "max_position_embeddings": 40960,
+    },
 }
 
 
 def random_model(
     shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
 ) -> nn.Module:
-    """Make a Mistral-class model of a known shape with random weights, in eval mode.
+    """Make a model of a known shape with random weights, in eval mode.
 
     Weights repeat one random block of a million values: latency does not depend on them, and drawing
     seven billion takes minutes.
@@ -60,7 +79,8 @@ def random_model(
             raise ConfigError(f"layers is {layers}; expected 1 or more")
         fields["num_hidden_layers"] = layers
     with torch.device("meta"):
-        model = MistralForCausalLM(MistralConfig(**fields)).to(dtype)
+        config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
     model = model.to_empty(device="cpu").eval()
     model.tie_weights()
     # to_empty leaves buffers unset too; the rotary frequencies are recomputed from the config.
@@ -158,6 +178,7 @@ def _factors(layer: FFNLayer, confirmed: float, generator: torch.Generator) -> T
     """Factors [I] that confirm a share of the neurons of normal hidden states."""
     x = torch.randn(4, layer.hidden_size, generator=generator)
     sizes = importance_scorer(layer).activations(x).abs().flatten()
+    sizes = sizes[sizes > 0]  # without those of experts that no token has
     limit = sizes[:: -(-len(sizes) // 100_000)].quantile(1 - confirmed)
     return torch.full((layer.intermediate_size,), 1 / limit.item())
 

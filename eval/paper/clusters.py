@@ -83,7 +83,7 @@ class AwcPaper:
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Cluster and train a router for each budget; oracle ids cost as much less as the router."""
-        states = states.to(layer.gate.weight.device)
+        states = states.to(layer.device)
         scorer = importance_scorer(layer)
         importance = torch.cat(
             [scorer(states[s]).bfloat16() for s in chunk_slices(len(states), _CHUNK_TOKENS)]

@@ -37,7 +37,7 @@ from sparse_runtime.eval.paper.patterns import (
     pattern_bytes,
 )
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import find_single_ffns
 from sparse_runtime.progress import ProgressReporter
 
 __all__ = [
@@ -167,7 +167,7 @@ def paper_masks_applied(
     """
     if ids != "oracle":
         raise ConfigError(f"ids is {ids!r}; the paper's evaluation knows only 'oracle'")
-    layers = find_ffn_layers(model)
+    layers = find_single_ffns(model, "the paper's evaluation")
     check_layers(layers, masks.thresholds, "masks")
     missing: dict[tuple[int, torch.device], Tensor] = {}  # pooled tables: one float copy a device
 

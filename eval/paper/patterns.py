@@ -16,7 +16,7 @@ from sparse_runtime.clusters.paper.binary_patterns import (
 )
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import find_ffn_layers, find_single_ffns
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 PROJECTIONS = ("gate", "up", "down")
@@ -86,7 +86,7 @@ def collect_paper_patterns(
     """
     if len(windows) == 0:
         raise DataError("no windows of text to collect patterns from; pass at least one")
-    layers = find_ffn_layers(model)
+    layers = find_single_ffns(model, "the paper's evaluation")
     progress = progress or SilentProgress()
     if thresholds is None:
         thresholds = _collect_thresholds(model, layers, windows, percentile, progress)

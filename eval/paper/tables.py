@@ -33,7 +33,7 @@ from sparse_runtime.eval.paper.masks import (
     score_paper_masks,
 )
 from sparse_runtime.eval.quality.perplexity import perplexity
-from sparse_runtime.models.ffn_layers import find_ffn_layers, select_layers
+from sparse_runtime.models.ffn_layers import find_single_ffns, select_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 
@@ -84,7 +84,7 @@ def paper_coverage(
         ConfigError: a layer does not exist, or a value is out of range.
         DataError: there are more clusters than tokens.
     """
-    found = find_ffn_layers(model)
+    found = find_single_ffns(model, "the paper's tables")
     selected = select_layers(found, [layer.index for layer in found] if layers is None else layers)
     fits: list[tuple[dict[str, Any], Fit]] = []
     for count in clusters:

@@ -56,6 +56,7 @@ _STORED_IN_FOUR_BITS = (
     "GGUF file in Q4_1 or Q4_K do: dense formats near to that lose next to nothing, and are no "
     "opponents here"
 )
+_NO_EXPERTS = "it takes models with one FFN in each layer, and this one has experts"
 
 
 def evaluate_curves(
@@ -231,7 +232,8 @@ class _Run:
 
     def add_format(self, form: DenseFormat) -> None:
         """Run the model in a dense format, and the clusters over it if it is their planes."""
-        obstacle = form.obstacle(self.model)
+        experts = any(layer.experts for layer in find_ffn_layers(self.model))
+        obstacle = _NO_EXPERTS if experts else form.obstacle(self.model)
         if obstacle is not None:
             self._leave_out(form.name, None, obstacle)
             return
@@ -312,6 +314,8 @@ def _reason_against(
     method: Baseline, budget: float, layers: list[FFNLayer], protocol: Protocol
 ) -> str | None:
     """Why a method cannot run at a budget; None if it can."""
+    if any(layer.experts for layer in layers):
+        return _NO_EXPERTS
     if method.needs_prompt and protocol.prompt_tokens == 0:
         return "it takes its neurons from a prompt, and there is none (see --prompt-tokens)"
     least = max(method.least_share(layer) for layer in layers)

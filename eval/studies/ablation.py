@@ -29,7 +29,7 @@ from sparse_runtime.clusters.paper.binary_patterns import percentile_threshold
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.errors import DataError
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers, select_layers
+from sparse_runtime.models.ffn_layers import find_single_ffns, select_layers
 from sparse_runtime.predictors.training import initial_router, route
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -129,7 +129,7 @@ def ablate(
         ConfigError: a layer does not exist, or a value is out of range.
         DataError: there are more clusters than tokens.
     """
-    found = find_ffn_layers(model)
+    found = find_single_ffns(model, "this study")
     count = len(found)
     wanted = sorted({0, count // 3, 2 * count // 3}) if layers is None else list(layers)
     selected = select_layers(found, wanted)

@@ -12,7 +12,7 @@ from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.eval.upcycling.layer_experts import LayerExperts, cut_experts
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import find_single_ffns
 
 #: Fields of a dense model's config that Mixtral's has too; those of the FFN are its own.
 _SHARED_FIELDS = (
@@ -49,7 +49,7 @@ def check_dense(model: Any, experts: int) -> list[FFNLayer]:
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``; or an FFN has no
             gate, or biases, or some layer has no FFN.
     """
-    layers = find_ffn_layers(model)
+    layers = find_single_ffns(model, "upcycling")
     for layer in layers:
         problem = None
         if layer.up is None:

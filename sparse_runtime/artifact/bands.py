@@ -16,7 +16,7 @@ neuron is counted where e² > c·λ, and refined where e² > c·λ·τ², with �
 have r = 0 and ρ = 0, and c = 1; without verification there is no third band, and a neuron is computed
 where E[e²] > λ.
 
-Of a mixture of experts e is of a neuron's h times what the token's router gives its expert, and means are
+Of a mixture of experts h is a neuron's times what the token's router gives its expert, and means are
 over the tokens that have the expert, as nothing is read of it for others; sums over a token's neurons
 weigh each by P(expert | cluster).
 """
@@ -98,17 +98,23 @@ class LayerCentroids:
         own = values.unflatten(-1, (self.expert_shares.shape[1], -1))
         return (own * self.expert_shares.unsqueeze(-1)).flatten(-2)
 
+    def overall(self, of_neurons: Tensor) -> Tensor:
+        """Mean of values [K, I] of neurons over all tokens that read them, float32 [I]."""
+        means = self.shares @ self.of_tokens(of_neurons)
+        if self.expert_shares is None:
+            return means
+        shares = (self.shares @ self.expert_shares).clamp_min(1e-30).unsqueeze(-1)
+        return (means.unflatten(-1, (len(shares), -1)) / shares).flatten()
+
     def static_set(self, size: float) -> Tensor:
         """The ``size`` neurons that matter most where they are read, bool [I].
 
         Args:
             size: of a token; of experts' neurons as many more as there are more of them.
         """
-        overall = self.shares @ self.of_tokens(self.mean_squares)
+        overall = self.overall(self.mean_squares)
         if self.expert_shares is not None:
-            shares = (self.shares @ self.expert_shares).clamp_min(1e-30)
-            size *= len(shares) / shares.sum().item()
-            overall = (overall.unflatten(-1, (len(shares), -1)) / shares.unsqueeze(-1)).flatten()
+            size *= self.expert_shares.shape[1] / (self.shares @ self.expert_shares).sum().item()
         top = overall.topk(min(len(overall), max(1, round(size)))).indices
         return torch.zeros_like(overall, dtype=torch.bool).index_fill_(0, top, True)
 

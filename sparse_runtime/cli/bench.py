@@ -38,7 +38,8 @@ ClustersOrNoneOption = Annotated[
     str | None, typer.Option("--clusters", help="Cluster artifact.", metavar="DIR")
 ]
 ShapeOption = Annotated[
-    str | None, typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m.")
+    str | None,
+    typer.Option(help="Random weights of this shape: mistral-7b, smollm2-135m, qwen3-30b-a3b."),
 ]
 
 # About what the demo model's clusters look at, for a budget of 0.4 to 0.5.

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
 
 from sparse_runtime.cost import CostReport, FFNCost, share_in_bits
+from sparse_runtime.errors import NothingMatchedError, UnsupportedArchitectureError
 from sparse_runtime.ffn.patch import ffn_parts, owners, sparse_ffn_of
 from sparse_runtime.ffn.rule import DENSE_REASONS
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 
 @dataclass(frozen=True)
@@ -96,8 +99,8 @@ def bytes_per_token(model: Any) -> float:
 
     Sparse FFNs count by what their sparse tokens have read since the last reset, routers included;
     where none ran sparsely, they count whole, as attention, head, norms and dense FFNs do, packed or
-    not. The input embedding is a look-up of one row and does not count; a tied output head does.
-    Synchronizes with the devices.
+    not, and of experts those that a token has. The input embedding is a look-up of one row and does not
+    count; a tied output head does. Synchronizes with the devices.
 
     Args:
         model: a causal language model, dense or sparse.
@@ -106,13 +109,26 @@ def bytes_per_token(model: Any) -> float:
     embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     if getattr(head, "weight", None) is not embedding:
         total -= _size(embedding)
+    counted = set()
     for owner in owners(model):
         module = sparse_ffn_of(owner)
         read = _per_token(module.cost, read_counts(module))
         if read:
+            counted.add(owner)
             total += read
             total -= sum(_size(p) for part in ffn_parts(owner) for p in part.parameters())
+    for experts, share in _shares_of_experts(model):
+        if experts not in counted:
+            total -= (1 - share) * sum(map(_size, experts.parameters()))
     return total
+
+
+def _shares_of_experts(model: nn.Module) -> Iterator[tuple[nn.Module, float]]:
+    """The modules that hold experts, and which share of these a token has."""
+    with suppress(UnsupportedArchitectureError, NothingMatchedError):
+        for layer in find_ffn_layers(model, packed=True, int8=True):
+            if layer.experts:
+                yield layer.mlp, layer.active / layer.experts
 
 
 def _size(parameter: nn.Parameter) -> int:

@@ -30,6 +30,13 @@ DENSE_REASONS = (
     "dropout",
 )
 
+#: The warning about the third of them.
+NO_DERIVATIVE = (
+    "FFNs run dense where gradients are recorded, or gradient checkpointing will: the sparse kernels "
+    "have no derivative. Generate and score with model.eval(), under torch.no_grad() or "
+    "torch.inference_mode()"
+)
+
 _SPARSE_TOKENS = {"cpu": 2, "reference": 16}
 _ROW_TOKENS = {"cpu": 16}
 

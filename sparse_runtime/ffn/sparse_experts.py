@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.errors import BackendUnavailableError
+from sparse_runtime.ffn.rule import NO_DERIVATIVE
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.kernels import routed_ffn
 from sparse_runtime.kernels.linear import needs_gradient
@@ -27,6 +28,7 @@ class SparseExperts(SparseFFN):
     def forward(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """Map hidden states [n, H], with index and weights [n, k] of their experts, to [n, H]."""
         if needs_gradient(*choice):  # the router's
+            self.state.warn_once("gradients", NO_DERIVATIVE)
             self.count_dense("gradients", len(hidden_states))
             return self.dense(hidden_states, *choice)
         return super().forward(hidden_states, *choice)

@@ -38,7 +38,7 @@ from sparse_runtime.ffn.projections import (
     projection_tensors,
     weight_by_columns,
 )
-from sparse_runtime.ffn.rule import TokenRule, token_rule
+from sparse_runtime.ffn.rule import NO_DERIVATIVE, TokenRule, token_rule
 from sparse_runtime.kernels import dense_ffn, resolve_backend, routed_ffn, sparse_ffn
 from sparse_runtime.kernels.linear import fits, is_checkpointed, is_transformed, needs_gradient
 from sparse_runtime.kernels.looks import look_records
@@ -216,12 +216,7 @@ class SparseFFN(FFNBuffers):
             return "dense", "patched"
         weights = self._own_weights()
         if needs_gradient(hidden_states, *weights) or is_checkpointed(self._decoder_layer[0]):
-            self.state.warn_once(
-                "gradients",
-                "FFNs run dense where gradients are recorded, or gradient checkpointing will: the "
-                "sparse kernels have no derivative. Generate and score with model.eval(), under "
-                "torch.no_grad() or torch.inference_mode()",
-            )
+            self.state.warn_once("gradients", NO_DERIVATIVE)
             return "dense", "gradients"
         if drops_values(self._owner[0], self.form):
             return "dense", "dropout"

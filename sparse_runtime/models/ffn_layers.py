@@ -57,7 +57,7 @@ def find_ffn_layers(
 
     Raises:
         UnsupportedArchitectureError: an FFN computes something else than down(act(gate·x) ⊙ (up·x)) or
-            down(act(gate·x)), or its weights are not plain floats; or a layer has experts.
+            down(act(gate·x)), or its weights are not plain floats.
         NothingMatchedError: no decoder layer holds an FFN.
     """
     if getattr(getattr(model, "config", None), "model_type", None) is None:
@@ -90,6 +90,27 @@ def find_ffn_layers(
                 "values"
             )
     return found
+
+
+def find_single_ffns(model: nn.Module, what: str) -> list[FFNLayer]:
+    """Find the FFNs of a model that has one in each layer.
+
+    Args:
+        model: a causal language model with float weights.
+        what: takes such models only; for the error.
+
+    Raises:
+        UnsupportedArchitectureError, NothingMatchedError: as :func:`find_ffn_layers`; or a layer has a
+            mixture of experts.
+    """
+    layers = find_ffn_layers(model)
+    for layer in layers:
+        if layer.experts:
+            raise UnsupportedArchitectureError(
+                f"{layer.name} is a mixture of {layer.experts} experts; {what} takes models with one "
+                "FFN in each layer"
+            )
+    return layers
 
 
 def select_layers(layers: Sequence[FFNLayer], indices: Sequence[int]) -> list[tuple[int, FFNLayer]]:
