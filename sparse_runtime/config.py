@@ -31,7 +31,7 @@ class SparseConfig:
         fast_linear: also run the model's other linear layers (attention, output head) through the
             CPU kernels in calls of few tokens, where torch reads bfloat16 weights at half of the
             memory's speed; see :func:`sparse_runtime.fast_linear`.
-        budget: mean cost share over all layers, cut from the artifact's centroids; None keeps the
+        budget: cost share of all layers together, cut from the artifact's centroids; None keeps the
             artifact's own sets. Bits per FFN weight and token ÷ 16 are the share: 4 bits are 0.25.
         verify: with or without the band of neurons that looks decide on; None keeps what the
             artifact has. The copies take 17 % of the FFN's memory.

@@ -24,6 +24,7 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.tuning.student import DenseStates, divergence, students
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # No layer counts for less than this of what its Fisher weights say.
@@ -54,7 +55,8 @@ def loop_weights(
         ModelError: what is measured of a layer is not finite.
     """
     measured = _measured(model, clusters, windows, dense_states, progress or SilentProgress())
-    return _line(sorted(clusters.layers), measured)
+    layers = find_ffn_layers(model, packed=True)
+    return _line({x.index: x.depth for x in layers if x.index in clusters.layers}, measured)
 
 
 def _measured(
@@ -95,15 +97,16 @@ def _measured(
         return measured
 
 
-def _line(indices: list[int], measured: dict[int, float]) -> dict[int, float]:
-    if len(measured) < 3:
-        return dict.fromkeys(indices, 1.0)
+def _line(depths: dict[int, int], measured: dict[int, float]) -> dict[int, float]:
+    """Values of a line through those that were measured, by the layers' depths."""
+    if len({depths[index] for index in measured}) < 3:
+        return dict.fromkeys(depths, 1.0)
     # Not by LAPACK, whose last digit depends on where in memory its input lies.
-    depth = math.fsum(measured) / len(measured)
+    middle = math.fsum(depths[index] for index in measured) / len(measured)
     mean = math.fsum(measured.values()) / len(measured)
-    spread = math.fsum((index - depth) ** 2 for index in measured)
-    slope = math.fsum((index - depth) * value for index, value in measured.items()) / spread
-    return {index: max(_LEAST, mean + slope * (index - depth)) for index in indices}
+    spread = math.fsum((depths[index] - middle) ** 2 for index in measured)
+    slope = math.fsum((depths[i] - middle) * value for i, value in measured.items()) / spread
+    return {index: max(_LEAST, mean + slope * (at - middle)) for index, at in depths.items()}
 
 
 def scaled(clusters: ClusterSet, weights: dict[int, float]) -> ClusterSet:

@@ -16,6 +16,7 @@ import torch
 
 from sparse_runtime.errors import SparseRuntimeError
 from sparse_runtime.eval.report.markdown import escaped, markdown_table
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 # Characters of a reason.
@@ -32,7 +33,10 @@ their linear layers, and proven: the module's own forward, run on small matrices
 down(act(gate·x) ⊙ (up·x)) or down(act(up·x)), biases added. *Inline* ones have no module for
 themselves: up and down are called in the forward of a larger one, such as OPT's decoder layer, which is
 proven to give the same where the FFN is computed apart. *Transposed* ones have weights [in, out], as
-GPT-2's. These two run over float weights; all others in planes (`weights=6`), too.
+GPT-2's. *Experts* are those of transformers' experts interface, y = Σ_j w_j·down_e(act(gate_e·x) ⊙
+(up_e·x)) over the experts that the model's own router chose, proven likewise; an FFN that runs beside
+them for every token is one of its own. These three run over float weights; all others in planes
+(`weights=6`), too.
 
 {supported} of {all} types can run sparse; tests/models/test_model_types.py runs tiny models of them.
 """
@@ -82,13 +86,15 @@ def judged(kind: str, class_name: str) -> ModelType:
     except SparseRuntimeError as error:
         reason = str(error).partition(". Put the model")[0]
         return ModelType(kind, None, textwrap.shorten(reason, _REASON, placeholder=" …"))
-    layer = layers[0]
+    return ModelType(kind, "; ".join(dict.fromkeys(map(_form, layers))))
+
+
+def _form(layer: FFNLayer) -> str:
     biased = any(linear.bias is not None for linear in layer.linears().values())
     names = ", ".join(f"`{name}`" for name in layer.projections)
     form = f"{layer.form.kind}: {names}; {layer.activation}{', biases' if biased else ''}"
     form += ", inline" if layer.form.inline is not None else ""
-    form += ", transposed" if layer.form.transposed else ""
-    return ModelType(kind, form)
+    return form + (", transposed" if layer.form.transposed else "")
 
 
 def models_markdown(types: list[ModelType], version: str) -> str:

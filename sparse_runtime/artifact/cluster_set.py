@@ -117,7 +117,7 @@ class ClusterSet:
     Attributes:
         layers: layer index -> clusters and router.
         fingerprint: of the model it was built for, see ``model_fingerprint``.
-        budget: mean cost share that the sets were cut for.
+        budget: cost share that the sets were cut for.
         excess: cost share that held-out text was found to read beyond what a cut expects;
             :func:`sparse_runtime.recut` aims so much lower.
         build: how it was built: method and its settings, data with token counts, seed, budget and

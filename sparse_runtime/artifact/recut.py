@@ -42,12 +42,12 @@ def recut(
     Args:
         model: the model that the artifact was built for.
         clusters: with the layers' centroids.
-        budget: mean cost share over all layers, in (0, 1], bits per FFN weight and token ÷ 16; the
+        budget: cost share of all layers together, in (0, 1], bits per FFN weight and token ÷ 16; the
             artifact's own if None.
         verify: with or without a band of neurons that looks decide on; as the artifact is
             if None.
         layer_budgets: layer index -> cost share of its own (1: dense). The other layers share what
-            these leave of ``budget``; if there are none, the shares' mean is the budget.
+            these leave of ``budget``; if there are none, their mean is the budget.
 
     Returns:
         A new artifact, which shares routers and centroids with the old one.
@@ -67,19 +67,29 @@ def recut(
                 f"budget is {budget}, but layer_budgets names every layer and leaves nothing to share; "
                 "leave budget out, or some layer"
             )
-        budget = sum(own.values()) / len(own)
+        parts = _parts(model, clusters, bool(verify))
+        whole = sum(parts[index].dense_bytes for index in own)
+        budget = sum(parts[index].dense_bytes * share for index, share in own.items()) / whole
     budget = clusters.budget if budget is None else budget
     verify = clusters.verified if verify is None else verify
     parts = _parts(model, clusters, verify)
     common = [part for index, part in parts.items() if index not in own]
     aim = budget - _excess(clusters, budget)
-    rest = (aim * len(parts) - sum(own.values())) / len(common) if common else 0.0
+    rest = _rest(parts, own, aim) if common else 0.0
     price = _price(common, rest) if common else 0.0
     layers = {
         index: part.cut(_price([part], own[index]) if index in own else price)
         for index, part in parts.items()
     }
     return replace(clusters, layers=layers, budget=float(budget))
+
+
+def _rest(parts: Mapping[int, _Part], own: Mapping[int, float], aim: float) -> float:
+    """What is left of a cost share for the layers that have none of their own."""
+    whole = sum(part.dense_bytes for part in parts.values())
+    taken = sum(parts[index].dense_bytes * share for index, share in own.items())
+    left = sum(part.dense_bytes for index, part in parts.items() if index not in own)
+    return (aim * whole - taken) / left
 
 
 def _excess(clusters: ClusterSet, budget: float) -> float:
@@ -93,7 +103,7 @@ def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: 
     Args:
         model: the model that the artifact was built for.
         clusters: with the layers' centroids; layers that are not in it play no part.
-        budget: mean cost share of its layers.
+        budget: cost share of its layers together.
         verify: with or without a band of neurons that looks decide on.
 
     Raises:
@@ -145,6 +155,11 @@ class _Part:
     def largest_loss(self) -> float:
         """The largest mean e² of the layer."""
         return self._centroids.mean_squares.max().item()
+
+    @property
+    def dense_bytes(self) -> int:
+        """What the layer reads for a dense token."""
+        return self._cost.dense_bytes
 
     @property
     def _whole_share(self) -> float:
@@ -221,8 +236,9 @@ class _Part:
 
 
 def _price(parts: Sequence[_Part], share: float) -> float:
-    """The least price at which the layers' expected mean cost share is at most ``share``."""
-    least = sum(part.least_share for part in parts) / len(parts)
+    """The least price at which the layers' expected cost share together is at most ``share``."""
+    whole = sum(part.dense_bytes for part in parts)
+    least = sum(part.dense_bytes * part.least_share for part in parts) / whole
     if share <= least:
         raise ConfigError(
             f"the budget leaves {share:.3f} of the FFN for each layer, but router, bias and bitmaps "
@@ -235,8 +251,9 @@ def _price(parts: Sequence[_Part], share: float) -> float:
     low = high - 50
     for _ in range(40):
         middle = (low + high) / 2
-        mean = sum(part.expected_share(math.exp(middle)) for part in parts) / len(parts)
-        if mean > share:
+        price = math.exp(middle)
+        read = sum(part.dense_bytes * part.expected_share(price) for part in parts)
+        if read > share * whole:
             low = middle
         else:
             high = middle

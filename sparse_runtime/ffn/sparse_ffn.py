@@ -98,7 +98,7 @@ class SparseFFN(FFNBuffers):
         self._first = first
         self._hidden_size = layer.hidden_size
         self._most_sparse_values = 0.0
-        self._decoder_layer = (layer.parent,)
+        self._decoder_layer = (layer.decoder_layer or layer.parent,)
         self._transposed: tuple[Tensor, ...] = ()  # the weight by columns, or none
         self._clusters = own_copy(clusters.collapsed(layer.intermediate_size))
         self.cost = self._own_cost(layer)

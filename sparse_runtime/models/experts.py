@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.errors import UnsupportedArchitectureError
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS, activations
-from sparse_runtime.models.ffn_forms import FFNForm, Proof, closest
+from sparse_runtime.models.ffn_forms import FFNForm, Proof, closest, forms_of
 
 #: The parameters of experts.
 EXPERTS = FFNForm(("gate_up_proj", "down_proj"), "experts")
@@ -195,7 +195,9 @@ def chosen_experts(block: nn.Module, attribute: str, x: Tensor) -> tuple[Tensor,
     own = type(block)
     probe: Any = own.__new__(own)
     probe.__dict__.update(block.__dict__)
-    probe.__dict__["_modules"] = {**block._modules, attribute: take}
+    # What runs beside the experts would take time, and count it if it is sparse.
+    beside = {name: torch.zeros_like for name, child in block._modules.items() if _is_ffn(child)}
+    probe.__dict__["_modules"] = {**block._modules, **beside, attribute: take}
     probe.__dict__["training"] = False
     try:
         with torch.no_grad():
@@ -210,6 +212,13 @@ def chosen_experts(block: nn.Module, attribute: str, x: Tensor) -> tuple[Tensor,
         )
     index, weights = taken[0]
     return index.reshape(len(x), -1), weights.reshape(len(x), -1).float()
+
+
+def _is_ffn(module: nn.Module | None) -> bool:
+    """Whether a module maps hidden states to as many values by two matrices or three, or by planes."""
+    return module is not None and (
+        getattr(module, "holds_planes", False) is True or bool(forms_of(module))
+    )
 
 
 def expert_weights(index: Tensor, weights: Tensor, experts: int) -> Tensor:

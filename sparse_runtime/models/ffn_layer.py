@@ -20,6 +20,9 @@ from sparse_runtime.models.transposed import TransposedLinear, with_rows
 class FFNLayer:
     """An FFN found in a model.
 
+    ``index`` is its decoder layer's; an FFN that runs for every token beside a decoder layer's experts
+    has one beyond those of all decoder layers, and ``depth`` is always the decoder layer's.
+
     ``gate`` and ``up`` have weights [I, H], ``down`` [H, I]; without a gate, ``gate`` is what the
     activation is of, and ``up`` None. ``parent`` holds ``mlp`` under the attribute ``attribute``, and
     ``form`` says which linear layers of ``mlp`` they are. Of a mixture of experts ``mlp`` holds all
@@ -40,6 +43,9 @@ class FFNLayer:
     down: nn.Linear | ExpertRows | TransposedLinear
     activation: str
     form: FFNForm = LLAMA
+    depth: int = 0
+    #: The decoder layer; ``parent`` where that is not known.
+    decoder_layer: nn.Module | None = None
     #: Number of experts, and how many of them a token has; 0 of a single FFN.
     experts: int = 0
     active: int = 0

@@ -48,7 +48,8 @@ def find_ffn_layers(
     """Find the FFNs of a model's decoder layers, in their order.
 
     Vision and audio towers stay out. Wrappers around the model (PEFT, ``torch.compile``) are looked
-    through. Layers without an FFN, as hybrids have, are passed over.
+    through. Layers without an FFN, as hybrids have, are passed over. A mixture of experts may have an
+    FFN beside them that runs for every token: it follows them, with an index of its own.
 
     Args:
         model: a causal language model.
@@ -67,11 +68,12 @@ def find_ffn_layers(
         )
     names = {id(module): name for name, module in model.named_modules()}
     found, nearest = [], ""
-    for index, decoder_layer in enumerate(_decoder_layers(model, names)):
-        layer = _ffn_of(index, decoder_layer, names, model)
-        if layer is not None:
-            found.append(layer)
-        elif not nearest:
+    stack = _decoder_layers(model, names)
+    for depth, decoder_layer in enumerate(stack):
+        layers = _ffns_of(depth, decoder_layer, names, model)
+        for index, layer in zip((depth, len(stack) + depth), layers, strict=False):
+            found.append(replace(layer, index=index, depth=depth, decoder_layer=decoder_layer))
+        if not layers and not nearest:
             nearest = _nearest(decoder_layer, names)
     if not found:
         raise NothingMatchedError(
@@ -163,18 +165,20 @@ def _decoder_layers(model: nn.Module, names: dict[int, str]) -> Sequence[nn.Modu
     return list(top[sizes.index(max(sizes))]) if top else []
 
 
-def _ffn_of(
+def _ffns_of(
     index: int, decoder_layer: nn.Module, names: dict[int, str], model: nn.Module
-) -> FFNLayer | None:
-    """The FFN of a decoder layer, if it has one."""
+) -> list[FFNLayer]:
+    """The FFN of a decoder layer, if it has one; or its experts, and what runs beside them."""
+    experts = next(filter(_is_of_experts, decoder_layer.modules()), None)
+    if experts is not None:
+        mixture = _experts(index, names.get(id(experts), ""), experts, model)
+        return [mixture, *_beside(mixture, decoder_layer, names, model)]
     proven, refused = [], []
     for module in decoder_layer.modules():
         name = names.get(id(module), "")
         if is_packed(module):
             proven.append(_layer(index, name, module, model, module.form, module.activation))  # type: ignore[arg-type]
             continue
-        if holds_experts(module):
-            return _experts(index, name, module, model)
         forms = forms_of(module)
         if not forms:
             continue
@@ -201,7 +205,36 @@ def _ffn_of(
             f"{refused[-1]}. Put the model's own class and forward back, if they were replaced; else "
             "this FFN cannot run sparse"
         )
-    return proven[0] if proven else None
+    return proven
+
+
+def _beside(
+    mixture: FFNLayer, decoder_layer: nn.Module, names: dict[int, str], model: nn.Module
+) -> list[FFNLayer]:
+    """The FFN beside a layer's experts that every token has; more than one run as they stand."""
+    found, index = [], mixture.index
+    for module in decoder_layer.modules():
+        name = names.get(id(module), "")
+        if module is mixture.mlp:
+            continue
+        if is_packed(module):
+            found.append(_layer(index, name, module, model, module.form, module.activation))  # type: ignore[arg-type]
+        elif forms := forms_of(module):
+            proof = prove(module, forms, _device(module._modules[forms[0].projections[-1]]))  # type: ignore[arg-type]
+            if proof.activation is not None:
+                found.append(_layer(index, name, module, model, proof.form, proof.activation))
+    # Adapters are narrower than one expert.
+    least = mixture.intermediate_size // mixture.experts // 4
+    found = [
+        layer
+        for layer in found
+        if layer.hidden_size == mixture.hidden_size and layer.intermediate_size > least
+    ]
+    return found if len(found) == 1 else []
+
+
+def _is_of_experts(module: nn.Module) -> bool:
+    return module.form == EXPERTS if is_packed(module) else holds_experts(module)
 
 
 def _proof(module: nn.Module, forms: Sequence[FFNForm], *, is_layer: bool) -> Proof:
@@ -217,16 +250,22 @@ def _proof(module: nn.Module, forms: Sequence[FFNForm], *, is_layer: bool) -> Pr
 
 
 def _experts(index: int, name: str, module: nn.Module, model: nn.Module) -> FFNLayer:
-    """The experts of a decoder layer. Shared ones beside them run as they stand."""
+    """The experts of a decoder layer."""
+    if is_packed(module):
+        return _counted(_layer(index, name, module, model, EXPERTS, module.activation))  # type: ignore[arg-type]
     device = next(p.device for p in module.parameters())
     proof = prove_experts(module, torch.device("cpu") if device.type == "meta" else device)
     if proof.activation is None:
         raise UnsupportedArchitectureError(
-            f"{name}: the forward of {type(module).__module__}.{type(module).__qualname__} is not that "
-            f"of experts with gate and up in one matrix: {proof.reason}"
+            f"{name} ({type(module).__name__}) holds experts of another kind than those that can run "
+            f"sparse: {proof.reason}"
         )
-    layer = _layer(index, name, module, model, EXPERTS, proof.activation)
-    sample = torch.zeros(1, layer.hidden_size, dtype=layer.dtype, device=device)
+    return _counted(_layer(index, name, module, model, EXPERTS, proof.activation))
+
+
+def _counted(layer: FFNLayer) -> FFNLayer:
+    """A layer of experts that knows how many of them a token has."""
+    sample = torch.zeros(1, layer.hidden_size, dtype=layer.dtype, device=layer.device)
     active = chosen_experts(layer.parent, layer.attribute, sample)[0].shape[1]
     return replace(layer, active=active)
 
@@ -275,7 +314,8 @@ def _layer(
     if form.kind == "fused" and first is not None:
         gate, up = LinearRows(first, second=False), LinearRows(first, second=True)
     parent = model.get_submodule(parent_name)
-    return FFNLayer(index, name, parent, attribute, mlp, gate, up, down, activation, form, experts)
+    own = (parent, attribute, mlp, gate, up, down, activation, form)
+    return FFNLayer(index, name, *own, experts=experts)
 
 
 def _check_layer(layer: FFNLayer, *, int8: bool) -> None:

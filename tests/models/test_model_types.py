@@ -13,7 +13,7 @@ from sparse_runtime.ffn.plane_packing import pack_model, unpack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
 GATED = """
-cohere cohere2 cwm deepseek_v3 diffllama doge ernie4_5 evolla exaone4 flint gemma gemma2
+cohere cohere2 cwm diffllama doge ernie4_5 evolla exaone4 flint gemma gemma2
 gemma3_text granite granite_swa helium hyperclovax internlm3 iquestcoder lfm2 llama minicpm3
 ministral3 mistral mllama olmo olmo2 olmo3 qwen2 qwen3 seed_oss smollm3 stablelm vaultgemma
 youtu
@@ -32,12 +32,24 @@ trocr whisper xglm xlnet
 #: A language model inside of one for images, or more.
 WRAPPERS = """
 cohere2_vision cosmos3_omni deepseek_vl deepseek_vl_hybrid exaone4_5 gemma3 got_ocr2
-granite_docling hyperclovax_vision_v2 idefics2 idefics3 internvl janus kimi_k25 lfm2_vl
+granite_docling hyperclovax_vision_v2 idefics2 idefics3 internvl janus lfm2_vl
 lighton_ocr llava llava_next llava_next_video llava_onevision mistral3 molmo2
 moss_transcribe_diarize muse_glimmer ovis2 paligemma pp_chart2table qianfan_ocr qwen2_5_vl
 qwen2_vl qwen3_vl shieldgemma2 smolvlm video_llama_3 video_llava vipllava
 """.split()  # noqa: SIM905
-KINDS = [*GATED, *FUSED, *PLAIN, *INLINE, *WRAPPERS]
+#: With layers of experts, some of which have an FFN beside them, or are after layers with one FFN.
+EXPERTS = """
+afmoe axk1 cohere2_moe deepseek_v3 ernie4_5_moe ernie4_5_vl_moe exaone_moe flex_olmo glm4_moe
+glm4_moe_lite granitemoe granitemoe_swa granitemoeshared hy_v3 inkling_mm_model inkling_text kimi_k25
+kolibri1 laguna mellum mimo_v2_flash minimax minimax_m2 mistral4 mixtral olmoe phimoe qwen2_moe
+qwen3_moe qwen3_vl_moe solar_open unlimited_ocr zaya
+""".split()  # noqa: SIM905
+#: Those with an FFN beside the experts.
+SHARED = """
+afmoe axk1 deepseek_v3 ernie4_5_moe exaone_moe glm4_moe hy_v3 kolibri1 laguna mistral4 qwen2_moe
+solar_open
+""".split()  # noqa: SIM905
+KINDS = [*GATED, *FUSED, *PLAIN, *INLINE, *WRAPPERS, *EXPERTS]
 BIASED = ["gpt_neox", "phi", "starcoder2"]
 
 
@@ -52,7 +64,13 @@ def test_a_model_of_this_type(kind, tmp_path):
     layers = find_ffn_layers(model)
     assert {layer.hidden_size for layer in layers} == {32}
     expected = "fused" if kind in FUSED else "plain" if kind in (*PLAIN, *INLINE) else "gated"
-    assert {layer.form.kind for layer in layers} == {expected}
+    forms = [layer.form.kind for layer in layers]
+    if kind in EXPERTS:
+        assert set(forms) <= {"experts", "gated"}
+        assert "experts" in forms
+        assert (kind not in SHARED) or len(layers) > 2
+    else:
+        assert set(forms) == {expected}
     assert not any("vision" in layer.name for layer in layers)
     before, expected = copy.deepcopy(model), logits(model)
     greedy = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False}
@@ -134,7 +152,10 @@ def test_planes(kind, tmp_path):
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
-        ("mixtral", r"layers.0.mlp.experts \(MixtralExperts\) is a mixture of experts"),
+        (
+            "gpt_oss",
+            r"mlp.experts \(GptOssExperts\) holds experts of another kind .* its parameters are",
+        ),
         ("bert", r"holds an FFN: .*linear layers.* \(the nearest is .*\(BertOutput\)"),
         ("kosmos-2", r"Kosmos2TextFFN does not .*raises .*has ffn_layernorm \(LayerNorm\)"),
         ("bitnet", r"BitNetMLP does not .*it raises .*Beside its projections it has ffn_sub_norm"),

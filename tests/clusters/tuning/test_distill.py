@@ -303,9 +303,13 @@ def test_loop_weights_are_what_restoring_a_layer_is_worth(tiny_model, clusters, 
 
 
 def test_the_line_through_few_layers():
-    assert _line([0, 1, 2, 3], {0: 1.0, 2: 3.0, 3: 4.0}) == pytest.approx({0: 1, 1: 2, 2: 3, 3: 4})
-    assert _line([0, 1, 2], {0: -2.0, 1: 0.0, 2: 2.0}) == pytest.approx({0: 0.1, 1: 0.1, 2: 2})
-    assert _line([0, 1], {0: 5.0, 1: 6.0}) == {0: 1.0, 1: 1.0}
+    own = {number: number for number in range(4)}
+    assert _line(own, {0: 1.0, 2: 3.0, 3: 4.0}) == pytest.approx({0: 1, 1: 2, 2: 3, 3: 4})
+    few = {number: number for number in range(3)}
+    assert _line(few, {0: -2.0, 1: 0.0, 2: 2.0}) == pytest.approx({0: 0.1, 1: 0.1, 2: 2})
+    assert _line({0: 0, 1: 1}, {0: 5.0, 1: 6.0}) == {0: 1.0, 1: 1.0}
+    # What runs beside experts has their depth.
+    assert _line({0: 0, 1: 1, 2: 2, 4: 1}, {0: 1.0, 1: 2.0, 2: 3.0})[4] == pytest.approx(2.0)
 
 
 def test_scaled_multiplies_e_squared(clusters):
