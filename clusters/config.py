@@ -53,7 +53,8 @@ class BuildConfig:
             packed in meanwhile; None for float weights. Needs allocation ``global`` and ``verify``.
         budget: cost share asked for, of all layers together, in (0, 1]: FFN bytes read per token,
             router included, over those of the dense FFN in bfloat16. Bits per FFN weight and token ÷ 16
-            are the share. The density follows from it. Default 0.5, with ``weights`` 0.64 of what these take.
+            are the share. The density follows from it. Default 0.5, with ``weights`` 0.64 of what these
+            take.
         router: ``auto`` tries several kinds on three layers and takes the one with the least estimated
             loss on held-out tokens at this budget; ``linear``; or the rank of a low-rank router.
         router_rounds: reassign–recompute rounds after the first training (``awc`` only, default 1).
