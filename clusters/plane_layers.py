@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
+from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.ffn.plane_restoring import Packing
-from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
@@ -58,12 +59,12 @@ def base_error(layer: FFNLayer, hidden_states: Tensor, neuron_weights: Tensor | 
         hidden_states: its inputs [n, H].
         neuron_weights: w [I], so that e = h·w; ‖down_i‖₂ if None.
     """
-    gate, up, down_t = layer.rows()
     base_gate, base_up, base_down_t = layer.rows(base=True)
-    x = hidden_states[:: max(1, len(hidden_states) // _ERROR_TOKENS)].float().to(gate.device)
-    weights = down_t.norm(dim=1) if neuron_weights is None else neuron_weights.to(gate.device)
-    look = activations(x, base_gate, base_up, layer.activation, *layer.biases) * weights
-    full = activations(x, gate, up, layer.activation, *layer.biases) * weights
+    scorer = importance_scorer(layer, neuron_weights)
+    looker = replace(scorer, gate=base_gate, up=base_up)
+    down_t = layer.down_rows()
+    x = hidden_states[:: max(1, len(hidden_states) // _ERROR_TOKENS)].float().to(base_gate.device)
+    look, full = (one.activations(x) * scorer.neuron_weights for one in (looker, scorer))
     matters = look.square() > look.square().mean()
     whole = full[matters].square().sum().clamp_min(1e-30)
     error = (full - look)[matters].square().sum() / whole

@@ -27,7 +27,7 @@ from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
-from sparse_runtime.ffn.sparse_experts import SparseExperts
+from sparse_runtime.ffn.sparse_experts import SparseExperts, SparsePlaneExperts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
 from sparse_runtime.kernels import resolve_backend
@@ -117,7 +117,7 @@ def sparsify(
 
 def _kind(layer: FFNLayer) -> type[SparseFFN]:
     if layer.experts:
-        return SparseExperts
+        return SparsePlaneExperts if layer.packed else SparseExperts
     return SparsePlaneFFN if layer.packed else SparseFFN
 
 

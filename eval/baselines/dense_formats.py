@@ -191,6 +191,8 @@ class GgufBlocks:
         except ConfigError as error:
             return str(error)
         for layer in find_ffn_layers(model):
+            if layer.experts:
+                return "it takes models with one FFN in each layer, and this one has experts"
             for size in (layer.hidden_size, layer.intermediate_size):
                 if size % block:
                     return f"its blocks hold {block} weights, and rows have {size}"

@@ -232,8 +232,7 @@ class _Run:
 
     def add_format(self, form: DenseFormat) -> None:
         """Run the model in a dense format, and the clusters over it if it is their planes."""
-        experts = any(layer.experts for layer in find_ffn_layers(self.model))
-        obstacle = _NO_EXPERTS if experts else form.obstacle(self.model)
+        obstacle = form.obstacle(self.model)
         if obstacle is not None:
             self._leave_out(form.name, None, obstacle)
             return

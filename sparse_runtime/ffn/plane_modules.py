@@ -230,11 +230,10 @@ class PlaneFFN(PlaneModule):
         self.hidden_size, self.intermediate_size = layer.hidden_size, layer.intermediate_size
         self.activation, self.format = layer.activation, form
         self.form = layer.form
-        weight = layer.gate.weight
-        self.dtype = weight.dtype
+        self.dtype = layer.dtype
         for name, size in self.record_sizes(form).items():
             if size:
-                self._add_planes(name, self.intermediate_size, size, weight.device)
+                self._add_planes(name, self.intermediate_size, size, layer.device)
             else:
                 self.register_parameter(name, None)
         for name, bias in zip(BIASES[1:], (*layer.biases, layer.down_bias), strict=True):
@@ -327,7 +326,7 @@ class PlaneFFN(PlaneModule):
             for weight, part in parts:
                 if weight is not None and part is not None:
                     weight[rows] = part.values().to(self.dtype)
-        module = _shallow(self._float[0])
+        module = shallow(self._float[0])
         module._modules.update(zip(self.form.projections, linears, strict=True))
         return module.train(self.training)
 
@@ -340,12 +339,12 @@ class PlaneFFN(PlaneModule):
         """
         return self.all_neurons(hidden_states, "auto")
 
-    def all_neurons(self, hidden_states: Tensor, backend: str) -> Tensor:
+    def all_neurons(self, hidden_states: Tensor, backend: str, *choice: Tensor) -> Tensor:
         """The same by one of ``BACKENDS``."""
         x = self._input(hidden_states, self.hidden_size)
-        return self.all_rows(x, backend).reshape(hidden_states.shape)
+        return self.all_rows(x, backend, *choice).reshape(hidden_states.shape)
 
-    def all_rows(self, x: Tensor, backend: str) -> Tensor:
+    def all_rows(self, x: Tensor, backend: str, *choice: Tensor) -> Tensor:
         """The same of hidden states [n, H], without a check."""
         output = dense_plane_ffn(x, self.planes, backend=backend)
         return output if self.down_bias is None else output + self.down_bias.to(output.dtype)
@@ -363,8 +362,8 @@ def _float_linear(size: int, rows: int, dtype: torch.dtype, device: torch.device
     return nn.utils.skip_init(nn.Linear, size, rows, bias=False, dtype=dtype, device=device)
 
 
-def _shallow(module: nn.Module) -> nn.Module:
-    """The same module, whose children can be exchanged."""
+def shallow(module: nn.Module) -> nn.Module:
+    """The same module, whose children and parameters can be exchanged."""
     twin = copy.copy(module)
     state = twin.__dict__
     state.update({key: value.copy() for key, value in state.items() if isinstance(value, dict)})
@@ -375,6 +374,7 @@ def _shallow(module: nn.Module) -> nn.Module:
 
 def _without_projections(layer: FFNLayer) -> nn.Module:
     """An FFN with its config, activation and class, that holds no weights."""
-    module = _shallow(layer.mlp)
-    module._modules.update(dict.fromkeys(layer.projections))
+    module = shallow(layer.mlp)
+    own = module._parameters if layer.experts else module._modules
+    own.update(dict.fromkeys(layer.projections))
     return module

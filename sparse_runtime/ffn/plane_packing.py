@@ -10,6 +10,7 @@ from torch import nn
 
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_config import PlaneConfig
+from sparse_runtime.ffn.plane_experts import packed_kind
 from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
     LinearPlace,
@@ -112,7 +113,7 @@ def pack_model(
             packed: PlaneFFN | PlaneLinear
             if isinstance(place, FFNLayer):
                 assert config.format is not None
-                packed = PlaneFFN.from_mlp(opened_ffn(place), config.format, *given)
+                packed = packed_kind(place).from_mlp(opened_ffn(place), config.format, *given)
             else:
                 assert config.linear_format is not None
                 floats = opened(place.linear, dtype)
@@ -157,10 +158,14 @@ def _bits(name: str, value: int | PlaneFormat | None) -> int | None:
 
 
 def _check_present(places: Places) -> None:
-    linears = {f"{layer.name}.{layer.projections[0]}": layer.gate for layer in places.ffns}
-    linears |= {place.name: place.linear for place in places.linears}
-    for name, linear in linears.items():
-        if linear.weight.device.type == "meta":
+    weights = {
+        f"{x.name}.{p}": w
+        for x in places.ffns
+        for p, w in zip(x.projections, x.weights, strict=True)
+    }
+    weights |= {place.name: place.linear.weight for place in places.linears}
+    for name, weight in weights.items():
+        if weight.device.type == "meta":
             raise UnsupportedArchitectureError(
                 f"{name} has its weights offloaded, or none yet; load the model with "
                 "quantization_config=PlaneConfig(...), which packs weights as they are read"
@@ -168,6 +173,8 @@ def _check_present(places: Places) -> None:
 
 
 def _inputs(place: FFNLayer | LinearPlace) -> tuple[nn.Module, ...]:
+    if isinstance(place, FFNLayer) and place.experts:
+        return (place.mlp,)  # what goes into down is in no module
     if isinstance(place, FFNLayer):
         return place.mlp, [*place.own_linears().values()][-1]
     return (place.linear,)

@@ -120,6 +120,9 @@ def check_finite(places: Places) -> None:
         ModelError: there is a NaN or an infinity; the message names the tensor.
     """
     for layer in places.ffns:
+        if layer.experts:
+            for name, weight in zip(layer.projections, layer.weights, strict=True):
+                refuse_infinite(f"{layer.name}.{name}", weight)
         for name, linear in layer.linears().items():
             refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
             if linear.bias is not None:
@@ -292,7 +295,8 @@ def _check_ffn(layer: FFNLayer) -> None:
             problem = problem or _problem(name, "has hooks, or its forward has been replaced")
     # What a state dict would lose; of int8 rows their scales are no more than the weights.
     tensors = ("weight", "bias", *(("SCB", "weight_format") if layer.int8 else ()))
-    others = mlp.state_dict().keys() - {f"{p}.{t}" for p in layer.projections for t in tensors}
+    own = {f"{p}.{t}" for p in layer.projections for t in tensors}
+    others = mlp.state_dict().keys() - (set(layer.projections) if layer.experts else own)
     if others:
         problem = problem or f"holds {min(others)}, which planes have no place for"
     if problem is not None:

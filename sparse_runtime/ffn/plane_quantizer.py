@@ -21,13 +21,14 @@ from transformers.quantizers.auto import (
 )
 from transformers.quantizers.base import HfQuantizer
 
-from sparse_runtime.errors import ModelError
+from sparse_runtime.errors import ModelError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_checkpoint import (
     check_float_files,
     check_packed_files,
     release_pages,
 )
 from sparse_runtime.ffn.plane_config import METHOD, PlaneConfig, check_same
+from sparse_runtime.ffn.plane_experts import packed_kind
 from sparse_runtime.ffn.plane_modules import BIASES, PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import (
     LinearPlace,
@@ -81,7 +82,12 @@ class PlaneQuantizer(HfQuantizer):
         prefix = model.base_model_prefix
         for layer in places.ffns:
             assert config.format is not None
-            ffn = PlaneFFN(layer, config.format)
+            if layer.experts and not self.pre_quantized:
+                raise UnsupportedArchitectureError(
+                    f"{layer.name} is a mixture of experts, whose matrices are put together while they "
+                    "are read; load the model without quantization_config, and call pack_model on it"
+                )
+            ffn = packed_kind(layer)(layer, config.format)
             setattr(layer.parent, layer.attribute, ffn)
             self._await(ffn, layer.name, prefix)
         for place in places.linears:

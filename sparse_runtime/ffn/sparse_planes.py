@@ -135,7 +135,7 @@ class SparsePlaneFFN(SparseFFN):
     def dense(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
         """All neurons with all bits, by the backend in use: [..., H] of hidden states [..., H]."""
         backend = "auto" if self.backend == "dense" else self.backend
-        return self._owner_ffn.all_neurons(hidden_states, backend)
+        return self._owner_ffn.all_neurons(hidden_states, backend, *choice)
 
     # What it is derived from
 

@@ -6,8 +6,10 @@ those.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -52,6 +54,17 @@ class ExpertChoice:
     index: Tensor
     weights: Tensor
     experts: int
+
+    @classmethod
+    def of(cls, experts: int, index: Tensor, weights: Tensor) -> ExpertChoice:
+        """Of index and weights in whatever dtype and layout."""
+        return cls(index.to(torch.int64).contiguous(), weights.float().contiguous(), experts)
+
+    def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
+        """Each chosen expert, the tokens that have it [m] int64, and what it counts for them [m]."""
+        for expert in self.index.unique().tolist():
+            tokens, place = (self.index == expert).nonzero(as_tuple=True)
+            yield expert, tokens, self.weights[tokens, place]
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,10 +25,11 @@ from sparse_runtime.kernels.operands import (
     ClusterTables,
     Compensation,
     Counters,
+    ExpertChoice,
     RouterWeights,
     Stages,
 )
-from sparse_runtime.kernels.plane_reference import plane_ffn_reference
+from sparse_runtime.kernels.plane_reference import plane_experts_reference, plane_ffn_reference
 from sparse_runtime.kernels.planes import NeuronPlanes, PlaneFormat, Rounded, linear_parts
 from sparse_runtime.kernels.reference import (
     activations,
@@ -82,25 +83,38 @@ def plane_linear(
     return output if bias is None else output + bias
 
 
-def dense_plane_ffn(x: Tensor, planes: NeuronPlanes, *, backend: str = "auto") -> Tensor:
+def dense_plane_ffn(
+    x: Tensor,
+    planes: NeuronPlanes,
+    *,
+    backend: str = "auto",
+    choice: ExpertChoice | None = None,
+) -> Tensor:
     """All neurons with all their bits: y [n, H] of hidden states x [n, H], of x's dtype.
 
-    Biases of gate and up are added, that of down is the caller's.
+    Of a mixture of experts those of each token's experts. Biases of gate and up are added, that of down
+    is the caller's.
 
     Raises:
         BackendUnavailableError: the backend cannot run, and is not ``auto``.
     """
     backend = _kernels(backend, x)
-    if _are_few(x, backend):
+    if _are_few(x, backend) and (choice is None or backend == "cpu"):
         if backend == "cpu":
-            return _staged(torch.ops.sparse_runtime.cpu_plane_ffn.default, x, planes)
+            operation = torch.ops.sparse_runtime.cpu_plane_ffn.default
+            return _staged(operation, x, planes, choice=choice)
         result: Tensor = torch.ops.sparse_runtime.triton_dense_plane_ffn.default(
             *_flattened(x, planes), planes.gate_bias, planes.up_bias
         )
         return result
+    if choice is None:
+        return _by_blocks(x, planes, backend).to(x.dtype)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for h, down in _blocks(x, planes, backend):
-        output += h @ down
+    neurons = len(planes.look) // choice.experts
+    for expert, tokens, counts in choice.tokens():
+        own = planes.some(slice(expert * neurons, (expert + 1) * neurons))
+        found = _by_blocks(x[tokens], own, backend)
+        output.index_add_(0, tokens, found * counts.unsqueeze(-1))
     return output.to(x.dtype)
 
 
@@ -115,6 +129,7 @@ def routed_plane_ffn(
     *,
     backend: str,
     cluster_ids: Tensor | None = None,
+    choice: ExpertChoice | None = None,
 ) -> Tensor:
     """Route tokens, read their clusters' neurons as far as they matter, and add the compensation.
 
@@ -129,6 +144,8 @@ def routed_plane_ffn(
             [3] int64.
         backend: ``cpu``, ``triton`` or ``reference``, one that can run.
         cluster_ids: [n] int64, instead of the router's.
+        choice: of a mixture of experts, as of :func:`sparse_runtime.kernels.routed_ffn`; not by
+            ``triton``.
 
     Returns:
         y [n, H] of x's dtype.
@@ -137,14 +154,19 @@ def routed_plane_ffn(
         ops = torch.ops.sparse_runtime
         operation = ops.cpu_plane_ffn if backend == "cpu" else ops.triton_plane_ffn
         objects = (tables, stages, router, compensation, counters)
-        return _staged(operation.default, x, planes, *objects, cluster_ids=cluster_ids)
+        extra: dict[str, Any] = {"cluster_ids": cluster_ids, "choice": choice}
+        return _staged(operation.default, x, planes, *objects, **extra)
     ids = routed_ids(x, router) if cluster_ids is None else cluster_ids
     counters.clusters.scatter_add_(0, ids, torch.ones_like(ids))
     candidates = unpack_bits(tables.active_sets[ids], planes.look.shape[0])
     factors = None
     if stages is not None:
         factors = token_factors(stages.factors, tables.cluster_weights, ids)
-    output = plane_ffn_reference(x, planes, candidates, stages, counters.rows, factors)
+    arguments = (x, planes, candidates, stages, counters.rows, factors)
+    if choice is None:
+        output = plane_ffn_reference(*arguments)
+    else:
+        output = plane_experts_reference(*arguments, choice)
     return add_compensation(output, x, ids, compensation)
 
 
@@ -159,6 +181,7 @@ def _staged(
     counters: Counters | None = None,
     *,
     cluster_ids: Tensor | None = None,
+    choice: ExpertChoice | None = None,
 ) -> Tensor:
     result: Tensor = operation(
         *_flattened(x, planes),
@@ -180,6 +203,7 @@ def _staged(
         tables.cluster_weights if tables and stages else None,
         planes.gate_bias,
         planes.up_bias,
+        *(() if choice is None else (choice.index, choice.weights, choice.experts)),
     )
     return result
 
@@ -235,6 +259,14 @@ def _blocks(x: Tensor, planes: NeuronPlanes, backend: str) -> Iterator[tuple[Ten
         assert down is not None
         biases = (None if b is None else b[rows] for b in (planes.gate_bias, planes.up_bias))
         yield activations(x, gate, up, planes.activation, *biases), down
+
+
+def _by_blocks(x: Tensor, planes: NeuronPlanes, backend: str) -> Tensor:
+    """All neurons with all their bits, unpacked a block at a time: [n, H] float32."""
+    output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for h, down in _blocks(x, planes, backend):
+        output += h @ down
+    return output
 
 
 def _values(

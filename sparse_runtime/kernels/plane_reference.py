@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from sparse_runtime.kernels.operands import Stages
+from sparse_runtime.kernels.operands import ExpertChoice, Stages
 from sparse_runtime.kernels.planes import NeuronPlanes
 from sparse_runtime.kernels.reference import activations
 
@@ -69,6 +69,33 @@ def plane_ffn_reference(
         output = h @ base_down + (h * finer) @ (down.values() - base_down)
     if row_counts is not None:
         row_counts += torch.stack([counted.sum(), candidates.sum(), refined.sum()])
+    return output.to(x.dtype)
+
+
+def plane_experts_reference(
+    x: Tensor,
+    planes: NeuronPlanes,
+    candidates: Tensor,
+    stages: Stages | None,
+    row_counts: Tensor,
+    factors: Tensor | None,
+    choice: ExpertChoice,
+) -> Tensor:
+    """Σ_j w_j·FFN of each token's experts, read as far as w_j·h̃ matters.
+
+    Arguments as of :func:`plane_ffn_reference`; one expert's neurons come after the other's.
+    """
+    output = x.new_zeros(x.shape, dtype=torch.float32)
+    neurons = len(planes.look) // choice.experts
+    for expert, tokens, counts in choice.tokens():
+        rows = slice(expert * neurons, (expert + 1) * neurons)
+        scaled = None
+        if stages is not None:
+            every = stages.factors.expand(len(x), -1) if factors is None else factors
+            scaled = every[tokens, rows] * counts.abs().unsqueeze(-1)
+        own = candidates[tokens, rows]
+        found = plane_ffn_reference(x[tokens], planes.some(rows), own, stages, row_counts, scaled)
+        output.index_add_(0, tokens, found.float() * counts.unsqueeze(-1))
     return output.to(x.dtype)
 
 

@@ -310,6 +310,14 @@ class NeuronPlanes:
         ]
         return first, rest[0] if len(rest) > 1 else None, rest[-1]
 
+    def some(self, rows: slice) -> NeuronPlanes:
+        """Some of the neurons, as views."""
+        look, count, refine = (stream[rows] for stream in (self.look, self.count, self.refine))
+        biases = (None if b is None else b[rows] for b in (self.gate_bias, self.up_bias))
+        return NeuronPlanes(
+            look, count, refine, self.format, self.hidden_size, self.activation, *biases
+        )
+
     def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded | None, Rounded]:
         """Gate, up (None without a gate) and transposed down [I, H] in codes, or some of their rows."""
         gate, up, down = self.parts(rows)

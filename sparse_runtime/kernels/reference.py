@@ -76,12 +76,9 @@ def sparse_experts_reference(
 ) -> Tensor:
     """Σ_j w_j·FFN of each token's experts over their neurons of its cluster; see ``routed_ffn``."""
     y = x.new_zeros(x.shape, dtype=torch.float32)
-    for expert in range(choice.experts):
-        tokens, place = (choice.index == expert).nonzero(as_tuple=True)
-        if len(tokens) == 0:
-            continue
+    for expert, tokens, scale in choice.tokens():
         own, sets = expert_operands(weights, tables, expert, choice.experts)
-        factors, scale = sets.factors, choice.weights[tokens, place]
+        factors = sets.factors
         if factors is not None:
             # What a token's factors are multiplied by, as if each were a cluster of its own.
             clusters = cluster_ids[tokens]

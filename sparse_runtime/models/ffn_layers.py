@@ -308,7 +308,9 @@ def _layer(
     up: Any = rest[0] if form.kind == "gated" else None
     down: Any = linears[-1]
     experts = 0
-    if form.kind == "experts":
+    if form.kind == "experts" and is_packed(mlp):
+        experts = mlp.experts  # type: ignore[assignment]
+    elif form.kind == "experts":
         gate, up, down = (ExpertRows(mlp, part) for part in ("gate", "up", "down"))
         experts = mlp._parameters[form.projections[-1]].shape[0]  # type: ignore[union-attr]
     if form.kind == "fused" and first is not None:
