@@ -1,6 +1,7 @@
 """The whole path over model types other than Mistral's, from local folders, by the command line."""
 
 import json
+from importlib.util import find_spec
 
 import pytest
 from helpers import needs_library
@@ -96,3 +97,44 @@ def test_planes_of_ffns_without_a_gate(run, tiny_tokenizer, tmp_path):
         )
         assert code == 0, err
         assert "cost share" in out + err
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
+def test_mixtures_of_experts(run, kind, tiny_tokenizer, tmp_path):
+    """Built, judged, run and timed, over floats and over planes; qwen2_moe has an FFN beside experts."""
+    folder, text, lines = tmp_path / kind, tmp_path / "text.txt", tmp_path / "lines.jsonl"
+    tiny_model_of_type(kind).save_pretrained(folder)
+    tiny_tokenizer.save_pretrained(folder)
+    text.write_text("".join(f"line {number} of a text\n" for number in range(400)))
+    lines.write_text("".join(f'{{"text": "line {number} of a text"}}\n' for number in range(4)))
+    figures = tmp_path / "figures.json"
+    build = ("--data", text, "--clusters", 4, "--window", WINDOW, "--max-tokens", 1280)
+    build += ("--router", "4", "--distill", 2, "--dtype", "float32")
+    for weights, budget in (((), "0.8"), (("--weights", 6), "0.25")):
+        clusters = tmp_path / f"clusters{len(weights)}"
+        code, _, err = run("build", folder, "-o", clusters, *build, *weights)
+        assert code == 0, err
+        layers = ClusterSet.from_pretrained(clusters).layers
+        assert sorted(layers) == ([0, 1] if kind == "mixtral" else [0, 1, 2, 3])
+        assert [layers[index].experts for index in (0, 1)] == [4, 4]
+        judge = ("--clusters", clusters, "--dtype", "float32", *weights)
+        window = ("--data", text, "--max-tokens", 256, "--window", WINDOW)
+        code, out, err = run(
+            *("eval", folder, *judge, *window, "--budgets", budget, "--calibration", text),
+            *("--baselines", "look-all,dense-6,oracle,q8_0", "--json", figures),
+        )
+        assert code == 0, err
+        assert "oracle is left out" in out
+        assert "this one has experts" in " ".join(out.split())
+        rows = {row["method"]: row for row in json.loads(figures.read_text())["results"][0]["rows"]}
+        assert {"clusters", "look-all", "dense-6"} <= rows.keys()
+        assert rows["clusters"]["cost_share"] == pytest.approx(float(budget), abs=0.08)
+        for command in (
+            ("generate", folder, *judge, "--prompt", "line", "--max-new-tokens", 4),
+            *([("tasks", folder, *judge, "--task", f"lambada={lines}")] if find_spec("lm_eval") else []),
+            ("bench", folder, *judge, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1),
+        ):
+            code, out, err = run(*command)
+            assert code == 0, (command[0], err)
+            assert "cost share" in out + err

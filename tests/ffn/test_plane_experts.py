@@ -111,5 +111,5 @@ def test_linear_layers_beside_packed_experts(model):
 def test_packing_while_loading_is_refused_by_name(tmp_path):
     tiny = tiny_model_of_type("mixtral")
     tiny.save_pretrained(tmp_path)
-    with pytest.raises(UnsupportedArchitectureError, match="mixture of experts.*pack_model"):
+    with pytest.raises(UnsupportedArchitectureError, match=r"mixture of experts.*pack_model"):
         type(tiny).from_pretrained(tmp_path, quantization_config=PlaneConfig(bits=6))
