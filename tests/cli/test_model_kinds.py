@@ -102,7 +102,7 @@ def test_planes_of_ffns_without_a_gate(run, tiny_tokenizer, tmp_path):
 @needs_library
 @pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe"])
 def test_mixtures_of_experts(run, kind, tiny_tokenizer, tmp_path):
-    """Built, judged, run and timed, over floats and over planes; qwen2_moe has an FFN beside experts."""
+    """Built, judged, run and timed, over floats and planes; qwen2_moe has an FFN beside experts."""
     folder, text, lines = tmp_path / kind, tmp_path / "text.txt", tmp_path / "lines.jsonl"
     tiny_model_of_type(kind).save_pretrained(folder)
     tiny_tokenizer.save_pretrained(folder)
@@ -130,9 +130,10 @@ def test_mixtures_of_experts(run, kind, tiny_tokenizer, tmp_path):
         rows = {row["method"]: row for row in json.loads(figures.read_text())["results"][0]["rows"]}
         assert {"clusters", "look-all", "dense-6"} <= rows.keys()
         assert rows["clusters"]["cost_share"] == pytest.approx(float(budget), abs=0.08)
+        task = ("tasks", folder, *judge, "--task", f"lambada={lines}")
         for command in (
             ("generate", folder, *judge, "--prompt", "line", "--max-new-tokens", 4),
-            *([("tasks", folder, *judge, "--task", f"lambada={lines}")] if find_spec("lm_eval") else []),
+            *((task,) if find_spec("lm_eval") else ()),
             ("bench", folder, *judge, "--prompt-tokens", 8, "--new-tokens", 3, "--repeats", 1),
         ):
             code, out, err = run(*command)
