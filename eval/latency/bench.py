@@ -35,6 +35,7 @@ from sparse_runtime.compiled import compiled_decode, compiling
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import DENSE_BITS, CostReport
 from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.latency.experts import bench_experts
 from sparse_runtime.eval.latency.ffn_checks import own_states
 from sparse_runtime.eval.latency.host import ReadBandwidth, host_record
 from sparse_runtime.eval.latency.mlp import TOKEN_COUNTS, bench_mlp
@@ -43,6 +44,7 @@ from sparse_runtime.eval.latency.timing import TokenClock
 from sparse_runtime.ffn.counts import bytes_per_token
 from sparse_runtime.ffn.fast_linear import fast_linear, slow_linear
 from sparse_runtime.ffn.plane_packing import pack_model
+from sparse_runtime.ffn.sparse_experts import SparseExperts
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -136,12 +138,13 @@ def bench(
         progress: reports one unit per run.
 
     Returns:
-        ``read_gbps``; where FFNs are float and no experts ``mlp`` (see :func:`bench_mlp`) and
-        ``prediction`` (see :func:`bench_prediction`); ``prefill`` and ``decode``: milliseconds (median
-        and p90), tokens/s of each variant, ``speedup`` (sparse over dense), ``speedup_fast``
-        (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by variant ``bytes_per_token`` of the
-        whole model's weights and ``gbps``; ``cost_share`` and, the same, ``bits_per_weight``;
-        ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact; ``num_layers``; ``host``.
+        ``read_gbps``; where FFNs are float ``mlp`` (see :func:`bench_mlp`) and ``prediction`` (see
+        :func:`bench_prediction`), or of a mixture ``experts`` (see :func:`bench_experts`); ``prefill``
+        and ``decode``: milliseconds (median and p90), tokens/s of each variant, ``speedup`` (sparse over
+        dense), ``speedup_fast`` (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by variant
+        ``bytes_per_token`` of the whole model's weights and ``gbps``; ``cost_share`` and, the same,
+        ``bits_per_weight``; ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact;
+        ``num_layers``; ``host``.
 
     Raises:
         SparseRuntimeError: the sparse runs did not take the sparse path, or compute something else.
@@ -158,8 +161,7 @@ def bench(
     sparse_model = model if bits == (None, None) else _packed_twin(model, *bits)
     config = SparseConfig(check_fingerprint=False, **planes)
     runs = [_Run(artifact, config, model, sparse_model) for artifact in clusters]
-    found = find_ffn_layers(sparse_model, packed=True)
-    if not any(layer.packed or layer.experts for layer in found):
+    if not any(layer.packed for layer in find_ffn_layers(sparse_model, packed=True)):
         states = own_states(model, clusters, prompt)
         for number, run in enumerate(runs):
             # How many tokens pay is told once: it depends on the density less than on the machine.
@@ -230,11 +232,14 @@ class _Run:
     def time_ffns(
         self, model: Any, states: Mapping[int, Tensor] | None, token_counts: Sequence[int]
     ) -> None:
-        """Time FFNs alone, and what a prediction takes."""
+        """Time FFNs alone, and what a prediction takes; of a mixture its experts."""
         sparsify(model, self.clusters)
         modules = sparse_modules(model)
-        self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
-        self.ffns["prediction"] = bench_prediction(modules, states)
+        if any(isinstance(module, SparseExperts) for module in modules):
+            self.ffns["experts"] = bench_experts(modules, states)
+        else:
+            self.ffns["mlp"] = bench_mlp(modules, states, token_counts=token_counts)
+            self.ffns["prediction"] = bench_prediction(modules, states)
         unsparsify(model)
 
     def time_sparse(self, prompt: Tensor, cache: Any, new_tokens: int) -> None:

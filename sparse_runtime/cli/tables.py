@@ -239,6 +239,16 @@ def _print_one_ffn(mlp: dict[str, Any], prediction: dict[str, Any]) -> None:
     out.print(f"to predict, of the FFN's {prediction['ffn_ms']:.3f} ms: {', '.join(rows)}")
 
 
+def _print_experts(experts: dict[str, Any]) -> None:
+    out.print(
+        f"one layer's experts, one token, cost share {experts['cost_share']:.2f}: the model's own "
+        f"{experts['dense_ms']:.3f} ms ({experts['dense_gbps']:.1f} GB/s), all rows "
+        f"{experts['all_rows_ms']:.3f} ms ({experts['all_rows_gbps']:.1f} GB/s), sparse "
+        f"{experts['sparse_ms']:.3f} ms ({experts['gbps']:.1f} of {experts['read_gbps']:.1f} GB/s): "
+        f"{experts['speedup']:.2f}× the model's own, {experts['speedup_over_all_rows']:.2f}× all rows"
+    )
+
+
 def print_bench(name: str, result: dict[str, Any]) -> None:
     """Print the figures of ``bench``."""
     for run in result["runs"]:
@@ -250,6 +260,8 @@ def print_bench(name: str, result: dict[str, Any]) -> None:
         )
         if "mlp" in run:  # FFNs are float
             _print_one_ffn(run["mlp"], run["prediction"])
+        if "experts" in run:
+            _print_experts(run["experts"])
         table = Table("decode", "ms per token", "p90", "tokens/s", "MB per token", "GB/s")
         for variant, gbps in decode["gbps"].items():
             table.add_row(

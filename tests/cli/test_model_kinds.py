@@ -139,3 +139,5 @@ def test_mixtures_of_experts(run, kind, tiny_tokenizer, tmp_path):
             code, out, err = run(*command)
             assert code == 0, (command[0], err)
             assert "cost share" in out + err
+        if not weights:  # of what was run last
+            assert "one layer's experts, one token" in " ".join(out.split())
