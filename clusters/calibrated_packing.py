@@ -7,7 +7,7 @@ layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ from sparse_runtime.ffn.plane_restoring import Packing
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.models.ffn_layers import decoder_layers
+from sparse_runtime.models.output_head import swapped_forwards
 from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -236,7 +237,7 @@ class _Replay:
         states = self._states[window]
         last = (states,) if self._tuples else states
         head = self._model.get_output_embeddings()
-        with _forwards(self._layers, lambda *_, **__: last):
+        with swapped_forwards(dict.fromkeys(self._layers, lambda *_, **__: last)):
             handle = head.register_forward_pre_hook(_stop)
             try:
                 with suppress(_Stop):
@@ -247,19 +248,3 @@ class _Replay:
 
 def _stop(*_: Any) -> None:
     raise _Stop
-
-
-@contextmanager
-def _forwards(modules: Iterable[nn.Module], forward: Callable[..., Any]) -> Iterator[None]:
-    """Inside, modules have this forward; afterwards they are what they were."""
-    # accelerate keeps a forward of its own on the instance; elsewhere there is only the class's.
-    before = [(module, module.__dict__.get("forward")) for module in modules]
-    try:
-        for module, _ in before:
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, own in before:
-            module.__dict__.pop("forward")
-            if own is not None:
-                module.__dict__["forward"] = own

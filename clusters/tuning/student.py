@@ -24,6 +24,7 @@ from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
+from sparse_runtime.models.output_head import output_head
 
 #: Numbers of windows [n] -> the dense model's last hidden states on them [n, window, H].
 DenseStates = Callable[[Tensor], Tensor]
@@ -370,8 +371,8 @@ def divergence(
     """
     with torch.no_grad():
         if dense_states is not None:
-            head = model.get_output_embeddings()
-            target = head(dense_states.to(head.weight)).float().log_softmax(-1)
+            own = dense_states.to(device=windows.device, dtype=model.dtype)
+            target = output_head(model)(own).float().log_softmax(-1)
         else:
             with _off(modules):
                 target = _log_probabilities(model, windows)

@@ -21,13 +21,14 @@ from torch import Tensor, nn
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
 from sparse_runtime.cost import PlaneCost
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.quality.forwards import Forward, swapped_forwards
+from sparse_runtime.eval.quality.forwards import Forward
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
+from sparse_runtime.models.output_head import swapped_forwards
 from sparse_runtime.progress import ProgressReporter
 
 #: How weights become planes: each by itself, by E[x²], or with later inputs making up for earlier ones.
@@ -265,7 +266,7 @@ FORMATS: dict[str, DenseFormat] = {
 
 def plane_bits(costs: Sequence[PlaneCost]) -> float:
     """Bits of all planes and scales of some FFNs, per weight of these."""
-    weights = sum((cost.matrices + 1) * cost.hidden_size * cost.intermediate_size for cost in costs)
+    weights = sum((cost.matrices + 1) * cost.hidden_size * cost.neurons for cost in costs)
     return 8 * sum(cost.whole_bytes for cost in costs) / max(1, weights)
 
 

@@ -18,16 +18,12 @@ from torch import Tensor, nn
 
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.eval.quality.forwards import (
-    Forward,
-    after_prompt,
-    in_sequences,
-    swapped_forwards,
-)
+from sparse_runtime.eval.quality.forwards import Forward, after_prompt, in_sequences
 from sparse_runtime.kernels.reference import ACTIVATION_FUNCTIONS
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_single_ffns
 from sparse_runtime.models.inline_calls import calling, ffn_module
+from sparse_runtime.models.output_head import swapped_forwards
 
 
 class MaskedOutput(NamedTuple):

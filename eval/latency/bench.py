@@ -140,11 +140,11 @@ def bench(
     Returns:
         ``read_gbps``; where FFNs are float ``mlp`` (see :func:`bench_mlp`) and ``prediction`` (see
         :func:`bench_prediction`), or of a mixture ``experts`` (see :func:`bench_experts`); ``prefill``
-        and ``decode``: milliseconds (median and p90), tokens/s of each variant, ``speedup`` (sparse over
-        dense), ``speedup_fast`` (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by variant
-        ``bytes_per_token`` of the whole model's weights and ``gbps``; ``cost_share`` and, the same,
-        ``bits_per_weight``; ``memory`` in MiB; ``batches``; ``runs``, the same for every artifact;
-        ``num_layers``; ``host``.
+        and ``decode``: milliseconds (median and p90), tokens/s of each variant, ``speedup`` (sparse
+        over dense), ``speedup_fast`` (sparse_fast over dense_fast), ``ceiling`` (by bytes), and by
+        variant ``bytes_per_token`` of the whole model's weights and ``gbps``; ``cost_share`` and, the
+        same, ``bits_per_weight``; ``memory`` in MiB; ``batches``; ``runs``, the same for every
+        artifact; ``num_layers``; ``host``.
 
     Raises:
         SparseRuntimeError: the sparse runs did not take the sparse path, or compute something else.

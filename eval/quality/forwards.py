@@ -7,7 +7,7 @@ first tokens densely and the rest sparsely.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -15,28 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.api import sparse_modules
+from sparse_runtime.ffn.sparse_experts import SparseExperts, SparsePlaneExperts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
 from sparse_runtime.models.ffn_forms import FFNForm
+from sparse_runtime.models.output_head import swapped_forwards
 
-#: Hidden states [B, T, H] -> the FFN's output [B, T, H].
-Forward = Callable[[Tensor], Tensor]
-
-
-@contextmanager
-def swapped_forwards(forwards: Mapping[nn.Module, Forward]) -> Iterator[None]:
-    """Run modules by other forwards inside the context; afterwards they are what they were."""
-    # accelerate keeps a forward of its own on the instance; elsewhere there is only the class's.
-    before = {module: module.__dict__.get("forward") for module in forwards}
-    try:
-        for module, forward in forwards.items():
-            module.__dict__["forward"] = forward
-        yield
-    finally:
-        for module, own in before.items():
-            if own is None:
-                module.__dict__.pop("forward", None)
-            else:
-                module.__dict__["forward"] = own
+#: Hidden states [B, T, H] -> the FFN's output [B, T, H]; experts also take index and weights [B, T, k].
+Forward = Callable[..., Tensor]
 
 
 def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward:
@@ -51,12 +36,13 @@ def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward
     if prompt_tokens == 0:
         return sparse
 
-    def forward(hidden_states: Tensor) -> Tensor:
-        parts = hidden_states[:, :prompt_tokens], hidden_states[:, prompt_tokens:]
-        prompt, rest = (part.contiguous() for part in parts)  # Conv1D asks for it
-        if rest.shape[1] == 0:
-            return dense(prompt)
-        return torch.cat([dense(prompt), sparse(rest)], dim=1)
+    def forward(*given: Tensor) -> Tensor:
+        # Contiguous, as Conv1D asks for it.
+        prompts = [values[:, :prompt_tokens].contiguous() for values in given]
+        rests = [values[:, prompt_tokens:].contiguous() for values in given]
+        if rests[0].shape[1] == 0:
+            return dense(*prompts)
+        return torch.cat([dense(*prompts), sparse(*rests)], dim=1)
 
     return forward
 
@@ -64,15 +50,15 @@ def after_prompt(prompt_tokens: int, dense: Forward, sparse: Forward) -> Forward
 def in_sequences(forward: Forward, module: nn.Module, form: FFNForm, stack: ExitStack) -> Forward:
     """Make a forward of sequences [B, T, H] one of an FFN that may get them in a row [B·T, H].
 
-    OPT does that to the FFN written out in its decoder layer.
+    OPT does that to the FFN written out in its decoder layer, and every mixture to its experts.
 
     Args:
         forward: of sequences.
-        module: the FFN, or the larger module, whose calls say what B and T are.
+        module: the FFN, or the larger module around it, whose calls say what B and T are.
         form: of the FFN.
         stack: for how long the module's calls are watched.
     """
-    if form.inline is None:
+    if form.inline is None and form.kind != "experts":
         return forward
     shapes: list[torch.Size] = []
 
@@ -82,9 +68,9 @@ def in_sequences(forward: Forward, module: nn.Module, form: FFNForm, stack: Exit
 
     stack.callback(module.register_forward_pre_hook(note, with_kwargs=True).remove)
 
-    def in_a_row(hidden_states: Tensor) -> Tensor:
-        size = hidden_states.shape[-1]
-        return forward(hidden_states.reshape(*shapes[0], size)).reshape(hidden_states.shape)
+    def in_a_row(*given: Tensor) -> Tensor:
+        parts = (values.reshape(*shapes[0], values.shape[-1]) for values in given)
+        return forward(*parts).reshape(given[0].shape)
 
     return in_a_row
 
@@ -106,15 +92,27 @@ def dense_prompts(model: nn.Module, prompt_tokens: int) -> Iterator[None]:
     with ExitStack() as stack:
         forwards: dict[nn.Module, Forward] = {}
         for module in sparse_modules(model):
-            forward = after_prompt(prompt_tokens, _counted_dense(module), module.forward)
-            forwards[module] = in_sequences(forward, module.owner, module.form, stack)
+            dense, sparse, around = _counted_dense(module), module.forward, module.owner
+            if isinstance(module, (SparseExperts, SparsePlaneExperts)):
+                dense, sparse, around = _flat(dense), _flat(sparse), module.decoder_layer
+            forward = after_prompt(prompt_tokens, dense, sparse)
+            forwards[module] = in_sequences(forward, around, module.form, stack)
         stack.enter_context(swapped_forwards(forwards))
         yield
 
 
 def _counted_dense(module: SparseFFN) -> Forward:
-    def forward(hidden_states: Tensor) -> Tensor:
+    def forward(hidden_states: Tensor, *choice: Tensor) -> Tensor:
         module.count_dense("long call", hidden_states.shape[:-1].numel())
-        return module.dense(hidden_states)
+        return module.dense(hidden_states, *choice)
 
     return forward
+
+
+def _flat(forward: Forward) -> Forward:
+    """Of tokens in a row, as experts take them."""
+
+    def flat(*given: Tensor) -> Tensor:
+        return forward(*(values.flatten(0, -2) for values in given)).reshape(given[0].shape)
+
+    return flat

@@ -13,6 +13,7 @@ from torch import Tensor
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.models.ffn_layers import decoder_of
+from sparse_runtime.models.output_head import output_head
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # Of a reference's logits; above it its states are kept, and go through the output head in every run.
@@ -130,8 +131,7 @@ def score_text(
     """Score a text window by window.
 
     Args:
-        model: a causal language model whose logits are its output head's of its decoder's states;
-            they are compared in float32.
+        model: a causal language model; its logits are compared in float32.
         tokens: [n] int64.
         window: tokens per window.
         stride: distance of window starts; ``window`` (no overlap) if None.
@@ -145,12 +145,14 @@ def score_text(
 
     Raises:
         ConfigError, DataError: see :func:`text_windows`.
+        UnsupportedArchitectureError: see :func:`sparse_runtime.models.output_head.output_head`.
     """
     windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
-    decoder, head = decoder_of(model), model.get_output_embeddings()
+    decoder, head = decoder_of(model), output_head(model)
     scored_tokens = [scored for _, scored in windows]
-    logits_bytes = sum(scored_tokens) * head.out_features * element_size(model.dtype)
+    vocabulary = model.get_output_embeddings().out_features
+    logits_bytes = sum(scored_tokens) * vocabulary * element_size(model.dtype)
     keep_logits = logits_bytes <= _KEPT_BYTES
     score = TextScore([], scored_tokens, head=head if keep and not keep_logits else None)
     with (progress or SilentProgress()).task(description, len(windows)) as advance:

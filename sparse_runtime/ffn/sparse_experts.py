@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from sparse_runtime.errors import BackendUnavailableError
 from sparse_runtime.ffn.rule import NO_DERIVATIVE
@@ -36,6 +36,11 @@ class _OfExperts(SparseFFN):
         """E."""
         down: Any = self.owner._parameters[self.form.projections[-1]]
         return int(down.shape[0])
+
+    @property
+    def decoder_layer(self) -> nn.Module:
+        """That holds them."""
+        return self._decoder_layer[0]
 
     def _choice(self, choice: tuple[Tensor, ...]) -> ExpertChoice:
         return ExpertChoice.of(self.experts, *choice)

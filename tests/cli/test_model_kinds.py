@@ -51,6 +51,12 @@ def test_build_to_bench(run, folder, tmp_path):
         *("--json", figures),
     )
     assert code == 0, err
+    if find_spec("lm_eval") and folder.name in ("qwen3", "gemma3", "phi3", "opt"):
+        lines = tmp_path / "lines.jsonl"
+        lines.write_text("".join(f'{{"text": "line {number} of a text"}}\n' for number in range(4)))
+        code, out, err = run("tasks", folder, *judge, "--task", f"lambada={lines}")
+        assert code == 0, err
+        assert "cost share" in out
     code, _, err = run("generate", folder, *judge, "--prompt", "line", "--weights", 6)
     if packable:
         assert code == 0, err

@@ -4,13 +4,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import random_cluster_set
+from model_types import tiny_model_of_type
 
 from sparse_runtime import SparseConfig, cost_report, dense, sparse_modules, sparsify, unsparsify
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.latency.shapes import random_clusters
 from sparse_runtime.eval.quality.artifact_quality import evaluate_quality
-from sparse_runtime.eval.quality.forwards import dense_prompts, swapped_forwards
+from sparse_runtime.eval.quality.forwards import dense_prompts
 from sparse_runtime.eval.quality.perplexity import score_text, text_windows
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.output_head import swapped_forwards
 
 IDS = torch.randint(0, 250, (96,), generator=torch.Generator().manual_seed(0))
 SPARSE = SparseConfig(prefill="sparse", backend="reference")
@@ -30,7 +33,10 @@ def decoded_nll(model, window, prompt):
 
 
 @pytest.mark.parametrize("looked", [False, True])
-def test_equals_decoding_with_a_cache(tiny_model, looked):
+@pytest.mark.parametrize("kind", ["mistral", "mixtral"])
+def test_equals_decoding_with_a_cache(tiny_model, kind, looked):
+    tiny_model = tiny_model if kind == "mistral" else tiny_model_of_type(kind)
+    layers = len(find_ffn_layers(tiny_model))
     clusters = random_clusters(
         tiny_model, density=0.5, looked=0.4 if looked else 0.0, num_clusters=6, rank=4
     )
@@ -44,8 +50,8 @@ def test_equals_decoding_with_a_cache(tiny_model, looked):
     assert score.nll == pytest.approx(expected, rel=1e-4)
     assert score.scored == [12] * 3
     counted = cost_report(tiny_model)
-    assert counted.sparse_tokens == steps.sparse_tokens == 3 * 12 * 3
-    assert counted.dense_tokens == 3 * 20 * 3
+    assert counted.sparse_tokens == steps.sparse_tokens == 3 * 12 * layers
+    assert counted.dense_tokens == 3 * 20 * layers
     assert counted.cost_share == pytest.approx(steps.cost_share)
     every = score_text(tiny_model, IDS, window=32, prompt_tokens=20)
     assert every.nll != pytest.approx(expected, rel=1e-3)
