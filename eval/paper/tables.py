@@ -84,7 +84,7 @@ def paper_coverage(
         ConfigError: a layer does not exist, or a value is out of range.
         DataError: there are more clusters than tokens.
     """
-    found = find_single_ffns(model, "the paper's tables")
+    found = find_single_ffns(model, "the paper's evaluation")
     selected = select_layers(found, [layer.index for layer in found] if layers is None else layers)
     fits: list[tuple[dict[str, Any], Fit]] = []
     for count in clusters:
