@@ -158,7 +158,9 @@ class Rounded:
         """Rows of so many weights, of their planes' bytes and those of their scales."""
         hi = unpack_plane(base, form.base, size)
         lo = unpack_plane(residual, form.residual, size) if form.residual else torch.zeros_like(hi)
-        return cls(hi, lo, scales.contiguous().view(torch.bfloat16), form)
+        # contiguous() leaves the strides of an empty tensor, which may not be viewed then.
+        scales = scales.clone(memory_format=torch.contiguous_format)
+        return cls(hi, lo, scales.view(torch.bfloat16), form)
 
     def __getitem__(self, rows: slice) -> Rounded:
         """Some of the rows."""

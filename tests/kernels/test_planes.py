@@ -12,6 +12,7 @@ from sparse_runtime.kernels.planes import (
     pack_neurons,
     pack_plane,
     unpack_linear,
+    unpack_look,
     unpack_plane,
 )
 
@@ -190,3 +191,11 @@ def test_sizes():
     assert form.refine_size(640) * 8 / 640 == 3 * 2
     assert PlaneFormat(3).linear_size(65) == 2 * (8 * 3 + 2)
     assert PlaneFormat(3).refine_size(65) == 0
+
+
+def test_no_rows_in_any_layout():
+    """Of no neurons, records that lie by columns are looked at like others."""
+    form = PlaneFormat(4)
+    look = torch.empty(form.look_size(64), 0, dtype=torch.uint8).t()
+    gate, up = unpack_look(look, form, 64)
+    assert gate.shape == up.shape == (0, 64)
