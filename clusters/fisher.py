@@ -155,7 +155,7 @@ class _ExpertGradients(_Gradients):
 
     def __init__(self, layer: FFNLayer) -> None:
         super().__init__()
-        self._layer = layer
+        self._down = layer.weights[-1].detach()  # [E, H, I]
         self._counts: list[Tensor] = []
 
     def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -163,23 +163,21 @@ class _ExpertGradients(_Gradients):
         index = inputs[1]
 
         def note(gradient: Tensor) -> None:
-            rows = self._layer.down_rows().unflatten(0, (self._layer.experts, -1))
-            sums = torch.zeros(rows.shape[:2], device=gradient.device)
+            sums = torch.zeros(len(self._down), self._down.shape[2], device=gradient.device)
             for expert in index.unique().tolist():
-                own = gradient[(index == expert).any(-1)] @ rows[expert].t()
+                own = gradient[(index == expert).any(-1)] @ self._down[expert]
                 sums[expert] = own.float().square().sum(0)
             self._neurons.append(sums.flatten())
-            self._counts.append(torch.bincount(index.flatten(), minlength=len(rows)))
+            self._counts.append(torch.bincount(index.flatten(), minlength=len(sums)))
             self._note_tokens(gradient)
 
         output.register_hook(note)
 
     def _mean_squares(self, values: Tensor, kept: Tensor) -> Tensor:
         """Shrunk, of an expert with few tokens, toward the layer's usual for rows of that length."""
-        experts = self._layer.experts
         counts = torch.stack(self._counts)[kept].sum(0).float().unsqueeze(-1)
-        sums = values[kept].sum(0).view(experts, -1)
-        lengths = self._layer.down_rows().float().square().sum(-1).view(experts, -1)
+        sums = values[kept].sum(0).view(len(counts), -1)
+        lengths = self._down.float().square().sum(1)
         usual = lengths * (sums.sum() / (counts * lengths).sum().clamp_min(1e-30))
         return ((sums + _EXPERT_TOKENS * usual) / (counts + _EXPERT_TOKENS)).flatten()
 

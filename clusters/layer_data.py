@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +12,11 @@ from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns, percentile_threshold
-from sparse_runtime.cost import FFNCost, PlaneCost, router_parameter_count
+from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.planes import PlaneFormat
-from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 
 _CHUNK_TOKENS = 4096
 
@@ -69,21 +68,14 @@ class LayerData:
         return slice(self.num_fit, len(self.hidden_states))
 
 
-def layer_cost(
+def routed_cost(
     layer: FFNLayer, config: BuildSettings, rank: int | None, correction_rank: int = 0
 ) -> FFNCost:
     """Cost of a layer with a router of this rank, in the format that the build is for."""
     extra = router_parameter_count(layer.hidden_size, config.num_clusters, rank)
     extra += (config.cluster_bias + 2 * correction_rank) * layer.hidden_size
-    sizes = (layer.hidden_size, layer.intermediate_size, extra)
-    shape: Any = {
-        "matrices": layer.form.matrices,
-        "neurons_per_token": layer.neurons_per_token if layer.experts else None,
-    }
-    if config.weights is None:
-        return FFNCost(*sizes, verified=config.verify, **shape)
-    form = PlaneFormat.of_bits(config.weights)
-    return PlaneCost(*sizes, **shape, base=form.base, residual=form.residual)
+    form = None if config.weights is None else PlaneFormat.of_bits(config.weights)
+    return layer_cost(layer, extra, verified=config.verify, form=form)
 
 
 def set_size_for(
@@ -94,7 +86,7 @@ def set_size_for(
     Raises:
         ConfigError: they alone exceed the budget.
     """
-    cost = layer_cost(layer, config, rank, correction_rank)
+    cost = routed_cost(layer, config, rank, correction_rank)
     size = int(cost.density_for(config.budget) * layer.intermediate_size)
     if size < 1:
         kind = "linear router" if rank is None else f"router of rank {rank}"

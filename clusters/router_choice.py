@@ -22,7 +22,7 @@ from sparse_runtime.clusters.layer_build import (
     follow_router,
     uncut_layer,
 )
-from sparse_runtime.clusters.layer_data import layer_cost, set_size_for
+from sparse_runtime.clusters.layer_data import routed_cost, set_size_for
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
@@ -107,7 +107,7 @@ def choose_router(context: BuildContext) -> int | None:
             scorer = importance_scorer(layer, context.fisher_of(position))
             loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
         else:
-            cost = layer_cost(layer, config, rank)
+            cost = routed_cost(layer, config, rank)
             stages = StageCosts.of(cost, context.base_error(position) or 0.0)
             loss[rank] += priced_loss(states, fitted, layer, cost, stages, price)
     best = min(candidates, key=lambda rank: loss[rank])

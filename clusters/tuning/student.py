@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
+from sparse_runtime.kernels.operands import ExpertChoice
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
@@ -122,17 +123,15 @@ class StudentFFN(nn.Module):
 
     def _neurons(self, x: Tensor, ids: Tensor | None, choice: tuple[Tensor, ...]) -> _Found:
         """What the neurons of hidden states [n, H] put out under the masks of clusters [n], or all."""
-        if not self._layer[0].experts:
+        layer = self._layer[0]
+        if not layer.experts:
             return self._part(x, ids, slice(None), None)
-        index, weights = choice
         output, full, left_out = torch.zeros_like(x), torch.zeros_like(x), 0.0
-        size = self._layer[0].intermediate_size // self._layer[0].experts
-        for expert in index.unique().tolist():
-            tokens, place = (index == expert).nonzero(as_tuple=True)
-            rows = slice(expert * size, (expert + 1) * size)
+        index, weights = choice
+        parts = ExpertChoice(index, weights, layer.experts).parts(layer.intermediate_size)
+        for rows, tokens, counts in parts:
             clusters = None if ids is None else ids[tokens]
-            counts = weights[tokens, place].unsqueeze(-1)
-            own = self._part(x[tokens], clusters, rows, counts.to(x.dtype))
+            own = self._part(x[tokens], clusters, rows, counts.unsqueeze(-1).to(x.dtype))
             output.index_add_(0, tokens, own.output)
             full.index_add_(0, tokens, own.full.detach())
             left_out += own.left_out

@@ -19,13 +19,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.clusters.calibrated_packing import pack_calibrated
-from sparse_runtime.cost import PlaneCost
+from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.quality.forwards import Forward
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.models.output_head import swapped_forwards
@@ -38,6 +38,8 @@ DENSE_BITS = (8, 6, 5, 4, 3)
 GGUF_NAMES = ("q8_0", "q5_0", "q4_0")
 # Weights of a block, and the values that four bits can give it.
 _BLOCK, _FOUR_BITS = 32, 16
+#: Why a method is left out.
+NO_EXPERTS = "it takes models with one FFN in each layer, and this one has experts"
 
 
 class DenseFormat(Protocol):
@@ -133,17 +135,7 @@ class DensePlanes:
         """See :class:`DenseFormat`; groups that a row does not fill count whole."""
         form = PlaneFormat.of_bits(self.bits)
         return plane_bits(
-            [
-                PlaneCost(
-                    layer.hidden_size,
-                    layer.intermediate_size,
-                    0,
-                    matrices=layer.form.matrices,
-                    base=form.base,
-                    residual=form.residual,
-                )
-                for layer in find_ffn_layers(model)
-            ]
+            [layer_cost(layer, 0, verified=True, form=form) for layer in find_ffn_layers(model)]
         )
 
     @contextmanager
@@ -193,7 +185,7 @@ class GgufBlocks:
             return str(error)
         for layer in find_ffn_layers(model):
             if layer.experts:
-                return "it takes models with one FFN in each layer, and this one has experts"
+                return NO_EXPERTS
             for size in (layer.hidden_size, layer.intermediate_size):
                 if size % block:
                     return f"its blocks hold {block} weights, and rows have {size}"
@@ -264,7 +256,7 @@ FORMATS: dict[str, DenseFormat] = {
 }
 
 
-def plane_bits(costs: Sequence[PlaneCost]) -> float:
+def plane_bits(costs: Sequence[FFNCost]) -> float:
     """Bits of all planes and scales of some FFNs, per weight of these."""
     weights = sum((cost.matrices + 1) * cost.hidden_size * cost.neurons for cost in costs)
     return 8 * sum(cost.whole_bytes for cost in costs) / max(1, weights)

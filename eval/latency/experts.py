@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparse_runtime.eval.latency.ffn_checks import verify_outputs
+from sparse_runtime.errors import SparseRuntimeError
+from sparse_runtime.eval.latency.ffn_checks import TOLERANCE, tokens_for, verify_outputs
 from sparse_runtime.eval.latency.mlp import over_layers
-from sparse_runtime.ffn.counts import read_counts
+from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.patch import SparseForward
 from sparse_runtime.ffn.plane_modules import shallow
 from sparse_runtime.ffn.projections import own_class
@@ -49,13 +50,16 @@ def bench_experts(
         ``speedup_over_all_rows``; ``gbps`` of the sparse calls, ``all_rows_gbps`` and ``read_gbps``.
 
     Raises:
-        SparseRuntimeError: the sparse experts' outputs are not those of the reference.
+        SparseRuntimeError: the sparse experts' outputs are not those of the reference, or all rows give
+            something else than the model's own implementation.
     """
     layers = [module for module in modules if isinstance(module, SparseExperts)][:_LAYERS]
     draw = _Draw(layers[0])
     verify_outputs(layers, draw.sparse, reference=draw.reference)
     dense = [_own_experts(module.owner) for module in layers]
     whole = [_all_rows(module) for module in layers]
+    for module, own, rows in zip(layers, dense, whole, strict=True):
+        _check_same(module, own, rows, draw())
     calls: dict[str, Callable[[int, Tensor], Any]] = {
         "dense": lambda i, x: dense[i](x, *draw()),
         "all_rows": lambda i, x: whole[i](x, *draw()),
@@ -64,19 +68,15 @@ def bench_experts(
     for module in layers:
         module.reset_counts()
     seconds, read_gbps = over_layers(calls, layers, 1, repeats, states)
-    counts = [read_counts(module) for module in layers]
-    tokens = sum(count.sparse_tokens for count in counts)
-    read = (sum(count.computed for count in counts), sum(count.looked_at for count in counts))
-    cost = layers[0].cost
-    computed, looked = (number / tokens for number in read)
+    report, dense_bytes = count_cost(layers), layers[0].cost.dense_bytes
     return {
-        "cost_share": cost.share(computed, looked),
+        "cost_share": report.cost_share,
         **{f"{name}_ms": 1e3 * value for name, value in seconds.items()},
         "speedup": seconds["dense"] / seconds["sparse"],
         "speedup_over_all_rows": seconds["all_rows"] / seconds["sparse"],
-        "gbps": cost.sparse_bytes(computed, looked) / seconds["sparse"] / 1e9,
-        "all_rows_gbps": cost.dense_bytes / seconds["all_rows"] / 1e9,
-        "dense_gbps": cost.dense_bytes / seconds["dense"] / 1e9,
+        "gbps": report.sparse_bytes / report.sparse_tokens / seconds["sparse"] / 1e9,
+        "all_rows_gbps": dense_bytes / seconds["all_rows"] / 1e9,
+        "dense_gbps": dense_bytes / seconds["dense"] / 1e9,
         "read_gbps": statistics.median(read_gbps),
     }
 
@@ -112,6 +112,25 @@ class _Draw:
         order = torch.rand(count, experts, generator=self._generator).argsort(1)
         weights = torch.rand(count, active, generator=self._generator).softmax(1)
         return order[:, :active].contiguous(), weights.to(self._module.router.up.dtype)
+
+
+@torch.inference_mode()
+def _check_same(
+    module: SparseFFN,
+    own: Callable[..., Tensor],
+    rows: Callable[..., Tensor],
+    choice: tuple[Tensor, Tensor],
+) -> None:
+    """Check that both dense variants compute the same for a token."""
+    x = tokens_for(module, 1)
+    expected, found = own(x, *choice).float(), rows(x, *choice).float()
+    error = ((found - expected).norm() / expected.norm()).item()
+    if not error < TOLERANCE:
+        raise SparseRuntimeError(
+            f"layer {module.layer_index}: all rows of its experts are {error:.3f} (relative) away from "
+            f"the model's own; expected less than {TOLERANCE}. Their speed means nothing; please "
+            "report this"
+        )
 
 
 def _own_experts(owner: nn.Module) -> nn.Module:

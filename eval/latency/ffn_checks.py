@@ -21,8 +21,8 @@ from sparse_runtime.kernels.reference import (
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 
-# Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
-_TOLERANCE = 0.02
+#: Relative distance of bfloat16 outputs from the reference; a wrong neuron is far beyond.
+TOLERANCE = 0.02
 
 
 class DenseFFN:
@@ -134,9 +134,9 @@ def verify_outputs(
             size = expected.norm(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
             errors = (found - expected).norm(dim=-1) / size
             error = errors.median().item()
-            if not error < _TOLERANCE:
+            if not error < TOLERANCE:
                 raise SparseRuntimeError(
                     f"layer {module.layer_index}, {count} tokens: the sparse FFN is {error:.3f} "
-                    f"(relative) away from the reference; expected less than {_TOLERANCE}. Its speed "
+                    f"(relative) away from the reference; expected less than {TOLERANCE}. Its speed "
                     "means nothing; please report this"
                 )

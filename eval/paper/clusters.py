@@ -14,7 +14,7 @@ from torch import Tensor
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.importance import ImportanceScorer, chunk_slices, importance_scorer
 from sparse_runtime.clusters.layer_build import fit_layer
-from sparse_runtime.clusters.layer_data import LayerData, layer_cost
+from sparse_runtime.clusters.layer_data import LayerData, routed_cost
 from sparse_runtime.clusters.paper.binary_patterns import (
     PackedPatterns,
     assign,
@@ -79,7 +79,7 @@ class AwcPaper:
 
     def least_share(self, layer: FFNLayer) -> float:
         """The router is read whatever it says."""
-        return layer_cost(layer, self._config(1.0), self.rank).share(0)
+        return routed_cost(layer, self._config(1.0), self.rank).share(0)
 
     def fit(self, layer: FFNLayer, states: Tensor, budgets: list[float]) -> list[Variants]:
         """Cluster and train a router for each budget; oracle ids cost as much less as the router."""

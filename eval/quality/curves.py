@@ -30,6 +30,7 @@ from sparse_runtime.clusters.text import (
 from sparse_runtime.config import SparseConfig, check_cut
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.baselines.dense_formats import (
+    NO_EXPERTS,
     DenseFormat,
     DensePlanes,
     stored_in_four_bits,
@@ -56,7 +57,6 @@ _STORED_IN_FOUR_BITS = (
     "GGUF file in Q4_1 or Q4_K do: dense formats near to that lose next to nothing, and are no "
     "opponents here"
 )
-_NO_EXPERTS = "it takes models with one FFN in each layer, and this one has experts"
 
 
 def evaluate_curves(
@@ -314,7 +314,7 @@ def _reason_against(
 ) -> str | None:
     """Why a method cannot run at a budget; None if it can."""
     if any(layer.experts for layer in layers):
-        return _NO_EXPERTS
+        return NO_EXPERTS
     if method.needs_prompt and protocol.prompt_tokens == 0:
         return "it takes its neurons from a prompt, and there is none (see --prompt-tokens)"
     least = max(method.least_share(layer) for layer in layers)

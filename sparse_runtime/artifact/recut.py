@@ -61,18 +61,17 @@ def recut(
     clusters.check_model(model, weights=False)
     own = dict(layer_budgets or {})
     _check(clusters, own)
-    if own.keys() >= clusters.layers.keys():
-        if budget is not None:
-            raise ConfigError(
-                f"budget is {budget}, but layer_budgets names every layer and leaves nothing to share; "
-                "leave budget out, or some layer"
-            )
-        parts = _parts(model, clusters, bool(verify))
+    names_all = own.keys() >= clusters.layers.keys()
+    if names_all and budget is not None:
+        raise ConfigError(
+            f"budget is {budget}, but layer_budgets names every layer and leaves nothing to share; "
+            "leave budget out, or some layer"
+        )
+    parts = _parts(model, clusters, clusters.verified if verify is None else verify)
+    if names_all:
         whole = sum(parts[index].dense_bytes for index in own)
         budget = sum(parts[index].dense_bytes * share for index, share in own.items()) / whole
     budget = clusters.budget if budget is None else budget
-    verify = clusters.verified if verify is None else verify
-    parts = _parts(model, clusters, verify)
     common = [part for index, part in parts.items() if index not in own]
     aim = budget - _excess(clusters, budget)
     rest = _rest(parts, own, aim) if common else 0.0

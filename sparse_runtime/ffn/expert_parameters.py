@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sparse_runtime.kernels.backends import KERNEL_DTYPES
-from sparse_runtime.kernels.linear import has_global_hooks, has_no_hooks
+from sparse_runtime.kernels.linear import has_global_hooks, has_no_hooks, version_of
 
 
 def experts_problem(owner: nn.Module, names: Sequence[str], sizes: tuple[int, int]) -> str | None:
@@ -69,7 +69,7 @@ class SeenExperts:
         """Look at experts: parameters by name, and all children but ``besides``."""
         weights: list[Any] = [owner._parameters[name] for name in names]
         entries = tuple(
-            (name, weight, None if weight.is_inference() else weight._version, weight.data_ptr())
+            (name, weight, version_of(weight), weight.data_ptr())
             for name, weight in zip(names, weights, strict=True)
         )
         others = tuple(
@@ -83,12 +83,10 @@ class SeenExperts:
     def is_current(self) -> bool:
         """Whether all is as it was and a call means no more than the weights say; for every call."""
         parameters, modules = self.owner._parameters, self.owner._modules
-        for name, weight, version, address in self.weights:
-            if (
-                parameters.get(name) is not weight
-                or (version is not None and weight._version != version)
-                or weight.data_ptr() != address
-            ):
+        if self.is_stale():
+            return False
+        for name, weight, _, _ in self.weights:
+            if parameters.get(name) is not weight:
                 return False
         for name, module in self.others:
             if modules.get(name) is not module or not has_no_hooks(module):

@@ -15,6 +15,7 @@ from sparse_runtime.kernels.linear import (
     has_global_hooks,
     has_no_hooks,
     is_plain,
+    version_of,
     weight_problem,
 )
 from sparse_runtime.models.ffn_forms import FFNForm
@@ -197,8 +198,3 @@ class Seen:
         if self.own.forward is not self.forward:
             return "the forward of its class has been replaced"
         return "hooks are registered for all modules" if has_global_hooks() else None
-
-
-def version_of(weight: Tensor) -> int | None:
-    """How often a tensor was written to; None for one made in inference mode, which does not count."""
-    return None if weight.is_inference() else weight._version

@@ -10,9 +10,8 @@ from torch import Tensor
 from sparse_runtime.ffn.intact import key_for
 from sparse_runtime.ffn.placement import joined_bias, mean_share, plain_tensors
 from sparse_runtime.ffn.plane_modules import PlaneFFN
-from sparse_runtime.ffn.projections import version_of
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
-from sparse_runtime.kernels.linear import has_global_hooks
+from sparse_runtime.kernels.linear import has_global_hooks, version_of
 from sparse_runtime.kernels.operands import ClusterTables, Stages
 from sparse_runtime.kernels.plane_op import routed_plane_ffn
 from sparse_runtime.kernels.planes import NeuronPlanes

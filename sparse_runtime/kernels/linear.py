@@ -139,6 +139,11 @@ def change_class(module: nn.Module, to: type[nn.Module]) -> None:
     state.update({key: to.forward.__get__(module) for key in bound})
 
 
+def version_of(weight: Tensor) -> int | None:
+    """How often a tensor was written to; None for one made in inference mode, which does not count."""
+    return None if weight.is_inference() else weight._version
+
+
 def has_global_hooks() -> bool:
     """Whether hooks are registered for all modules of the process."""
     return bool(

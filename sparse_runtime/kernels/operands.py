@@ -60,11 +60,17 @@ class ExpertChoice:
         """Of index and weights in whatever dtype and layout."""
         return cls(index.to(torch.int64).contiguous(), weights.float().contiguous(), experts)
 
-    def tokens(self) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Each chosen expert, the tokens that have it [m] int64, and what it counts for them [m]."""
+    def parts(self, neurons: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
+        """Of each chosen expert: its rows, the tokens [m] that have it, what it counts for them [m].
+
+        Args:
+            neurons: of all experts.
+        """
+        size = neurons // self.experts
         for expert in self.index.unique().tolist():
             tokens, place = (self.index == expert).nonzero(as_tuple=True)
-            yield expert, tokens, self.weights[tokens, place]
+            rows = slice(expert * size, (expert + 1) * size)
+            yield rows, tokens, self.weights[tokens, place]
 
 
 @dataclass(frozen=True, eq=False)

@@ -110,10 +110,8 @@ def dense_plane_ffn(
     if choice is None:
         return _by_blocks(x, planes, backend).to(x.dtype)
     output = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    neurons = len(planes.look) // choice.experts
-    for expert, tokens, counts in choice.tokens():
-        own = planes.some(slice(expert * neurons, (expert + 1) * neurons))
-        found = _by_blocks(x[tokens], own, backend)
+    for rows, tokens, counts in choice.parts(len(planes.look)):
+        found = _by_blocks(x[tokens], planes.some(rows), backend)
         output.index_add_(0, tokens, found * counts.unsqueeze(-1))
     return output.to(x.dtype)
 

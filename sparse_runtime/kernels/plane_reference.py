@@ -86,9 +86,7 @@ def plane_experts_reference(
     Arguments as of :func:`plane_ffn_reference`; one expert's neurons come after the other's.
     """
     output = x.new_zeros(x.shape, dtype=torch.float32)
-    neurons = len(planes.look) // choice.experts
-    for expert, tokens, counts in choice.tokens():
-        rows = slice(expert * neurons, (expert + 1) * neurons)
+    for rows, tokens, counts in choice.parts(len(planes.look)):
         scaled = None
         if stages is not None:
             every = stages.factors.expand(len(x), -1) if factors is None else factors

@@ -76,8 +76,8 @@ def sparse_experts_reference(
 ) -> Tensor:
     """Σ_j w_j·FFN of each token's experts over their neurons of its cluster; see ``routed_ffn``."""
     y = x.new_zeros(x.shape, dtype=torch.float32)
-    for expert, tokens, scale in choice.tokens():
-        own, sets = expert_operands(weights, tables, expert, choice.experts)
+    for rows, tokens, scale in choice.parts(len(weights.down_t)):
+        own, sets = expert_operands(weights, tables, rows)
         factors = sets.factors
         if factors is not None:
             # What a token's factors are multiplied by, as if each were a cluster of its own.
@@ -96,13 +96,11 @@ def sparse_experts_reference(
 
 
 def expert_operands(
-    weights: FFNWeights, tables: ClusterTables, expert: int, experts: int
+    weights: FFNWeights, tables: ClusterTables, rows: slice
 ) -> tuple[FFNWeights, ClusterTables]:
-    """One expert's weights and sets, out of those of all of them, as views."""
-    neurons = weights.down_t.shape[0] // experts
-    rows = slice(expert * neurons, (expert + 1) * neurons)
+    """The weights and sets of the expert that has these rows, out of those of all, as views."""
     bits = slice(rows.start // 8, rows.stop // 8)
-    gate, up = weights.gate.view(experts, 2, neurons, -1)[expert]
+    gate, up = weights.gate[2 * rows.start : 2 * rows.stop].chunk(2)
     look = None if weights.look is None else weights.look[rows]
     own = FFNWeights(gate, up, weights.down_t[rows], weights.activation, look)
     maybe = None if tables.maybe_sets is None else tables.maybe_sets[:, bits]

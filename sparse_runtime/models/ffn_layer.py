@@ -177,17 +177,21 @@ def _detached(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.detach()
 
 
-def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCost:
-    """Bytes that an FFN reads for a token, as it is stored; floats count as bfloat16.
+def layer_cost(
+    layer: FFNLayer, extra_elements: int, *, verified: bool, form: PlaneFormat | None = None
+) -> FFNCost:
+    """Bytes that an FFN reads for a token; floats count as bfloat16.
 
     Args:
         layer: float or packed.
         extra_elements: read per token besides the neurons.
         verified: whether float neurons are looked at; planes always are.
+        form: of the planes that it is to be in; as it is stored if None.
     """
+    form = form or layer.format
     sizes = (layer.hidden_size, layer.intermediate_size, extra_elements)
     own = layer.neurons_per_token if layer.experts else None
-    if layer.format is None:
+    if form is None:
         return FFNCost(
             *sizes, verified=verified, matrices=layer.form.matrices, neurons_per_token=own
         )
@@ -195,8 +199,8 @@ def layer_cost(layer: FFNLayer, extra_elements: int, *, verified: bool) -> FFNCo
         *sizes,
         matrices=layer.form.matrices,
         neurons_per_token=own,
-        base=layer.format.base,
-        residual=layer.format.residual,
+        base=form.base,
+        residual=form.residual,
     )
 
 

@@ -60,12 +60,10 @@ def output_head(model: Any) -> OutputHead:
     return head if _PLAIN[model] else own
 
 
-def _is_plain(model: Any, head: nn.Module, own: OutputHead) -> bool:
-    size = model.get_input_embeddings().weight.shape[1]
-    size = getattr(head, "in_features", size)
+def _is_plain(model: Any, head: Any, own: OutputHead) -> bool:
     generator = torch.Generator().manual_seed(0)
     device = next((p.device for p in head.parameters() if p.device.type != "meta"), None)
-    states = 30 * torch.randn(_TRIED, size, generator=generator)
+    states = 30 * torch.randn(_TRIED, head.in_features, generator=generator)
     states = states.to(device=device or model.device, dtype=model.dtype)
     try:
         with torch.no_grad():
