@@ -48,7 +48,7 @@ from sparse_runtime.clusters.text import (
     CalibrationText,
     DataSource,
     calibration_windows,
-    parse_source,
+    expand_recipes,
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
 from sparse_runtime.errors import ConfigError, DataError, ModelError
@@ -64,7 +64,7 @@ from sparse_runtime.version import __version__
 def build_clusters(
     model: Any,
     tokenizer: Any,
-    data: Sequence[str | DataSource],
+    data: Sequence[str | DataSource] = ("general",),
     config: BuildConfig | None = None,
     *,
     output: str | Path | None = None,
@@ -80,7 +80,8 @@ def build_clusters(
     Args:
         model: a dense causal language model (docs/models.md lists the types whose FFNs are found).
         tokenizer: its tokenizer.
-        data: text sources, as on the command line (``"notes.txt"``, ``"c4,weight=0.5"``).
+        data: text sources, as on the command line (``"notes.txt"``, ``"c4,weight=0.5"``), or the recipe
+            ``"general"``.
         config: settings.
         output: folder to write the artifact to; without it nothing is kept on disk, and an
             interrupted build starts over.
@@ -112,7 +113,7 @@ def build_clusters(
     _check_in_memory(layers)
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     text = calibration_windows(
-        [parse_source(source) if isinstance(source, str) else source for source in data],
+        expand_recipes(data).sources,
         tokenizer,
         max_tokens=settings.max_tokens,
         window=settings.window,

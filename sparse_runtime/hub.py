@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import is_offline_mode
+from huggingface_hub import HfApi, is_offline_mode
 from huggingface_hub.errors import (
     HFValidationError,
     LocalEntryNotFoundError,
     OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+# A small repository that has always been there, and how long to wait for it.
+_ASKED_FOR = "openai-community/gpt2"
+_PATIENCE_SECONDS = 5.0
 
 
 def why_a_path(name: str, *, bare_ids: bool = False) -> str | None:
@@ -59,4 +63,15 @@ def hub_failure(error: BaseException) -> str | None:
                 return "the Hub was not asked, as HF_HUB_OFFLINE is set, and the cache has no copy"
             return "the Hub could not be reached, and the cache has no copy"
         cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def why_unreachable() -> str | None:
+    """Ask the Hub whether it is there; the reason in words if it is not, None if it is."""
+    if is_offline_mode():
+        return "HF_HUB_OFFLINE is set"
+    try:
+        HfApi().model_info(_ASKED_FOR, timeout=_PATIENCE_SECONDS)
+    except Exception:  # of whatever HTTP library huggingface_hub uses
+        return "the Hub cannot be reached"
     return None

@@ -1,6 +1,7 @@
 """Text for calibration and evaluation: sources → documents → tokens → windows."""
 
 from sparse_runtime.clusters.text.overlap import overlap, overlap_warning
+from sparse_runtime.clusters.text.recipes import Recipe, expand_recipes
 from sparse_runtime.clusters.text.sources import (
     DataSource,
     check_source,
@@ -17,8 +18,10 @@ from sparse_runtime.clusters.text.windows import (
 __all__ = [
     "CalibrationText",
     "DataSource",
+    "Recipe",
     "calibration_windows",
     "check_source",
+    "expand_recipes",
     "hold_out",
     "overlap",
     "overlap_warning",

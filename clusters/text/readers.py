@@ -7,6 +7,7 @@ from collections.abc import Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from sparse_runtime.clusters.text.built_in import BUILT_IN_TEXTS, built_in_texts
 from sparse_runtime.clusters.text.chat import DEFAULT_KEYS, record_text
 from sparse_runtime.clusters.text.files import open_text
 from sparse_runtime.clusters.text.kinds import kind_of_name
@@ -14,7 +15,6 @@ from sparse_runtime.clusters.text.records import Record, records
 from sparse_runtime.clusters.text.sources import (
     HUB_DATA,
     DataSource,
-    check_pydoc_split,
     check_source,
     expanded,
     shown,
@@ -22,7 +22,6 @@ from sparse_runtime.clusters.text.sources import (
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.hub import hub_failure
 
-_PYDOC_TEST_EVERY = 10
 # Records without the field that are read before that is an error.
 _PATIENCE = 1000
 _BETWEEN = "\n\n"
@@ -33,7 +32,7 @@ def text_pieces(source: DataSource, split: str, tokenizer: Any) -> Generator[str
 
     Args:
         source: not ``self``.
-        split: of data sets and ``pydoc``.
+        split: of data sets and built-in texts.
         tokenizer: has the chat template.
 
     Yields:
@@ -46,8 +45,8 @@ def text_pieces(source: DataSource, split: str, tokenizer: Any) -> Generator[str
     check_source(source)
     if source.is_local:
         return _path_pieces(source, expanded(source.name), source.name, tokenizer)
-    if source.name == "pydoc":
-        return _joined(_pydoc_topics(split))
+    if source.name in BUILT_IN_TEXTS:
+        return _joined(built_in_texts(source.name, split))
     return _joined(_texts(_hub_records(source, split), source, source.name, tokenizer))
 
 
@@ -128,15 +127,6 @@ def _no_field(source: DataSource, name: str, number: int, present: Iterable[str]
     )
 
 
-def _pydoc_topics(split: str) -> Iterator[str]:
-    check_pydoc_split(split)
-    from pydoc_data.topics import topics
-
-    for number, name in enumerate(sorted(topics)):
-        if (number % _PYDOC_TEST_EVERY == 0) == (split != "train"):
-            yield topics[name].strip()
-
-
 def _hub_records(source: DataSource, split: str) -> Iterator[Record]:
     from datasets import load_dataset
 
@@ -155,6 +145,6 @@ def _hub_records(source: DataSource, split: str) -> Iterator[Record]:
         reason = hub_failure(error) or f"{type(error).__name__}: {first_line}"
         raise DataError(
             f"{where} could not be read from the Hub ({reason}). Check the "
-            "name and the network, or give a local .txt or .jsonl file, or 'pydoc', which needs no "
+            "name and the network, or give a local .txt or .jsonl file, or 'pydoc' or 'stdlib', which need no "
             "network"
         ) from error

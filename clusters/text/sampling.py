@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -19,6 +20,20 @@ _BATCH = 32
 _TEST_SEED = 0x7E57
 # People have answers sampled below the temperature at which a model is calibrated.
 _ANSWER_TEMPERATURE = 0.7
+# What every second text begins with, and what every second message of a user: left to itself a model
+# writes of few things.
+_TEXT_OPENINGS = (
+    "def ", "class ", "import ", "#include <", "public class ", "function ", "SELECT ", "#!/bin/sh\n",
+    "Problem: ", "Solve for x: ", "Let $x$ be", "Theorem. ", "Question: ", "Calculate ",
+    "The history of", "In 19", "The city of", "Abstract: ", "Once upon a time", "Chapter 1\n\n",
+    "He said", "Dear ", "How to ", "Ingredients:\n", "Review: ", "Breaking news: ", "Q: ", "1. ",
+    "# ", "La ", "Der ", "El ",
+)  # fmt: skip
+_MESSAGE_OPENINGS = (
+    "Write a Python function", "Write a program", "What is wrong with this code?\n", "Explain",
+    "Solve", "How many", "If a", "Calculate", "What is", "Who", "Why", "How do I", "Write a story",
+    "Write an email", "Summarize", "Translate", "Give me", "Tell me",
+)  # fmt: skip
 # Stands for what a user says while a template is taken apart.
 _MARK = "\ue000"
 
@@ -30,7 +45,8 @@ def sampled_tokens(
 
     Of a model with a chat template half of the tokens are conversations: what a user says is sampled
     too, after the words that a template puts before it (Magpie, arXiv 2406.08464), and then answered.
-    The others are texts from their beginning. Temperature is 1, and 0.7 for answers.
+    The others are texts from their beginning. Half of the texts and of what users say begin with given
+    words. Temperature is 1, and 0.7 for answers.
 
     Args:
         model: a causal language model.
@@ -81,15 +97,17 @@ class _Sampler:
 
     def texts(self) -> list[Tensor]:
         """From the beginning, none of which ends early."""
-        prompts = [torch.tensor([self._start])] * _BATCH
-        return self._continued(prompts, self._length, ends=False)
+        words = self._openings(_TEXT_OPENINGS)
+        rest = max(1, self._length - max(map(len, words)))
+        return self._opened(torch.tensor([self._start]), words, rest, ends=False)
 
     def conversations(self, opening: Tensor) -> list[Tensor]:
         """Questions and answers, with all that the template puts around them."""
         most = min(_MESSAGE, self._length)
-        if len(opening) + most > self._longest:
+        words = self._openings(_MESSAGE_OPENINGS)
+        if len(opening) + max(map(len, words)) + most > self._longest:
             return []
-        said = self._continued([opening] * _BATCH, most)
+        said = self._opened(opening, words, most)
         messages = (self._tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said)
         prompts = [
             torch.tensor(
@@ -112,6 +130,23 @@ class _Sampler:
             return []
         answers = self._continued(prompts, rest, temperature=_ANSWER_TEMPERATURE)
         return [torch.cat(pair) for pair in zip(prompts, answers, strict=True)]
+
+    def _openings(self, choices: Sequence[str]) -> list[Tensor]:
+        """Words of a batch to begin with, of every second sequence none."""
+        known: list[Tensor] = []
+        for number in torch.randint(len(choices), [_BATCH]).tolist():
+            ids = self._tokenizer(choices[number], add_special_tokens=False)["input_ids"]
+            fits = len(known) % 2 == 1 and all(i < self._rows for i in ids)
+            known.append(torch.tensor(ids if fits else [], dtype=torch.int64))
+        return known
+
+    def _opened(
+        self, start: Tensor, words: list[Tensor], new_tokens: int, *, ends: bool = True
+    ) -> list[Tensor]:
+        """Words, each with what comes after it and ``start``."""
+        prompts = [torch.cat([start, ids]) for ids in words]
+        found = self._continued(prompts, new_tokens, ends=ends)
+        return [torch.cat(pair) for pair in zip(words, found, strict=True)]
 
     def _continued(
         self,

@@ -1,8 +1,9 @@
 """What a text source is, and how it is written.
 
 A source is written ``NAME[,weight=W][,key=A+B][,split=S]``, where NAME is a local file or folder, a
-data set known by a short name, any Hub data set ``owner/name[:config]``, ``pydoc`` (the language
-reference inside every Python, offline) or ``self`` (text sampled from the model itself).
+data set known by a short name, any Hub data set ``owner/name[:config]``, ``pydoc`` or ``stdlib`` (the
+language reference and the standard library's source inside every Python, offline), ``self`` (text
+sampled from the model itself), or ``general``, which stands for several of them (``recipes.py``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
+from sparse_runtime.clusters.text.built_in import BUILT_IN_TEXTS, check_built_in_split
 from sparse_runtime.clusters.text.kinds import READABLE, has_known_suffix, kind_of_name
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.hub import why_a_path
@@ -26,7 +28,9 @@ HUB_DATA = {
     "c4": ("allenai/c4", "en", "validation"),
 }
 #: Sources that need no file and no network.
-BUILT_IN = ("pydoc", "self")
+BUILT_IN = (*BUILT_IN_TEXTS, "self")
+#: Names that stand for several sources, see ``recipes.py``.
+RECIPES = ("general",)
 # Above it a name is a text that somebody passed in place of a file name.
 _LONGEST_NAME = 1024
 _SHOWN = 60
@@ -37,7 +41,7 @@ class DataSource:
     """A text source.
 
     Attributes:
-        name: file, folder, data set, ``pydoc`` or ``self``.
+        name: file, folder, data set, ``pydoc``, ``stdlib`` or ``self``.
         weight: share of the calibration text, relative to the other sources; above 0.
         keys: fields of a record whose values, joined by a newline, are its text; if empty, whichever
             the record has of ``text``, ``messages``, ``conversations``, and ``prompt`` with
@@ -75,6 +79,12 @@ class DataSource:
                 )
         if self.split is not None:
             self._check_split(self.split)
+        for option in ("keys", "split", "max_tokens"):
+            if self.name in RECIPES and getattr(self, option):
+                raise ConfigError(
+                    f"data source {shown(self.name)} stands for several texts, but {option}= is given; "
+                    "leave it out, or name the texts themselves"
+                )
         if self.keys and self.name in BUILT_IN:
             raise ConfigError(
                 f"data source {shown(self.name)} has no fields, but key= is given; leave it out"
@@ -100,18 +110,18 @@ class DataSource:
         }
 
     def _check_split(self, split: str) -> None:
-        if self.is_local or self.name == "self":
+        if self.is_local or self.name in ("self", *RECIPES):
             raise ConfigError(
                 f"data source {shown(self.name)} has no splits, but split={split} is given; leave it "
                 "out"
             )
-        if self.name == "pydoc":
-            check_pydoc_split(split)
+        if self.name in BUILT_IN_TEXTS:
+            check_built_in_split(self.name, split)
 
     @property
     def is_local(self) -> bool:
         """Whether the name is a path, so that it is never looked up on the Hub."""
-        return self.name not in (*HUB_DATA, *BUILT_IN) and is_path(self.name)
+        return self.name not in (*HUB_DATA, *BUILT_IN, *RECIPES) and is_path(self.name)
 
     @property
     def has_test_split(self) -> bool:
@@ -124,12 +134,6 @@ class DataSource:
         if self.keys:
             result["keys"] = list(self.keys)
         return result
-
-
-def check_pydoc_split(split: str) -> None:
-    """Refuse a split that ``pydoc`` has not. Raises ConfigError."""
-    if split not in ("train", "test"):
-        raise ConfigError(f"data source 'pydoc' has no split {split!r}; expected train or test")
 
 
 def shown(name: str) -> str:
@@ -157,10 +161,15 @@ def check_source(source: DataSource) -> None:
     """
     name = source.name
     if not source.is_local:
+        if name in RECIPES:
+            raise DataError(
+                f"data source {shown(name)} stands for several texts to calibrate on; expected a single "
+                "one here"
+            )
         if "/" not in name and name not in (*HUB_DATA, *BUILT_IN):
             raise DataError(
                 f"data source {shown(name)} is not known; expected a file ({READABLE}), one of "
-                f"{', '.join((*HUB_DATA, *BUILT_IN))}, or a Hub data set owner/name"
+                f"{', '.join((*HUB_DATA, *BUILT_IN, *RECIPES))}, or a Hub data set owner/name"
             )
     elif not expanded(name).exists():
         reason = why_no_data_set(name)

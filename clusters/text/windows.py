@@ -66,7 +66,7 @@ def token_stream(
         DataError: the source is unknown, cannot be read, holds no text, or tokens that the model does
             not know.
         ConfigError: ``self`` without ``max_tokens`` or model, an option that cannot apply to the
-            source, or a split that ``pydoc`` has not.
+            source, or a split that built-in texts have not.
     """
     if source.name == "self":
         return sampled_tokens(model, tokenizer, max_tokens, split=split, seed=seed)

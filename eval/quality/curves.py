@@ -24,6 +24,7 @@ from sparse_runtime.clusters.text import (
     CalibrationText,
     DataSource,
     calibration_windows,
+    expand_recipes,
     parse_source,
     recorded_source,
 )
@@ -354,7 +355,7 @@ def baseline_calibration(
         )
 
     if specs:
-        return read([parse_source(spec) for spec in specs]), None
+        return read(expand_recipes(specs).sources), None
     recorded = recorded_sources(within(clusters.build, "data"))
     reason = "its build record names no sources"
     if recorded:

@@ -175,7 +175,7 @@ def _build(
     from sparse_runtime.clusters import build_clusters, tuning_line
 
     check_holds_artifact(output)
-    sources = fit_sources(data)
+    sources = fit_sources(data, default="general")
     started, times = time.perf_counter(), dict[str, float]()
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     try:

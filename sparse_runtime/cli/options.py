@@ -57,8 +57,8 @@ DataOption = Annotated[
     typer.Option(
         "--data",
         help="Text: a file (.txt, .jsonl, .json, .csv, .parquet, also compressed), a folder of such, "
-        "wikitext2, c4, a Hub data set, pydoc, or self. May be given again; each may end in ,weight=W "
-        ",key=A+B (fields; A.B inside one) ,split=S (Hub only).",
+        "wikitext2, c4, a Hub data set, pydoc, stdlib, self, or general (of all kinds). May be given "
+        "again; each may end in ,weight=W ,key=A+B (fields; A.B inside one) ,split=S (Hub only).",
         metavar="SOURCE",
     ),
 ]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from sparse_runtime.cli.console import warn
+from sparse_runtime.cli.console import note, warn
 from sparse_runtime.cli.options import resolve_dtype
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.models import load_model
@@ -15,23 +15,32 @@ if TYPE_CHECKING:
     from sparse_runtime.clusters.text import CalibrationText, DataSource
 
 
-def fit_sources(specs: list[str] | None) -> list[DataSource]:
-    """Sources to calibrate on, wikitext2 by default; what cannot be there is refused unread.
+def fit_sources(specs: list[str] | None, default: str = "wikitext2") -> list[DataSource]:
+    """Sources to calibrate on; what cannot be there is refused unread.
+
+    Args:
+        specs: as given, recipes among them; says which sources these stand for.
+        default: where none is given.
 
     Raises:
         ConfigError, DataError: see ``parse_source`` and ``check_source``.
     """
-    from sparse_runtime.clusters.text import check_source, parse_source
+    from sparse_runtime.clusters.text import check_source, expand_recipes
 
-    sources = [parse_source(spec) for spec in specs or ["wikitext2"]]
-    for source in sources:
+    recipe = expand_recipes(specs or [default])
+    for source in recipe.sources:
         check_source(source)
-    return sources
+    if recipe.note:
+        note(f"calibration text is {recipe.note}")
+    return recipe.sources
 
 
 def judged_source(spec: str) -> DataSource:
     """A text to judge by, checked in the same way; it is taken whole, and has no weight."""
-    (source,) = fit_sources([spec])
+    from sparse_runtime.clusters.text import check_source, parse_source
+
+    source = parse_source(spec)
+    check_source(source)
     if source.weight != 1.0:
         raise ConfigError(
             f"data source {source.name!r}: weight is {source.weight}, but each text is judged by "
