@@ -225,6 +225,8 @@ class _Build:
             own,
             self.progress,
             self.times,
+            self.text.domains,
+            self.text.names,
         )
         if settings.weights is None:
             return self._fit(context, fingerprint, record)

@@ -31,6 +31,8 @@ class BuildContext:
         fisher: of each layer, if the build has it; of the first tokens.
         config: what the build runs.
         num_fit: tokens to fit on.
+        domains: number of each window's text source [W].
+        domain_names: of these sources.
         work: folder of intermediate results.
         progress: draws bars.
         times: seconds of each stage.
@@ -47,6 +49,8 @@ class BuildContext:
     work: Path
     progress: ProgressReporter
     times: dict[str, float]
+    domains: Tensor
+    domain_names: tuple[str, ...]
     base_errors: list[float] | None = None
 
     @property
@@ -58,6 +62,11 @@ class BuildContext:
     def held_out_windows(self) -> Tensor:
         """Windows to judge by."""
         return self.windows[self.num_fit // self.windows.shape[1] :]
+
+    @property
+    def held_out_domains(self) -> Tensor:
+        """Number of the source of each window to judge by."""
+        return self.domains[self.num_fit // self.windows.shape[1] :]
 
     def fisher_of(self, position: int) -> Tensor | None:
         """Fisher weights of a layer [I], if the build has them."""

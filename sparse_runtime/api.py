@@ -147,20 +147,22 @@ def _artifact(
     revision: str | None,
 ) -> ClusterSet:
     """The artifact, checked against the model and cut as the options say."""
-    cuts = config.budget is not None or config.verify is not None or bool(config.layer_budgets)
     if not isinstance(clusters, ClusterSet):
-        clusters = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cuts)
+        clusters = ClusterSet.from_pretrained(clusters, revision=revision, centroids=config.cuts)
     elif revision is not None:
         raise ConfigError(
             "revision is given, but clusters is no Hub id; expected one without the other"
         )
     clusters.check_model(model, weights=config.check_fingerprint)
-    if not cuts:
+    if not config.cuts:
         return clusters
+    budget = config.budget
+    if config.max_loss is not None:
+        budget = clusters.budget_for(config.max_loss, config.max_loss_domain).budget
     return recut(
         model,
         clusters,
-        budget=config.budget,
+        budget=budget,
         verify=config.verify,
         layer_budgets=config.layer_budgets,
     )

@@ -33,6 +33,10 @@ class SparseConfig:
             memory's speed; see :func:`sparse_runtime.fast_linear`.
         budget: cost share of all layers together, cut from the artifact's centroids; None keeps the
             artifact's own sets. Bits per FFN weight and token ÷ 16 are the share: 4 bits are 0.25.
+        max_loss: in place of a budget: the smallest one whose loss on text held out of the build, as
+            KL(dense ‖ sparse) in nats per token, was no more than this; see
+            :meth:`ClusterSet.budget_for`. Other text may lose more.
+        max_loss_domain: held-out text that counts for ``max_loss``; None for the one that loses most.
         verify: with or without the band of neurons that looks decide on; None keeps what the
             artifact has. The copies take 17 % of the FFN's memory.
         layer_budgets: layer index -> cost share of its own, 1 for dense; the others share what these
@@ -57,6 +61,8 @@ class SparseConfig:
     max_sparse_tokens: int | None = None
     fast_linear: bool = False
     budget: float | None = None
+    max_loss: float | None = None
+    max_loss_domain: str | None = None
     verify: bool | None = None
     layer_budgets: Mapping[int, float] | None = None
     weights: int | None = None
@@ -110,6 +116,28 @@ class SparseConfig:
             "a finite number of 0 or more",
         )
         check_cut(self.budget, self.verify, self.layer_budgets)
+        _check(
+            "max_loss",
+            self.max_loss,
+            lambda v: v is None or (_is_number(v) and 0 < v < math.inf),
+            "a number above 0, or None",
+        )
+        if self.max_loss is not None and self.budget is not None:
+            raise ConfigError(
+                f"max_loss is {self.max_loss}, which chooses a budget, and budget is {self.budget}; "
+                "leave one of them out"
+            )
+        if self.max_loss is None and self.max_loss_domain is not None:
+            raise ConfigError(
+                f"max_loss_domain is {self.max_loss_domain!r}, which has no effect without max_loss; "
+                "give it as well, or leave the other out"
+            )
+
+    @property
+    def cuts(self) -> bool:
+        """Whether sets are cut anew, for which an artifact's centroids are needed."""
+        wanted = (self.budget, self.max_loss, self.verify, self.layer_budgets or None)
+        return any(value is not None for value in wanted)
 
     def with_options(self, options: dict[str, Any]) -> SparseConfig:
         """Return a copy with some fields changed.

@@ -144,7 +144,6 @@ def _hub_records(source: DataSource, split: str) -> Iterator[Record]:
         first_line = next((line for line in str(error).splitlines() if line.strip()), "no details")
         reason = hub_failure(error) or f"{type(error).__name__}: {first_line}"
         raise DataError(
-            f"{where} could not be read from the Hub ({reason}). Check the "
-            "name and the network, or give a local .txt or .jsonl file, or 'pydoc' or 'stdlib', which need no "
-            "network"
+            f"{where} could not be read from the Hub ({reason}). Check the name and the network, or "
+            "give a local .txt or .jsonl file, or 'pydoc' or 'stdlib', which need no network"
         ) from error

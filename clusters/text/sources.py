@@ -163,8 +163,8 @@ def check_source(source: DataSource) -> None:
     if not source.is_local:
         if name in RECIPES:
             raise DataError(
-                f"data source {shown(name)} stands for several texts to calibrate on; expected a single "
-                "one here"
+                f"data source {shown(name)} stands for several texts to calibrate on; expected "
+                "one text here"
             )
         if "/" not in name and name not in (*HUB_DATA, *BUILT_IN):
             raise DataError(

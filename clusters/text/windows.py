@@ -25,15 +25,19 @@ _HELD_OUT_SHARE = 0.2
 
 @dataclass(frozen=True)
 class CalibrationText:
-    """Calibration windows, shuffled.
+    """Calibration windows, shuffled so that the last ones are of every source, as all are.
 
     Attributes:
         windows: token ids [W, window] int64.
+        domains: number of each window's source [W] int64.
+        names: of the sources, each once.
         record: as JSON: of each source its name and options as the user wrote them, tokens and a
             sketch of its text (see :func:`overlap`); a hash over all ids.
     """
 
     windows: Tensor
+    domains: Tensor
+    names: tuple[str, ...]
     record: dict[str, Any]
 
 
@@ -170,11 +174,14 @@ def calibration_windows(
         ids = ids[: count * window]
         windows.append(ids.view(count, window))
         records.append(_record(source, split, source.weight / total_weight, ids))
-    together = torch.cat(windows)
-    order = torch.randperm(len(together), generator=torch.Generator().manual_seed(seed))
-    together = together[order]
+    counts = [len(own) for own in windows]
+    order = _spread(counts, torch.Generator().manual_seed(seed))
+    together = torch.cat(windows)[order]
+    domains = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))[order]
     return CalibrationText(
         together,
+        domains,
+        _names(sources),
         {
             "sources": records,
             "tokens": together.numel(),
@@ -182,6 +189,26 @@ def calibration_windows(
             "sha256": hashlib.sha256(together.numpy().tobytes()).hexdigest(),
         },
     )
+
+
+def _spread(counts: Sequence[int], generator: torch.Generator) -> Tensor:
+    """A shuffled order of the windows in which each source's are spread evenly [W]."""
+    shuffled, places = [], []
+    first = 0
+    for count in counts:
+        shuffled.append(first + torch.randperm(count, generator=generator))
+        places.append((torch.arange(count) + 0.5) / count)
+        first += count
+    return torch.cat(shuffled)[torch.cat(places).argsort(stable=True)]
+
+
+def _names(sources: Sequence[DataSource]) -> tuple[str, ...]:
+    """Names of sources, numbered where one comes again."""
+    names: list[str] = []
+    for source in sources:
+        before = sum(other.name == source.name for other in sources[: len(names)])
+        names.append(source.name if before == 0 else f"{source.name} ({before + 1})")
+    return tuple(names)
 
 
 def hold_out(

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.context import BuildContext, timed
@@ -21,17 +20,14 @@ from sparse_runtime.clusters.tuning.distill import (
     held_out_divergence,
     reserved,
 )
+from sparse_runtime.clusters.tuning.held_out import CutMeasurer, HeldOutText
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import DenseStates
-from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.files import write_json
-from sparse_runtime.models.ffn_layers import decoder_of
 from sparse_runtime.progress import ProgressReporter
 
 #: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
 LOOP_TOKENS = 4096
-# Bound on what is found in the loop to be read beyond the budget.
-_MOST_EXCESS = 0.05
 
 
 def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet, dict[str, Any]]:
@@ -50,8 +46,11 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
             figures["loop_weights"] = _loop_weights(context, recut(model, clusters, **options))
         weights = {int(index): weight for index, weight in figures["loop_weights"].items()}
         clusters = scaled(clusters, weights)
-    held_out = context.held_out_windows[:count]
-    clusters = _with_excess(model, clusters, held_out, options)
+    text = _held_out_text(context)
+    first = text.first(count)
+    measurer = CutMeasurer(model, text, config.verify, context.progress)
+    # Compensation fits the cut that it is tuned at.
+    clusters = replace(measurer, text=first).measured_once(clusters)
     if config.distill:
         with timed(context.times, "distill"):
             clusters, figures["tuning"] = tune(
@@ -59,28 +58,25 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
                 clusters,
                 lambda uncut: recut(model, uncut, **options),
                 context.fit_windows,
-                held_out,
+                first.windows,
                 Distillation(config.distill, config.correction_rank, seed=config.seed),
                 dense_states=_dense_states(context),
                 state_file=context.work / "distill.safetensors",
                 progress=context.progress,
             )
-        if figures["tuning"]["kept"]:
-            clusters = _with_excess(model, clusters, held_out, options)
+    with timed(context.times, "measure"):
+        clusters = measurer.measured(clusters)
     return recut(model, clusters, **options), figures
 
 
-def _with_excess(
-    model: Any, clusters: ClusterSet, held_out: Tensor, options: dict[str, Any]
-) -> ClusterSet:
-    """An artifact that aims lower by what held-out text reads beyond its budget.
-
-    Found before anything is tuned, as compensation fits the cut that it was tuned at; and once more
-    after it, as other states ask for other neurons.
-    """
-    share = cost_share_in_loop(model, recut(model, clusters, **options), held_out)
-    excess = clusters.excess + share - options["budget"]
-    return replace(clusters, excess=min(max(excess, -_MOST_EXCESS), _MOST_EXCESS))
+def _held_out_text(context: BuildContext) -> HeldOutText:
+    dense_states, before = _dense_states(context), len(context.fit_windows)
+    return HeldOutText(
+        context.held_out_windows,
+        context.held_out_domains,
+        context.domain_names,
+        lambda numbers: dense_states(numbers + before),
+    )
 
 
 def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:
@@ -177,22 +173,3 @@ def tuning_line(record: dict[str, Any]) -> str:
         f"tuning: not kept, as it did not help: {what} {before:.4f} without it, {after:.4f} at best "
         f"in {record['steps']} steps"
     )
-
-
-def cost_share_in_loop(model: Any, clusters: ClusterSet, windows: Tensor) -> float:
-    """Cost share of text with every token sparse, as of bfloat16 weights.
-
-    Args:
-        model: a dense causal language model; dense again when this returns.
-        clusters: cut for a budget.
-        windows: token ids [W, window] int64 that nothing was fitted on.
-    """
-    sparsify(model, clusters, backend="reference", prefill="sparse")
-    try:
-        decoder = decoder_of(model)
-        with torch.inference_mode():
-            for window in windows.split(1):
-                decoder(input_ids=window.to(model.device), use_cache=False)
-        return count_cost(sparse_modules(model), element_size=2).cost_share
-    finally:
-        unsparsify(model)

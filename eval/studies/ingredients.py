@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import fmean
 from typing import Any
 
 from torch import Tensor
@@ -19,7 +20,8 @@ from sparse_runtime.clusters.build import build_clusters, num_fit_tokens
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.text import DataSource, calibration_windows
 from sparse_runtime.clusters.tuning.distill import Distillation
-from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS, cost_share_in_loop, tune
+from sparse_runtime.clusters.tuning.held_out import sparse_runs
+from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS, tune
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
 from sparse_runtime.eval.quality.rows import Protocol, distance, reading
@@ -157,7 +159,7 @@ class _Base:
         distillation = Distillation(
             settings.distill, settings.correction_rank, step_tokens, seed=config.seed
         )
-        return cls(model, replace(clusters, excess=0.0), fit, held_out, distillation, progress)
+        return cls(model, replace(clusters, measured=None), fit, held_out, distillation, progress)
 
     def with_ingredients(self, parts: Ingredients) -> ClusterSet:
         """An artifact with some ingredients, cut to read its budget on held-out text."""
@@ -195,7 +197,8 @@ class _Base:
                 settings,
                 progress=self.progress,
             )
-        share = cost_share_in_loop(self.model, cut(clusters, budget), self.held_out_windows[:count])
+        windows = self.held_out_windows[:count]
+        share = fmean(share for share, _ in sparse_runs(self.model, cut(clusters, budget), windows))
         return cut(clusters, 2 * budget - share)
 
 

@@ -19,6 +19,7 @@ from sparse_runtime.artifact.format import (
     CLUSTERS_FILE,
     CONFIG_FILE,
     CONFIG_KEYS,
+    CONFIG_KEYS_4,
     FILE_KEYS,
     FILES,
     FINGERPRINT_KEYS,
@@ -34,6 +35,7 @@ from sparse_runtime.artifact.format import (
     sizes_of,
     whole,
 )
+from sparse_runtime.artifact.measured import MeasuredCuts
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError
 from sparse_runtime.files import finite
 from sparse_runtime.models.fingerprint import decode_weights
@@ -61,7 +63,9 @@ class ExpectedTensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read an artifact's ``config.json`` and check it; one of format 1 is given in today's form.
+    """Read an artifact's ``config.json`` and check it; older formats are given in today's form.
+
+    ``measured`` is a ``MeasuredCuts`` or None.
 
     Raises:
         ArtifactVersionError: written in a newer format.
@@ -87,7 +91,7 @@ def read_config(folder: Path) -> dict[str, Any]:
             f"{file}: key 'format' is {shown(found)}, expected {FORMAT!r}: this folder is something "
             "else than a cluster artifact"
         )
-    version = config.get("format_version")
+    version: Any = config.get("format_version")
     if not whole(1, FORMAT_VERSION).accepts(version):
         writer = config.get("library_version")
         raise ArtifactVersionError(
@@ -100,7 +104,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     if version == 1:
         _note_version_1(folder)
         config["fingerprint"] = _from_version_1(config["fingerprint"])
-    config["budget"], config["excess"] = float(config["budget"]), float(config["excess"])
+    config["budget"] = float(config["budget"])
+    if version <= 4:
+        config["measured"] = MeasuredCuts.from_excess(float(config.pop("excess")))
+    elif config["measured"] is not None:
+        config["measured"] = MeasuredCuts.from_record(config["measured"])
     return config
 
 
@@ -110,15 +118,15 @@ def check_config(file: Path, config: dict[str, Any]) -> None:
     Raises:
         ArtifactError: a key is missing, is not expected or has a value that cannot be.
     """
-    _check_keys(file, config, CONFIG_KEYS, "")
+    version = config["format_version"]
+    _check_keys(file, config, CONFIG_KEYS_4 if version <= 4 else CONFIG_KEYS, "")
     fingerprint = config["fingerprint"]
-    if config["format_version"] == 1:
+    if version == 1:
         _check_keys(file, fingerprint, FINGERPRINT_KEYS_1, "fingerprint.")
         indices: Any = range(fingerprint["num_layers"])
     else:
         _check_fingerprint(file, fingerprint)
         indices = fingerprint["layers"]
-    version = config["format_version"]
     keys = {name: key.kind for name, key in LAYER_KEYS.items() if key.since <= version}
     seen: set[int] = set()
     for number, entry in enumerate(config["layers"]):

@@ -49,6 +49,7 @@ from sparse_runtime.artifact.layer_clusters import (
     layer_from_tensors,
     layer_tensors,
 )
+from sparse_runtime.artifact.measured import LossBudget, MeasuredCuts
 from sparse_runtime.errors import (
     ArtifactError,
     ConfigError,
@@ -118,8 +119,8 @@ class ClusterSet:
         layers: layer index -> clusters and router.
         fingerprint: of the model it was built for, see ``model_fingerprint``.
         budget: cost share that the sets were cut for.
-        excess: cost share that held-out text was found to read beyond what a cut expects;
-            :func:`sparse_runtime.recut` aims so much lower.
+        measured: what cuts for several budgets read and lost on held-out text of each domain;
+            :func:`sparse_runtime.recut` aims by it. None where none was measured.
         build: how it was built: method and its settings, data with token counts, seed, budget and
             the figures reached. Free-form JSON; nothing at run time depends on it.
         unread_centroids: set by :meth:`from_pretrained` where it left centroids alone, so that saving
@@ -129,7 +130,7 @@ class ClusterSet:
     layers: dict[int, LayerClusters]
     fingerprint: dict[str, Any]
     budget: float
-    excess: float = 0.0
+    measured: MeasuredCuts | None = None
     build: dict[str, Any] = field(default_factory=dict)
     unread_centroids: UnreadCentroids | None = None
 
@@ -156,6 +157,13 @@ class ClusterSet:
     def verified(self) -> bool:
         """Whether a layer has neurons that looks decide on."""
         return any(layer.maybe_sets is not None for layer in self.layers.values())
+
+    def budget_for(self, max_loss: float, domain: str | None = None) -> LossBudget:
+        """The least budget whose loss on held-out text was at most ``max_loss`` when it was built.
+
+        See :meth:`MeasuredCuts.budget_for`, for what is raised too. Other text may lose more.
+        """
+        return (self.measured or MeasuredCuts((), ())).budget_for(max_loss, domain)
 
     @property
     def num_bytes(self) -> int:
@@ -225,7 +233,7 @@ class ClusterSet:
         config = self._config(with_centroids, kept)
         # All is checked before anything is written: a set that is wrong costs nobody an artifact.
         check_config(path / CONFIG_FILE, {**config, "files": {CLUSTERS_FILE: _NO_RECORD}})
-        config["budget"], config["excess"] = float(config["budget"]), float(config["excess"])
+        config["budget"] = float(config["budget"])
         files = {}
         for name in (CLUSTERS_FILE, CENTROIDS_FILE):
             if name == CLUSTERS_FILE or with_centroids:
@@ -312,7 +320,7 @@ class ClusterSet:
             layers=layers,
             fingerprint=config["fingerprint"],
             budget=config["budget"],
-            excess=config["excess"],
+            measured=config["measured"],
             build=config["build"],
             unread_centroids=unread,
         )
@@ -394,7 +402,7 @@ class ClusterSet:
             "library_version": __version__,
             "fingerprint": self.fingerprint,
             "budget": self.budget,
-            "excess": self.excess,
+            "measured": None if self.measured is None else self.measured.record(),
             "layers": self._entries(with_centroids, kept),
             "files": {},
             "build": finite(self.build),
@@ -404,7 +412,7 @@ class ClusterSet:
         except (TypeError, ValueError, RecursionError) as error:
             raise ArtifactError(
                 f"the artifact cannot be written as JSON: {error}; expected nothing but JSON values in "
-                "build and fingerprint, and numbers as budget and excess"
+                "build and fingerprint, and numbers as budget and measured shares"
             ) from error
 
     def _tensors(self, name: str) -> Iterator[tuple[str, torch.dtype, Tensor]]:

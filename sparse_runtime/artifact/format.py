@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 
+from sparse_runtime.artifact.measured import MeasuredCuts
 from sparse_runtime.cost import packed_size
 from sparse_runtime.kernels.planes import PLANE_BITS
 
 FORMAT = "sparse_runtime.clusters"
 #: Written; versions from 1 on are read.
-FORMAT_VERSION = 4
+FORMAT_VERSION = 5
 CONFIG_FILE = "config.json"
 CLUSTERS_FILE = "clusters.safetensors"
 CENTROIDS_FILE = "centroids.safetensors"
@@ -103,16 +104,25 @@ TAU = Kind(
     lambda value: value is None or (_is_number(value) and 1 <= value < math.inf),
 )
 
+MEASURED = Kind(
+    "an object of domains, their tokens and the cuts measured on them, or null",
+    lambda value: value is None or MeasuredCuts.is_record(value),
+)
+
 CONFIG_KEYS: dict[str, Kind] = {
     "format": TEXT,
     "format_version": whole(1),
     "library_version": TEXT,
     "fingerprint": OBJECT,
     "budget": BUDGET,
-    "excess": EXCESS,
+    "measured": MEASURED,
     "layers": list_of(OBJECT),
     "files": OBJECT,
     "build": OBJECT,
+}
+#: Of versions 1 to 4.
+CONFIG_KEYS_4 = {name: kind for name, kind in CONFIG_KEYS.items() if name != "measured"} | {
+    "excess": EXCESS
 }
 
 _MODEL_KEYS: dict[str, Kind] = {

@@ -73,7 +73,9 @@ def recut(
         budget = sum(parts[index].dense_bytes * share for index, share in own.items()) / whole
     budget = clusters.budget if budget is None else budget
     common = [part for index, part in parts.items() if index not in own]
-    aim = budget - _excess(clusters, budget)
+    aim = budget
+    if clusters.measured is not None:
+        aim = clusters.measured.aim_for(budget, _range(list(parts.values()))[1])
     rest = _rest(parts, own, aim) if common else 0.0
     price = _price(common, rest) if common else 0.0
     layers = {
@@ -91,9 +93,21 @@ def _rest(parts: Mapping[int, _Part], own: Mapping[int, float], aim: float) -> f
     return (aim * whole - taken) / left
 
 
-def _excess(clusters: ClusterSet, budget: float) -> float:
-    """What a cut is to aim below a budget; nothing is in excess of all neurons or of none."""
-    return clusters.excess * min(1.0, 2 * (1 - budget), 4 * budget)
+def share_range(model: nn.Module, clusters: ClusterSet, *, verify: bool) -> tuple[float, float]:
+    """Cost shares of all layers together with no neuron computed, and with all, which need no router.
+
+    Args:
+        model: the model that the artifact was built for.
+        clusters: with the layers' centroids.
+        verify: with or without a band of neurons that looks decide on.
+    """
+    return _range(list(_parts(model, clusters, verify).values()))
+
+
+def _range(parts: Sequence[_Part]) -> tuple[float, float]:
+    dense_bytes = sum(part.dense_bytes for part in parts)
+    least = sum(part.dense_bytes * part.least_share for part in parts)
+    return least / dense_bytes, sum(part.whole_bytes for part in parts) / dense_bytes
 
 
 def price_for(model: nn.Module, clusters: ClusterSet, budget: float, *, verify: bool) -> float:
@@ -161,9 +175,14 @@ class _Part:
         return self._cost.dense_bytes
 
     @property
+    def whole_bytes(self) -> int:
+        """What all neurons read, which need no router."""
+        return self._cost.whole_bytes
+
+    @property
     def _whole_share(self) -> float:
         """Cost share of all neurons, which need no router."""
-        return self._cost.whole_bytes / self._cost.dense_bytes
+        return self.whole_bytes / self.dense_bytes
 
     @property
     def least_share(self) -> float:
@@ -237,7 +256,7 @@ class _Part:
 def _price(parts: Sequence[_Part], share: float) -> float:
     """The least price at which the layers' expected cost share together is at most ``share``."""
     whole = sum(part.dense_bytes for part in parts)
-    least = sum(part.dense_bytes * part.least_share for part in parts) / whole
+    least, _ = _range(parts)
     if share <= least:
         raise ConfigError(
             f"the budget leaves {share:.3f} of the FFN for each layer, but router, bias and bitmaps "

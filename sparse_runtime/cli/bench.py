@@ -10,8 +10,8 @@ import typer
 
 from sparse_runtime.api import sparse_modules, sparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     BudgetOption,
@@ -24,7 +24,6 @@ from sparse_runtime.cli.options import (
     TauOption,
     WeightsOption,
     check_stages,
-    cuts,
     plane_options,
 )
 from sparse_runtime.cli.progress import RichProgress
@@ -63,6 +62,8 @@ def bench(
     tau: TauOption = None,
     ramp: RampOption = None,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     verify: Annotated[
         bool | None,
         typer.Option(
@@ -97,13 +98,15 @@ def bench(
     """
     sizes = [] if batches is None else parse_numbers("--batches", batches, int, POSITIVE)
     planes = _planes(device, plane_options(weights, linear_weights, tau, ramp))
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
     if shape is not None:
         if model is not None or clusters is not None or revision is not None:
             raise ConfigError(
                 "--shape makes its own model and clusters; leave out MODEL, --clusters and --revision"
             )
-        if budget is not None:
-            raise ConfigError("--budget cuts an artifact's sets; --shape takes --density")
+        if budget is not None or max_loss is not None:
+            option = "--max-loss" if budget is None else "--budget"
+            raise ConfigError(f"{option} cuts an artifact's sets; --shape takes --density")
         densities = parse_numbers("--density", density or "0.5", float, DENSITY)
         loaded, artifacts = _of_shape(
             shape, layers, densities, parse_dtype(dtype), looks=bool(verify)
@@ -114,14 +117,14 @@ def bench(
         for option, value in (("--layers", layers), ("--density", density)):
             if value is not None:
                 raise ConfigError(f"{option} is for --shape, and MODEL is given; leave it out")
-        loaded, artifact = _of_artifact(model, clusters, revision, budget, verify, dtype, device)
+        loaded, artifact = _of_artifact(model, clusters, revision, cut, dtype, device)
         artifacts = [artifact]
     check_stages(loaded, planes)
     options: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens}
     options |= {"repeats": repeats, "batches": sizes, "planes": planes}
     figures = _timed(shape or str(model), loaded, artifacts, device, options)
     record: dict[str, Any] = {"model": shape or model, "clusters": clusters, "planes": planes}
-    record |= {"budget": budget, "verify": verify}
+    record |= {"budget": budget, "max_loss": max_loss, "verify": verify}
     write_figures(json_file, record | figures)
 
 
@@ -183,17 +186,15 @@ def _of_artifact(
     name: str,
     clusters: str,
     revision: str | None,
-    budget: float | None,
-    verify: bool | None,
+    cut: Cut,
     dtype: str,
     device: str | None,
 ) -> tuple[Any, ClusterSet]:
     """A model, and an artifact as users hold it who generate: without centroids."""
-    cut = cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
+    artifact = cut.load(clusters, revision)
     model, _ = load_model(name, dtype=parse_dtype(dtype), device=device)
-    if cut:
-        artifact = recut(model, artifact, budget=budget, verify=verify)
+    if cut.wanted:
+        artifact = cut.of(model, artifact)
         for layer in artifact.layers.values():
             layer.centroids = None
     return model, artifact

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.comparison import CALIBRATION_TOKENS, Comparison
 from sparse_runtime.cli.console import err
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -29,7 +29,6 @@ from sparse_runtime.cli.options import (
     WeightsOption,
     WindowOption,
     check_stages,
-    cuts,
     plane_options,
     resolve_dtype,
 )
@@ -119,6 +118,8 @@ def evaluate(
     ] = 0,
     prompt_tokens: PromptTokensOption = 0,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     revision: RevisionOption = None,
     budgets: BudgetsOption = None,
     weights: WeightsOption = None,
@@ -140,6 +141,7 @@ def evaluate(
     from sparse_runtime.eval.quality.rows import Protocol
 
     check_windows(window, stride or window, prompt_tokens)
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
     asked = Comparison(
         budget,
         None if budgets is None else parse_numbers("--budgets", budgets, float, SHARE),
@@ -150,11 +152,14 @@ def evaluate(
         calibration_tokens,
         window,
     )
+    if asked.wanted and max_loss is not None:
+        raise ConfigError(
+            "--max-loss chooses one budget, and --budgets and --baselines compare several; leave it out"
+        )
     check_windows_fit(window, {"--max-tokens": max_tokens})
     sources = [(spec, judged_source(spec)) for spec in data or ["wikitext2"]]
     planes = plane_options(weights, None, tau, ramp)
-    centroids = asked.wanted or cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
+    artifact = cut.load(clusters, revision, centroids=asked.wanted)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
     asked.check_model(model, loaded)
@@ -170,9 +175,7 @@ def evaluate(
         options: dict[str, Any] = {"planes": planes, "verify": verify, "protocol": protocol}
         record |= asked.run(loaded, tokenizer, artifact, texts, **options)
     else:
-        if centroids:
-            artifact = recut(loaded, artifact, budget=budget, verify=verify)
-        record |= _on_texts(loaded, artifact, texts, protocol, planes, floats)
+        record |= _on_texts(loaded, cut.of(loaded, artifact), texts, protocol, planes, floats)
     write_figures(json_file, {**record, "host": host_record(loaded.device)})
 
 

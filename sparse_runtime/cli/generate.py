@@ -9,8 +9,8 @@ from rich.markup import escape
 from transformers import TextStreamer
 
 from sparse_runtime.api import sparsify
-from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import note, out
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.generation import (
     WARM_UP_TOKENS,
@@ -34,7 +34,6 @@ from sparse_runtime.cli.options import (
     VerifyOption,
     WeightsOption,
     check_stages,
-    cuts,
     plane_options,
     resolve_dtype,
 )
@@ -78,6 +77,8 @@ def generate(
     tau: TauOption = None,
     ramp: RampOption = None,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     verify: VerifyOption = None,
     revision: RevisionOption = None,
     dtype: DtypeOption = "bfloat16",
@@ -93,13 +94,14 @@ def generate(
     if not prompt:
         raise ConfigError("--prompt is empty; expected some text")
     planes = plane_options(weights, linear_weights, tau, ramp)
-    centroids = cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
+    artifact = cut.load(clusters, revision)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     fast_attention(loaded)
     check_stages(loaded, planes)
     inputs = encode_prompt(tokenizer, prompt, raw=raw)
     ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
+    budget = cut.budget_in(artifact)
     sparsify(loaded, artifact, budget=budget, verify=verify, **ways, **planes)
     options: dict[str, Any] = {"temperature": temperature, "seed": seed}
     options["max_new_tokens"] = max_new_tokens

@@ -173,11 +173,6 @@ def check_stages(model: nn.Module, planes: dict[str, Any]) -> None:
             raise ConfigError(f"--{name} has no effect on float weights; give --weights as well")
 
 
-def cuts(budget: float | None, verify: bool | None) -> bool:
-    """Whether ``--budget`` or ``--verify`` has the sets cut anew, for which centroids are loaded."""
-    return budget is not None or verify is not None
-
-
 def resolve_dtype(text: str, device: str | None) -> torch.dtype:
     """The dtype of ``--dtype``; ``auto`` is what the device computes in."""
     if text != "auto":

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 import typer
 from rich.table import Table
 
-from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -33,7 +32,6 @@ from sparse_runtime.cli.options import (
     WeightsOption,
     WindowOption,
     check_stages,
-    cuts,
     plane_options,
     resolve_dtype,
 )
@@ -286,6 +284,8 @@ def tasks(
     tau: TauOption = None,
     ramp: RampOption = None,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     revision: RevisionOption = None,
     verify: VerifyOption = None,
     dtype: AutoDtypeOption = "auto",
@@ -302,12 +302,11 @@ def tasks(
     for spec in task:
         check_task(spec)
     planes = plane_options(weights, linear_weights, tau, ramp)
-    cut = cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
+    artifact = cut.load(clusters, revision)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
-    if cut:
-        artifact = recut(loaded, artifact, budget=budget, verify=verify)
+    artifact = cut.of(loaded, artifact)
     result = evaluate_tasks(
         loaded,
         tokenizer,

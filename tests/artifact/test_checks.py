@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import cuttable_cluster_set, make_tiny_model
+from helpers import cuttable_cluster_set, make_tiny_model, measured_cuts
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
@@ -31,7 +31,9 @@ from sparse_runtime.errors import ArtifactError, ArtifactVersionError
 def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("artifact")
     model = make_tiny_model()
-    recut(model, cuttable_cluster_set(model), budget=0.5, verify=True).save_pretrained(path)
+    clusters = recut(model, cuttable_cluster_set(model), budget=0.5, verify=True)
+    clusters.measured = measured_cuts((0.4, 0.42, 0.2), (0.5, 0.53, 0.1))
+    clusters.save_pretrained(path)
     return path
 
 
@@ -80,8 +82,14 @@ INF, NAN = float("inf"), float("nan")
         (["budget"], INF, "'budget' is inf"),
         (["budget"], True, "'budget' is True"),
         (["budget"], 10**40, "'budget' is 1000"),
-        (["excess"], NAN, "'excess' is nan"),
-        (["excess"], "0", "'excess' is '0'"),
+        (["measured"], 0.02, "'measured' is 0.02, expected an object of domains"),
+        (["measured", "cuts", 0, "aim"], NAN, "'measured' is {"),
+        (["measured", "cuts", 0, "shares"], [0.5], "'measured' is {"),
+        (["measured", "cuts", 0, "kl"], None, "'measured' is {"),
+        (["measured", "cuts", 1, "aim"], 0.2, "'measured' is {"),
+        (["measured", "domains"], ["prose", "prose"], "'measured' is {"),
+        (["measured", "tokens"], [1024, -1], "'measured' is {"),
+        (["excess"], 0.02, "'excess' is not expected"),
         (["library_version"], 5, "'library_version' is 5"),
         (["build"], [], r"'build' is \[\], expected an object"),
         (["layers"], [], r"'layers' is \[\]"),

@@ -94,7 +94,7 @@ def test_damaged_centroids(folder):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=5), "'format_version' is 5"),
+        (lambda c: c.update(format_version=6), "'format_version' is 6"),
         (lambda c: c.update(format="something"), "'format' is 'something'"),
         (lambda c: c["fingerprint"].pop("hidden_size"), r"fingerprint\.hidden_size"),
         (lambda c: c["layers"][1].update(num_clusters="6"), r"layers\[1\]\.num_clusters' is '6'"),

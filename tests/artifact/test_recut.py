@@ -17,6 +17,7 @@ from sparse_runtime import (
     unsparsify,
 )
 from sparse_runtime.artifact.bands import LayerCentroids, StageCosts, cut_bands
+from sparse_runtime.artifact.measured import MeasuredCut, MeasuredCuts
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.ffn.counts import read_counts
 from sparse_runtime.ffn.plane_packing import pack_model
@@ -315,13 +316,13 @@ def test_packed_models_are_cut_by_what_planes_cost(tiny_model, clusters, bits, t
         assert 0 < counts.looked_at == counts.computed == counts.refined
 
 
-def test_excess_lowers_the_aim(tiny_model, clusters, tmp_path):
+def test_measured_cuts_tell_where_to_aim(tiny_model, clusters, tmp_path):
     """A cut aims below the budget by what text was found to read beyond it, and 1 stays 1."""
     lower = recut(tiny_model, clusters, budget=0.45, verify=False)
-    clusters.excess = 0.05
+    clusters.measured = MeasuredCuts(("text",), (64,), (MeasuredCut(0.45, (0.5,)),))
     clusters.save_pretrained(tmp_path)
     loaded = ClusterSet.from_pretrained(tmp_path, centroids=True)
-    assert loaded.excess == 0.05
+    assert loaded.measured == clusters.measured
     cut = recut(tiny_model, loaded, budget=0.5, verify=False)
     assert cut.budget == 0.5
     for index, layer in cut.layers.items():

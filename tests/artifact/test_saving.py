@@ -19,7 +19,13 @@ import sparse_runtime.artifact.cluster_set as cluster_set_module
 import sparse_runtime.artifact.folders as folders
 from sparse_runtime import ClusterSet, recut, sparsify
 from sparse_runtime.artifact.checks import _note_version_1
-from sparse_runtime.artifact.format import CENTROIDS_FILE, CLUSTERS_FILE, CONFIG_FILE
+from sparse_runtime.artifact.format import (
+    CENTROIDS_FILE,
+    CLUSTERS_FILE,
+    CONFIG_FILE,
+    FORMAT_VERSION,
+)
+from sparse_runtime.artifact.measured import MeasuredCut, MeasuredCuts
 from sparse_runtime.errors import (
     ArtifactError,
     ConfigError,
@@ -56,12 +62,13 @@ def folder(clusters, tmp_path):
 @pytest.mark.parametrize("budget", [1, 0.5, np.float32(0.5), np.int64(1), torch.tensor(0.25)])
 def test_numbers_of_any_kind_are_read_back(tiny_model, tmp_path, clusters, budget):
     clusters.budget = budget
-    clusters.excess = 0
+    clusters.measured = MeasuredCuts(("text",), (8,), (MeasuredCut(budget, (budget,)),))
     clusters.build = {"score": np.float64(0.5), "nothing": float("nan"), "pair": (1, 2)}
     clusters.save_pretrained(tmp_path / "a")
     loaded = ClusterSet.from_pretrained(tmp_path / "a")
     assert loaded.budget == float(budget)
-    assert type(loaded.budget) is type(loaded.excess) is float
+    assert type(loaded.budget) is type(loaded.measured.cuts[0].aim) is float
+    assert loaded.measured.cuts == (MeasuredCut(float(budget), (float(budget),)),)
     assert loaded.build == {"score": 0.5, "nothing": None, "pair": [1, 2]}
 
 
@@ -287,6 +294,7 @@ class TestFormat1:
         _note_version_1.cache_clear()
         config["format_version"] = 1
         config["budget"] = 1  # written so by version 1, and refused by it
+        config["excess"] = config.pop("measured") or 0.0
         config["fingerprint"] = {
             "model_type": fingerprint["model_type"],
             "hidden_size": 32,
@@ -328,7 +336,7 @@ class TestFormat1:
     def test_is_written_in_the_newest_format_with_its_own_fingerprint(self, old, tiny_model):
         ClusterSet.from_pretrained(old).save_pretrained(old)
         config = read_config(old)
-        assert config["format_version"] == 4
+        assert config["format_version"] == FORMAT_VERSION
         assert CENTROIDS_FILE in config["files"]
         loaded = ClusterSet.from_pretrained(old, centroids=True)
         loaded.check_model(tiny_model)

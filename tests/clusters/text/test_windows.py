@@ -146,7 +146,7 @@ def test_pydoc_has_two_splits(tiny_tokenizer):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("wikitext3", "'wikitext3' is not known.*wikitext2, c4, pydoc, self"),
+        ("wikitext3", "'wikitext3' is not known.*wikitext2, c4, pydoc, stdlib, self, general"),
         ("missing.txt", "there is no such file"),
         ("/", "is a folder"),
         ("wikitext2", "HF_HUB_OFFLINE is set.*local .txt"),
