@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Annotated, Any
 
 import torch
@@ -124,8 +125,7 @@ def bench(
     options |= {"repeats": repeats, "batches": sizes, "planes": planes}
     figures = _timed(shape or str(model), loaded, artifacts, device, options)
     record: dict[str, Any] = {"model": shape or model, "clusters": clusters, "planes": planes}
-    record |= {"budget": budget, "max_loss": max_loss, "verify": verify}
-    write_figures(json_file, record | figures)
+    write_figures(json_file, {**record, **asdict(cut), **figures})
 
 
 def _planes(device: str | None, planes: dict[str, Any]) -> dict[str, Any]:
