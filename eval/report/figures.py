@@ -127,6 +127,11 @@ PAPER = {
     "model?": str,
     "host": HOST,
 }
+#: A dense and a sparse model's figure, and their difference, each with its standard error.
+BESIDE = (
+    *("dense", "dense_error", "sparse", "sparse_error"),
+    *("difference", "difference_error"),
+)
 TASKS = {
     "cost_share": float,
     "rows": Rows(
@@ -134,7 +139,7 @@ TASKS = {
             "task": str,
             "metric": str,
             "documents": int,
-            **dict.fromkeys(("dense", "dense_error", "sparse", "sparse_error"), _MAYBE),
+            **dict.fromkeys(BESIDE, _MAYBE),
         }
     ),
     "model?": str,

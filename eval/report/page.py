@@ -10,6 +10,7 @@ from typing import Any
 
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.drawing import Plot
+from sparse_runtime.eval.report.figures import BESIDE
 from sparse_runtime.eval.report.plots import make_plots
 from sparse_runtime.eval.report.run_folder import (
     RunFolder,
@@ -23,6 +24,8 @@ from sparse_runtime.files import atomic_path, write_output
 
 #: Beside the page: every figure as PNG and SVG.
 FIGURES_FOLDER = "figures"
+# Of the columns BESIDE.
+_BESIDE = ("dense", "±", "sparse", "±", "sparse − dense", "±")
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -172,10 +175,11 @@ def _tables(run: RunFolder) -> list[Section]:
         sections.append(Section("coverage-table", title, tables=[table]))
     tasks = run.figures.get("tasks")
     if tasks is not None:
-        header = ["task", "metric", "documents", "dense", "±", "sparse", "±"]
-        keys = ("task", "metric", "documents", "dense", "dense_error", "sparse", "sparse_error")
+        header = ["task", "metric", "documents", *_BESIDE]
+        keys = ("task", "metric", "documents", *BESIDE)
         rows = [[row[key] for key in keys] for row in tasks["rows"]]
-        title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}"
+        title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}; errors are "
+        title += "standard errors over documents, of the difference paired"
         table = Table(title, header, rows)
         sections.append(Section("tasks", "Downstream tasks", tables=[table]))
     bench = run.figures.get("bench")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
+from sparse_runtime.eval.report.figures import BESIDE
 from sparse_runtime.eval.report.markdown import escaped, markdown_table, records_table, run_line
 from sparse_runtime.eval.report.run_folder import (
     CURVE_FILES,
@@ -53,7 +54,7 @@ def quality_markdown(run: RunFolder) -> str:
 _OTHERS = {
     "tasks": (
         "Downstream tasks (lm-eval)",
-        "task metric documents dense dense_error sparse sparse_error",
+        f"task metric documents {' '.join(BESIDE)}",
     ),
     "ablation": (
         "Ablations: held-out coverage, ids by a linear router",
