@@ -1,0 +1,251 @@
+"""``long``: distance by position, a needle in a long text, and what is written after a prompt."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.table import Table
+
+from sparse_runtime.artifact.build_record import within
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
+from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.figures import write_figures
+from sparse_runtime.cli.options import (
+    AutoDtypeOption,
+    BudgetOption,
+    ClustersOption,
+    DeviceOption,
+    JsonOption,
+    ModelArgument,
+    RampOption,
+    RevisionOption,
+    SeedOption,
+    TauOption,
+    VerifyOption,
+    WeightsOption,
+    WindowOption,
+    check_stages,
+    cuts,
+    plane_options,
+    resolve_dtype,
+)
+from sparse_runtime.cli.progress import RichProgress
+from sparse_runtime.cli.ranges import (
+    DEPTH,
+    NOT_NEGATIVE,
+    POSITIVE,
+    TWO_OR_MORE,
+    Range,
+    parse_numbers,
+)
+from sparse_runtime.cli.tables import shown, with_error
+from sparse_runtime.cli.texts import check_windows_fit, held_out, judged_source, warn_of_overlap
+from sparse_runtime.errors import ConfigError
+from sparse_runtime.models import load_model
+
+if TYPE_CHECKING:
+    from sparse_runtime.eval.long.study import LongStudy
+
+_PARTS = ("positions", "needle", "continuations")
+_NEW_TOKENS = Range("4 or more, as groups of 4 tokens are counted", lambda value: value >= 4)
+_ABOVE_ZERO = Range("more than 0", lambda value: 0 < value < float("inf"))
+
+
+def long(
+    model: ModelArgument,
+    clusters: ClustersOption,
+    data: Annotated[str, typer.Option(help="Held-out text.", metavar="SOURCE")] = "wikitext2",
+    parts: Annotated[
+        str, typer.Option(help=f"Some of {','.join(_PARTS)}, with commas.")
+    ] = ",".join(_PARTS),
+    max_tokens: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Tokens of text.")
+    ] = 65_536,
+    window: WindowOption = 8192,
+    prompt_tokens: Annotated[
+        int,
+        typer.Option(
+            callback=NOT_NEGATIVE.callback,
+            help="First tokens of each window that run dense and are not scored.",
+        ),
+    ] = 0,
+    lengths: Annotated[
+        str, typer.Option(help="Tokens of needle prompts, with commas.")
+    ] = "1024,4096",
+    depths: Annotated[
+        str, typer.Option(help="Shares of the text before the needle, with commas.")
+    ] = "0,0.5,1",
+    needles: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Of each length and depth.")
+    ] = 4,
+    prompts: Annotated[
+        int, typer.Option(callback=POSITIVE.callback, help="Prompts that are written on.")
+    ] = 16,
+    prompt_length: Annotated[
+        int, typer.Option(callback=TWO_OR_MORE.callback, help="Tokens of these prompts.")
+    ] = 64,
+    new_tokens: Annotated[
+        int, typer.Option(callback=_NEW_TOKENS.callback, help="Tokens of each continuation.")
+    ] = 256,
+    temperature: Annotated[
+        float, typer.Option(callback=_ABOVE_ZERO.callback, help="Of the sampled continuations.")
+    ] = 1.0,
+    seed: SeedOption = 0,
+    weights: WeightsOption = None,
+    tau: TauOption = None,
+    ramp: RampOption = None,
+    budget: BudgetOption = None,
+    revision: RevisionOption = None,
+    verify: VerifyOption = None,
+    dtype: AutoDtypeOption = "auto",
+    device: DeviceOption = None,
+    json_file: JsonOption = None,
+) -> None:
+    """Long contexts and texts, sparse beside dense: by position, a needle, and repetition."""
+    from sparse_runtime.eval.latency.host import host_record
+    from sparse_runtime.eval.long.study import (
+        Continuations,
+        LongStudy,
+        Needles,
+        check_context,
+        context_of,
+        evaluate_long,
+    )
+    from sparse_runtime.eval.quality.perplexity import check_windows
+
+    wanted = parts.split(",")
+    for name in wanted:
+        if name not in _PARTS:
+            raise ConfigError(f"--parts has {name!r}; expected some of {', '.join(_PARTS)}")
+    hidden = Needles(
+        tuple(parse_numbers("--lengths", lengths, int, POSITIVE)),
+        tuple(parse_numbers("--depths", depths, float, DEPTH)),
+        needles,
+    )
+    study = LongStudy(
+        window=window if "positions" in wanted else None,
+        prompt_tokens=prompt_tokens,
+        needles=hidden if "needle" in wanted else None,
+        continuations=(
+            Continuations(prompts, prompt_length, new_tokens, temperature)
+            if "continuations" in wanted
+            else None
+        ),
+        seed=seed,
+    )
+    check_windows(window, window, prompt_tokens)
+    _check_tokens(max_tokens, study)
+    source = judged_source(data)
+    planes = plane_options(weights, None, tau, ramp)
+    cut = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
+    loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    check_stages(loaded, planes)
+    check_context(study, context_of(loaded))
+    if cut:
+        artifact = recut(loaded, artifact, budget=budget, verify=verify)
+    tokens = held_out(source, tokenizer, max_tokens, loaded)
+    warn_of_overlap(data, tokens, within(artifact.build, "data"))
+    result = evaluate_long(
+        loaded, tokenizer, artifact, tokens, study, planes=planes, progress=RichProgress(err)
+    )
+    print_long(result)
+    record: dict[str, Any] = {"model": model, "clusters": clusters, "planes": planes}
+    record |= {"dtype": str(loaded.dtype).removeprefix("torch."), "data": data}
+    record |= {"tokens": len(tokens), "seed": seed, **result}
+    write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _check_tokens(max_tokens: int, study: LongStudy) -> None:
+    """Refuse ``--max-tokens`` below what the study needs. Raises ConfigError."""
+    if study.window is not None:
+        check_windows_fit(study.window, {"--max-tokens": max_tokens})
+    if max_tokens < study.least_tokens:
+        raise ConfigError(
+            f"--max-tokens is {max_tokens}; expected at least {study.least_tokens}, for the longest "
+            "needle prompt, and for all prompts with their continuations"
+        )
+
+
+def print_long(result: dict[str, Any]) -> None:
+    """Print the figures of ``evaluate_long``."""
+    if "positions" in result:
+        _print_positions(result["positions"])
+    if "needle" in result:
+        _print_needles(result["needle"]["rows"])
+    if "continuations" in result:
+        _print_continuations(result["continuations"])
+    out.print("[dim]± is the standard error, of differences and ratios paired[/dim]")
+
+
+def _print_positions(figures: dict[str, Any]) -> None:
+    rows = figures["rows"]
+    prompt = figures["prompt_tokens"]
+    after = f" after a dense prompt of {prompt}" if prompt else ""
+    table = Table(
+        *("position", "dense", "sparse", "÷ dense", "KL", "top-1"),
+        title=f"perplexity by position, {rows[0]['windows']} windows of {figures['window']}, every "
+        f"token sparse{after}, {figures['bits_per_weight']:.2f} bits per FFN weight",
+    )
+    for row in rows:
+        table.add_row(
+            f"{row['from']}–{row['to'] - 1}",
+            f"{row['dense']:.2f}",
+            f"{row['sparse']:.2f}",
+            with_error(row["ratio"], row["ratio_error"]),
+            with_error(row["kl"], row["kl_error"], digits=4),
+            f"{row['top1']:.3f}",
+        )
+    out.print(table)
+
+
+def _print_needles(rows: list[dict[str, Any]]) -> None:
+    table = Table(
+        *("sparse run", "length", "depth", "prompts", "found: dense", "sparse"),
+        *("log-probability: dense", "sparse", "sparse − dense"),
+        title="needles",
+    )
+    for row in rows:
+        found, log_probability = row["found"], row["log_probability"]
+        table.add_row(
+            shown(row["run"]),
+            str(row["length"]),
+            "all" if row["depth"] is None else f"{row['depth']:g}",
+            str(row["prompts"]),
+            f"{found['dense']:.2f}",
+            f"{found['sparse']:.2f}",
+            f"{log_probability['dense']:.2f}",
+            f"{log_probability['sparse']:.2f}",
+            with_error(
+                log_probability["difference"],
+                log_probability["difference_error"],
+                digits=2,
+                sign=True,
+            ),
+        )
+    out.print(table)
+
+
+def _print_continuations(figures: dict[str, Any]) -> None:
+    table = Table(
+        *("sampling", "share of", "text itself", "dense", "sparse", "sparse − dense"),
+        title=f"{figures['prompts']} continuations of {figures['new_tokens']} tokens after "
+        f"{figures['prompt_tokens']}",
+    )
+    for row in figures["rows"]:
+        table.add_row(
+            shown(row["sampling"]),
+            shown(row["figure"].replace("_", " ")),
+            f"{row['text']:.3f}",
+            *(
+                with_error(row[name], row[f"{name}_error"], sign=name == "difference")
+                for name in ("dense", "sparse", "difference")
+            ),
+        )
+    out.print(table)
+    out.print(
+        f"greedy texts are the same for {figures['same_tokens']:.1f} tokens; "
+        f"{figures['bits_per_weight']:.2f} bits per FFN weight"
+    )
