@@ -11,6 +11,7 @@ from typing import Any
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.drawing import Plot
 from sparse_runtime.eval.report.figures import BESIDE
+from sparse_runtime.eval.report.long_figures import BESIDE_HEADER, long_tables
 from sparse_runtime.eval.report.plots import make_plots
 from sparse_runtime.eval.report.run_folder import (
     RunFolder,
@@ -24,8 +25,6 @@ from sparse_runtime.files import atomic_path, write_output
 
 #: Beside the page: every figure as PNG and SVG.
 FIGURES_FOLDER = "figures"
-# Of the columns BESIDE.
-_BESIDE = ("dense", "±", "sparse", "±", "sparse − dense", "±")
 _TEMPLATE = Path(__file__).with_name("page.html")
 
 
@@ -173,9 +172,13 @@ def _tables(run: RunFolder) -> list[Section]:
         table = Table("Binary clusters, oracle ids, held-out text", list(names.values()), rows)
         title = "Coverage in the paper's setting"
         sections.append(Section("coverage-table", title, tables=[table]))
+    if "long" in run.figures and (found := long_tables(run.figures["long"])):
+        lines = [f"Text: {text_name(run.figures['long']['data'])}. ± are standard errors, paired."]
+        tables = [Table(*parts) for parts in found]
+        sections.append(Section("long", "Long contexts and texts", tables=tables, lines=lines))
     tasks = run.figures.get("tasks")
     if tasks is not None:
-        header = ["task", "metric", "documents", *_BESIDE]
+        header = ["task", "metric", "documents", *BESIDE_HEADER]
         keys = ("task", "metric", "documents", *BESIDE)
         rows = [[row[key] for key in keys] for row in tasks["rows"]]
         title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}; errors are "
