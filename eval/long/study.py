@@ -27,6 +27,7 @@ from sparse_runtime.eval.quality.perplexity import score_text
 from sparse_runtime.eval.quality.rows import amounts
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels import resolve_backend
+from sparse_runtime.models.ffn_layers import packed_bits
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 #: Runs of the sparse model over needles: as at run time, and as harshly as can be.
@@ -95,20 +96,20 @@ def evaluate_long(
     tokens: Tensor,
     study: LongStudy,
     *,
-    planes: Mapping[str, Any] | None = None,
+    options: Mapping[str, Any] | None = None,
     progress: ProgressReporter | None = None,
 ) -> dict[str, Any]:
     """Compare a model with its sparse self where contexts are long.
 
     Args:
-        model: a causal language model, dense; dense again when this returns, and packed if ``planes``
-            have ``weights``.
+        model: a causal language model, dense; dense again when this returns, and packed if there are
+            ``weights`` among the options.
         tokenizer: of the model.
         clusters: the artifact.
         tokens: held-out text [n] int64.
         study: what is measured.
-        planes: options of ``sparsify`` about weights in planes (``weights``, ``tau``, ``ramp``); the
-            dense model is the one as it came.
+        options: of ``sparsify``: ``budget`` and ``verify``, and about planes ``weights``, ``tau`` and
+            ``ramp``. The dense model is the one as it came.
         progress: reports one unit per window, needle and batch of each run.
 
     Returns:
@@ -127,12 +128,13 @@ def evaluate_long(
     parts = _parts(model, tokenizer, tokens, study, progress or SilentProgress())
     for part in parts.values():
         part.run_dense(model)
-    options = dict(planes or {})
+    options = dict(options or {})
     weights = options.pop("weights", None)
     if weights is not None:
         pack_model(model, weights)
-    config = SparseConfig(prefill="sparse", **options) if planes else EVALUATION
-    config = replace(config, check_fingerprint=False)  # done, and packed weights are others
+    config = SparseConfig(prefill="sparse") if packed_bits(model) else EVALUATION
+    # The fingerprint has been checked, and packed weights have another.
+    config = replace(config, check_fingerprint=False, **options)
     results = {}
     for name, part in parts.items():
         sparsify(model, clusters, config=part.config(config, model))

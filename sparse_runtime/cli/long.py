@@ -9,7 +9,6 @@ from rich.table import Table
 
 from sparse_runtime.artifact.build_record import within
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.artifact.recut import recut
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
@@ -144,15 +143,14 @@ def long(
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
     check_context(study, context_of(loaded))
-    if cut:
-        artifact = recut(loaded, artifact, budget=budget, verify=verify)
     tokens = held_out(source, tokenizer, max_tokens, loaded)
     warn_of_overlap(data, tokens, within(artifact.build, "data"))
+    options = {"budget": budget, "verify": verify, **planes}
     result = evaluate_long(
-        loaded, tokenizer, artifact, tokens, study, planes=planes, progress=RichProgress(err)
+        loaded, tokenizer, artifact, tokens, study, options=options, progress=RichProgress(err)
     )
     print_long(result)
-    record: dict[str, Any] = {"model": model, "clusters": clusters, "planes": planes}
+    record: dict[str, Any] = {"model": model, "clusters": clusters, **options}
     record |= {"dtype": str(loaded.dtype).removeprefix("torch."), "data": data}
     record |= {"tokens": len(tokens), "seed": seed, **result}
     write_figures(json_file, {**record, "host": host_record(loaded.device)})

@@ -93,12 +93,16 @@ def test_one_part_and_a_cut(long):
 @needs_library
 def test_over_planes(long, run, files, tmp_path):
     figures, _, _ = long("--weights", 4)
-    assert figures["planes"] == {"weights": 4}
+    assert figures["weights"] == 4
     assert figures["positions"]["rows"][0]["kl"] > 0.001
     assert figures["positions"]["refined"] > 0
     assert run("pack", files[0], "--weights", 6, "-o", tmp_path / "packed")[0] == 0
-    of_packed, _, _ = long(model=tmp_path / "packed")
+    of_packed, _, _ = long("--budget", "3bits", model=tmp_path / "packed")
     assert of_packed["positions"]["refined"] > 0
+    # The cut is at the planes' prices, whenever they were packed.
+    packed_here, _, _ = long("--budget", "3bits", "--weights", 6)
+    bits = [figures["positions"]["bits_per_weight"] for figures in (of_packed, packed_here)]
+    assert bits[0] == pytest.approx(bits[1], rel=1e-3)
 
 
 def test_beyond_the_context(long):
