@@ -150,7 +150,7 @@ class _Part(Protocol):
 
     def run_dense(self, model: nn.Module) -> None: ...
 
-    def config(self, every_token: SparseConfig, model: nn.Module) -> SparseConfig: ...
+    def config(self, every_token: SparseConfig, model: Any) -> SparseConfig: ...
 
     def run_sparse(self, model: nn.Module) -> dict[str, Any]: ...
 
@@ -221,7 +221,7 @@ class _Positions:
     def run_dense(self, model: nn.Module) -> None:
         self.dense = self._score(model, keep=True, description="dense windows")
 
-    def config(self, every_token: SparseConfig, model: nn.Module) -> SparseConfig:
+    def config(self, every_token: SparseConfig, model: Any) -> SparseConfig:
         return every_token
 
     def run_sparse(self, model: nn.Module) -> dict[str, Any]:
@@ -246,7 +246,7 @@ class _Needles:
         with self.progress.task("dense needles", len(self.needles)) as advance:
             self.dense = find_needles(model, self.needles, advance)
 
-    def config(self, every_token: SparseConfig, model: nn.Module) -> SparseConfig:
+    def config(self, every_token: SparseConfig, model: Any) -> SparseConfig:
         return every_token
 
     def run_sparse(self, model: nn.Module) -> dict[str, Any]:
@@ -272,7 +272,7 @@ class _Continuations:
     def run_dense(self, model: nn.Module) -> None:
         self.dense = self._written(model, "dense continuations")
 
-    def config(self, every_token: SparseConfig, model: nn.Module) -> SparseConfig:
+    def config(self, every_token: SparseConfig, model: Any) -> SparseConfig:
         backend = resolve_backend(
             "auto", model.device, model.dtype, strict=False, warn=lambda _: None
         )

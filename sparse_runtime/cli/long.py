@@ -48,49 +48,54 @@ if TYPE_CHECKING:
     from sparse_runtime.eval.long.study import LongStudy
 
 _PARTS = ("positions", "needle", "continuations")
-_NEW_TOKENS = Range("4 or more, as groups of 4 tokens are counted", lambda value: value >= 4)
+_FOUR_OR_MORE = Range("4 or more, as groups of 4 tokens are counted", lambda value: value >= 4)
 _ABOVE_ZERO = Range("more than 0", lambda value: 0 < value < float("inf"))
+
+
+_Text = Annotated[str, typer.Option(help="Held-out text.", metavar="SOURCE")]
+_Parts = Annotated[str, typer.Option(help=f"Some of {','.join(_PARTS)}, with commas.")]
+_MaxTokens = Annotated[int, typer.Option(callback=POSITIVE.callback, help="Tokens of text.")]
+_PromptTokens = Annotated[
+    int,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback,
+        help="First tokens of each window that run dense and are not scored.",
+    ),
+]
+_Lengths = Annotated[str, typer.Option(help="Tokens of needle prompts, with commas.")]
+_Depths = Annotated[str, typer.Option(help="Shares of the text before the needle, with commas.")]
+_Repeats = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Needles of each length and depth.")
+]
+_Prompts = Annotated[
+    int, typer.Option(callback=POSITIVE.callback, help="Prompts that are written on.")
+]
+_PromptLength = Annotated[
+    int, typer.Option(callback=TWO_OR_MORE.callback, help="Tokens of these prompts.")
+]
+_NewTokens = Annotated[
+    int, typer.Option(callback=_FOUR_OR_MORE.callback, help="Tokens of each continuation.")
+]
+_Temperature = Annotated[
+    float, typer.Option(callback=_ABOVE_ZERO.callback, help="Of the sampled continuations.")
+]
 
 
 def long(
     model: ModelArgument,
     clusters: ClustersOption,
-    data: Annotated[str, typer.Option(help="Held-out text.", metavar="SOURCE")] = "wikitext2",
-    parts: Annotated[
-        str, typer.Option(help=f"Some of {','.join(_PARTS)}, with commas.")
-    ] = ",".join(_PARTS),
-    max_tokens: Annotated[
-        int, typer.Option(callback=POSITIVE.callback, help="Tokens of text.")
-    ] = 65_536,
+    data: _Text = "wikitext2",
+    parts: _Parts = "positions,needle,continuations",
+    max_tokens: _MaxTokens = 65_536,
     window: WindowOption = 8192,
-    prompt_tokens: Annotated[
-        int,
-        typer.Option(
-            callback=NOT_NEGATIVE.callback,
-            help="First tokens of each window that run dense and are not scored.",
-        ),
-    ] = 0,
-    lengths: Annotated[
-        str, typer.Option(help="Tokens of needle prompts, with commas.")
-    ] = "1024,4096",
-    depths: Annotated[
-        str, typer.Option(help="Shares of the text before the needle, with commas.")
-    ] = "0,0.5,1",
-    needles: Annotated[
-        int, typer.Option(callback=POSITIVE.callback, help="Of each length and depth.")
-    ] = 4,
-    prompts: Annotated[
-        int, typer.Option(callback=POSITIVE.callback, help="Prompts that are written on.")
-    ] = 16,
-    prompt_length: Annotated[
-        int, typer.Option(callback=TWO_OR_MORE.callback, help="Tokens of these prompts.")
-    ] = 64,
-    new_tokens: Annotated[
-        int, typer.Option(callback=_NEW_TOKENS.callback, help="Tokens of each continuation.")
-    ] = 256,
-    temperature: Annotated[
-        float, typer.Option(callback=_ABOVE_ZERO.callback, help="Of the sampled continuations.")
-    ] = 1.0,
+    prompt_tokens: _PromptTokens = 0,
+    lengths: _Lengths = "1024,4096",
+    depths: _Depths = "0,0.5,1",
+    needles: _Repeats = 4,
+    prompts: _Prompts = 16,
+    prompt_length: _PromptLength = 64,
+    new_tokens: _NewTokens = 256,
+    temperature: _Temperature = 1.0,
     seed: SeedOption = 0,
     weights: WeightsOption = None,
     tau: TauOption = None,
@@ -114,46 +119,50 @@ def long(
     )
     from sparse_runtime.eval.quality.perplexity import check_windows
 
-    wanted = parts.split(",")
-    for name in wanted:
-        if name not in _PARTS:
-            raise ConfigError(f"--parts has {name!r}; expected some of {', '.join(_PARTS)}")
+    wanted = _wanted(parts)
     hidden = Needles(
         tuple(parse_numbers("--lengths", lengths, int, POSITIVE)),
         tuple(parse_numbers("--depths", depths, float, DEPTH)),
         needles,
     )
-    study = LongStudy(
-        window=window if "positions" in wanted else None,
-        prompt_tokens=prompt_tokens,
-        needles=hidden if "needle" in wanted else None,
-        continuations=(
-            Continuations(prompts, prompt_length, new_tokens, temperature)
-            if "continuations" in wanted
-            else None
-        ),
-        seed=seed,
-    )
+    written = Continuations(prompts, prompt_length, new_tokens, temperature)
     check_windows(window, window, prompt_tokens)
+    study = LongStudy(
+        window if "positions" in wanted else None,
+        prompt_tokens,
+        hidden if "needle" in wanted else None,
+        written if "continuations" in wanted else None,
+        seed,
+    )
     _check_tokens(max_tokens, study)
     source = judged_source(data)
     planes = plane_options(weights, None, tau, ramp)
-    cut = cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=cut)
+    centroids = cuts(budget, verify)
+    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
     check_context(study, context_of(loaded))
     tokens = held_out(source, tokenizer, max_tokens, loaded)
     warn_of_overlap(data, tokens, within(artifact.build, "data"))
     options = {"budget": budget, "verify": verify, **planes}
+    progress = RichProgress(err)
     result = evaluate_long(
-        loaded, tokenizer, artifact, tokens, study, options=options, progress=RichProgress(err)
+        loaded, tokenizer, artifact, tokens, study, options=options, progress=progress
     )
     print_long(result)
     record: dict[str, Any] = {"model": model, "clusters": clusters, **options}
     record |= {"dtype": str(loaded.dtype).removeprefix("torch."), "data": data}
     record |= {"tokens": len(tokens), "seed": seed, **result}
     write_figures(json_file, {**record, "host": host_record(loaded.device)})
+
+
+def _wanted(parts: str) -> list[str]:
+    """Names of ``--parts``. Raises ConfigError."""
+    wanted = parts.split(",")
+    for name in wanted:
+        if name not in _PARTS:
+            raise ConfigError(f"--parts has {name!r}; expected some of {', '.join(_PARTS)}")
+    return wanted
 
 
 def _check_tokens(max_tokens: int, study: LongStudy) -> None:
