@@ -48,6 +48,7 @@ if TYPE_CHECKING:
     from sparse_runtime.eval.long.study import LongStudy
 
 _PARTS = ("positions", "needle", "continuations")
+_SIDES = ("dense", "sparse")
 _FOUR_OR_MORE = Range("4 or more, as groups of 4 tokens are counted", lambda value: value >= 4)
 _ABOVE_ZERO = Range("more than 0", lambda value: 0 < value < float("inf"))
 
@@ -209,35 +210,27 @@ def _print_positions(figures: dict[str, Any]) -> None:
 
 
 def _print_needles(rows: list[dict[str, Any]]) -> None:
-    table = Table(
-        *("sparse run", "length", "depth", "prompts", "found: dense", "sparse"),
-        *("log-probability: dense", "sparse", "sparse − dense"),
-        title="needles",
-    )
-    for row in rows:
-        found, log_probability = row["found"], row["log_probability"]
-        table.add_row(
-            shown(row["run"]),
-            str(row["length"]),
-            "all" if row["depth"] is None else f"{row['depth']:g}",
-            str(row["prompts"]),
-            f"{found['dense']:.2f}",
-            f"{found['sparse']:.2f}",
-            f"{log_probability['dense']:.2f}",
-            f"{log_probability['sparse']:.2f}",
-            with_error(
-                log_probability["difference"],
-                log_probability["difference_error"],
-                digits=2,
-                sign=True,
-            ),
+    for run in dict.fromkeys(row["run"] for row in rows):
+        # Dense under the figure's name, sparse beside it: all of it fits 80 columns.
+        table = Table(
+            *("length", "depth", "found", "sparse", "log p", "sparse", "sparse − dense"),
+            title=f"needles, {shown(run)}",
         )
-    out.print(table)
+        for row in (row for row in rows if row["run"] == run):
+            found, answer = row["found"], row["log_probability"]
+            table.add_row(
+                str(row["length"]),
+                "all" if row["depth"] is None else f"{row['depth']:g}",
+                *(f"{round(row['prompts'] * found[side])}/{row['prompts']}" for side in _SIDES),
+                *(f"{answer[side]:.2f}" for side in _SIDES),
+                _difference(answer, digits=2),
+            )
+        out.print(table)
 
 
 def _print_continuations(figures: dict[str, Any]) -> None:
     table = Table(
-        *("sampling", "share of", "text itself", "dense", "sparse", "sparse − dense"),
+        *("sampling", "share of", "text", "dense", "sparse", "sparse − dense"),
         title=f"{figures['prompts']} continuations of {figures['new_tokens']} tokens after "
         f"{figures['prompt_tokens']}",
     )
@@ -245,14 +238,15 @@ def _print_continuations(figures: dict[str, Any]) -> None:
         table.add_row(
             shown(row["sampling"]),
             shown(row["figure"].replace("_", " ")),
-            f"{row['text']:.3f}",
-            *(
-                with_error(row[name], row[f"{name}_error"], sign=name == "difference")
-                for name in ("dense", "sparse", "difference")
-            ),
+            *(f"{row[name]:.3f}" for name in ("text", *_SIDES)),
+            _difference(row, digits=3),
         )
     out.print(table)
     out.print(
         f"greedy texts are the same for {figures['same_tokens']:.1f} tokens; "
         f"{figures['bits_per_weight']:.2f} bits per FFN weight"
     )
+
+
+def _difference(figures: dict[str, Any], *, digits: int) -> str:
+    return with_error(figures["difference"], figures["difference_error"], digits=digits, sign=True)
