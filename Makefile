@@ -25,6 +25,8 @@ CALIBRATION ?= --data wikitext2
 TEST ?= wikitext2
 DOMAINS ?= --data c4
 TASKS ?= --task lambada_openai --task piqa
+# Documents of each task; 0 is all of them.
+TASK_LIMIT ?= 0
 REPORT := runs/report
 # At every budget; the others at one: they take long to fit, or are far off.
 BASELINES := oracle,teal,wina,cats
@@ -137,8 +139,10 @@ report: $(STAMP)
 		--max-tokens 8192 --budgets 0.5 --verify --baselines teal --json $(REPORT)/domains.json
 	$(BIN)/sparse-runtime ablate demo $(CALIBRATION) --test $(TEST) --max-tokens 8192 \
 		--json $(REPORT)/ablation.json
+	$(BIN)/sparse-runtime long demo --clusters $(REPORT)/clusters --data $(TEST) \
+		--json $(REPORT)/long.json
 	test -z "$(TASKS)" || $(BIN)/sparse-runtime tasks demo --clusters $(REPORT)/clusters $(TASKS) \
-		--limit 100 --json $(REPORT)/tasks.json
+		--limit $(TASK_LIMIT) --json $(REPORT)/tasks.json
 	$(BIN)/sparse-runtime bench demo --clusters $(REPORT)/clusters --json $(REPORT)/bench.json
 	$(BIN)/sparse-runtime report $(REPORT)
 	$(BIN)/python -m sparse_runtime.eval.report.quality_markdown $(REPORT) docs/benchmarks/quality.md \
@@ -164,6 +168,8 @@ report-quick: $(STAMP)
 	$(BIN)/sparse-runtime eval demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 1536 \
 		--budgets 0.4,0.5 --baselines oracle,teal --calibration pydoc \
 		--calibration-tokens 4096 --json $(REPORT)/quality.json
+	$(BIN)/sparse-runtime long demo --clusters $(REPORT)/clusters --data pydoc --max-tokens 2048 \
+		--window 1024 --lengths 512 --needles 1 --prompts 4 --new-tokens 64 --json $(REPORT)/long.json
 	$(BIN)/sparse-runtime report $(REPORT)
 
 # On Linux. torch's libraries stay outside; auditwheel fails where the library needs symbols newer

@@ -12,6 +12,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
@@ -23,6 +24,7 @@ from sparse_runtime.clusters.text.records import file_records
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.eval.quality.artifact_quality import EVALUATION
+from sparse_runtime.eval.quality.standard_errors import beside
 from sparse_runtime.ffn.counts import bytes_per_token, count_cost
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
@@ -111,9 +113,10 @@ def evaluate_tasks(
 
     Returns:
         ``rows`` of ``task``, ``metric``, ``higher_is_better``, ``documents``, and ``dense``,
-        ``dense_error``, ``sparse`` and ``sparse_error`` (standard errors over documents; None where
-        the metric has none); ``cost_share`` of all tokens; ``bytes_per_token`` of the
-        whole model's weights; ``limit``.
+        ``dense_error``, ``sparse``, ``sparse_error``, ``difference`` (sparse − dense) and
+        ``difference_error`` (standard errors over documents, that of the difference paired; None
+        where the metric is neither a mean nor a perplexity of documents); ``cost_share`` of all
+        tokens; ``bytes_per_token`` of the whole model's weights; ``limit``.
 
     Raises:
         ConfigError: lm-eval is not installed, or there is no such task.
@@ -232,7 +235,7 @@ class _Harness:
                     task_dict=get_task_dict([spec], self._manager),
                     limit=limit,
                     bootstrap_iters=0,
-                    log_samples=False,
+                    log_samples=True,  # for paired errors
                 )
         finally:
             logging.disable(level)
@@ -248,27 +251,67 @@ def _rows(dense: dict[str, Any], sparse: dict[str, Any]) -> list[dict[str, Any]]
             metric, _, variant = key.partition(",")
             if not variant or metric.endswith("_stderr"):
                 continue
-            after = sparse["results"][task][key]
+            sides = [
+                _Side(value, _by_document(results, task, metric, variant))
+                for results, value in ((dense, value), (sparse, sparse["results"][task][key]))
+            ]
             rows.append(
                 {
                     "task": task.removesuffix("_local"),
                     "metric": metric,
                     "higher_is_better": better.get(metric),
                     "documents": documents,
-                    "dense": value,
-                    "dense_error": _standard_error(metric, value, documents),
-                    "sparse": after,
-                    "sparse_error": _standard_error(metric, after, documents),
+                    **_beside(*sides),
                 }
             )
     return rows
 
 
-def _standard_error(metric: str, value: float, documents: int | None) -> float | None:
-    """That of a mean of zeros and ones."""
-    if not metric.startswith("acc") or documents is None or documents < 2:
+@dataclass(frozen=True)
+class _Side:
+    """A metric of one model.
+
+    Attributes:
+        value: over all documents.
+        by_document: what it is made of, in the documents' order; empty where these are no numbers.
+    """
+
+    value: float
+    by_document: list[float]
+
+    def linear(self) -> list[float] | None:
+        """A figure of each document whose mean moves as the value does, to first order.
+
+        Documents' own figures where the value is their mean; for a perplexity, exp(−mean), they are
+        multiplied by its derivative (the delta method). None of any other kind of value.
+        """
+        if not self.by_document:
+            return None
+        mean = math.fsum(self.by_document) / len(self.by_document)
+        if math.isclose(mean, self.value, rel_tol=1e-6, abs_tol=1e-9):
+            return self.by_document
+        if mean <= 0 and math.isclose(math.exp(-mean), self.value, rel_tol=1e-6):
+            return [-self.value * figure for figure in self.by_document]
         return None
-    return math.sqrt(value * (1 - value) / (documents - 1))
+
+
+def _beside(dense: _Side, sparse: _Side) -> dict[str, Any]:
+    """Values, standard errors over documents, and the paired error of the difference."""
+    before, after = dense.linear(), sparse.linear()
+    errors = dict.fromkeys(("dense_error", "sparse_error", "difference_error"))
+    if before is not None and after is not None:
+        errors = {name: beside(before, after)[name] for name in errors}
+    values = {"dense": dense.value, "sparse": sparse.value}
+    return {**values, "difference": sparse.value - dense.value, **errors}
+
+
+def _by_document(results: dict[str, Any], task: str, metric: str, variant: str) -> list[float]:
+    """A metric of each document; empty where the harness keeps none, or tuples for a sum over all."""
+    samples = [s for s in results["samples"].get(task, []) if s.get("filter", variant) == variant]
+    values = [sample.get(metric) for sample in sorted(samples, key=lambda s: s["doc_id"])]
+    if not all(isinstance(value, int | float) for value in values):
+        return []
+    return [float(value) for value in values]
 
 
 def _labels(file: Path) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,50 +14,75 @@ from torch import Tensor
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ConfigError, DataError
 from sparse_runtime.models.ffn_layers import decoder_of
-from sparse_runtime.models.output_head import output_head
+from sparse_runtime.models.output_head import OutputHead, output_head
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # Of a reference's logits; above it its states are kept, and go through the output head in every run.
 _KEPT_BYTES = 2**30
+# Tokens whose logits are made at a time: those of a long window would take gigabytes.
+_HEAD_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class TextScore:
-    """How well a model predicts a text.
+    """How well a model predicts a text, token by token.
 
     Attributes:
-        nll: negative log-likelihood of each window, summed over its scored tokens, in nats.
-        scored: scored tokens of each window.
+        losses: negative log-likelihoods of each window's scored tokens [scored] float32, in nats, on
+            the CPU as all that follows.
         kept: with ``keep``, of each window's scored tokens, the logits [scored, V], or the last hidden
             states [scored, H] where the logits of all windows would take more than 1 GiB.
         head: what makes logits of such states; None where logits are kept.
-        divergence: with a reference, KL(reference ‖ model) of each window, summed over its scored
-            tokens, in nats.
-        agreed: with a reference, scored tokens of each window whose likeliest next token is the
-            reference's.
+        divergences: with a reference, KL(reference ‖ model) at each window's scored tokens [scored]
+            float32, in nats.
+        agreements: with a reference, at which of each window's scored tokens the likeliest next token
+            is the reference's [scored] bool.
     """
 
-    nll: list[float]
-    scored: list[int]
+    losses: list[Tensor] = field(default_factory=list)
     kept: list[Tensor] = field(default_factory=list)
     head: Any = None
-    divergence: list[float] = field(default_factory=list)
-    agreed: list[int] = field(default_factory=list)
+    divergences: list[Tensor] = field(default_factory=list)
+    agreements: list[Tensor] = field(default_factory=list)
+
+    @property
+    def scored(self) -> list[int]:
+        """Scored tokens of each window."""
+        return [len(losses) for losses in self.losses]
+
+    @property
+    def nll(self) -> list[float]:
+        """Negative log-likelihood of each window, summed over its scored tokens, in nats."""
+        return _sums(self.losses)
+
+    @property
+    def divergence(self) -> list[float]:
+        """With a reference, KL(reference ‖ model) of each window, summed over its scored tokens."""
+        return _sums(self.divergences)
+
+    @property
+    def agreed(self) -> list[int]:
+        """With a reference, tokens of each window whose likeliest next token is the reference's."""
+        return [int(window.sum()) for window in self.agreements]
 
     @property
     def kl(self) -> float | None:
         """KL divergence per scored token in nats; None without a reference."""
-        return sum(self.divergence) / sum(self.scored) if self.divergence else None
+        return sum(self.divergence) / sum(self.scored) if self.divergences else None
 
     @property
     def top1(self) -> float | None:
         """Share of the tokens with the reference's likeliest next token; None without a reference."""
-        return sum(self.agreed) / sum(self.scored) if self.agreed else None
+        return sum(self.agreed) / sum(self.scored) if self.agreements else None
 
     @property
     def perplexity(self) -> float:
         """exp of the mean negative log-likelihood per scored token."""
         return math.exp(sum(self.nll) / sum(self.scored))
+
+
+def _sums(windows: Sequence[Tensor]) -> list[float]:
+    return [window.sum(dtype=torch.float64).item() for window in windows]
 
 
 def text_windows(
@@ -150,38 +176,59 @@ def score_text(
     windows = text_windows(tokens, window, window if stride is None else stride, prompt_tokens)
     device = next(model.parameters()).device
     decoder, head = decoder_of(model), output_head(model)
-    scored_tokens = [scored for _, scored in windows]
+    total = sum(scored for _, scored in windows)
     vocabulary = model.get_output_embeddings().out_features
-    logits_bytes = sum(scored_tokens) * vocabulary * element_size(model.dtype)
-    keep_logits = logits_bytes <= _KEPT_BYTES
-    score = TextScore([], scored_tokens, head=head if keep and not keep_logits else None)
+    fits = total * vocabulary * element_size(model.dtype) <= _KEPT_BYTES
+    score = TextScore(head=head if keep and not fits else None)
     with (progress or SilentProgress()).task(description, len(windows)) as advance:
         for batch in _equal_length_batches(windows, batch_windows):
             ids = torch.stack([w for w, _ in batch]).to(device)
             states = decoder(input_ids=ids, use_cache=False).last_hidden_state
             for row, (_, scored) in enumerate(batch):
                 own = states[row, -scored - 1 : -1]
-                logits = head(own)
-                if keep:
-                    score.kept.append((logits if keep_logits else own).cpu())
-                log_q = logits.float().log_softmax(-1)
-                if reference is not None:
-                    theirs = reference.kept[len(score.nll)].to(logits.device)
-                    theirs = theirs if reference.head is None else reference.head(theirs)
-                    score.agreed.append(int((theirs.argmax(-1) == logits.argmax(-1)).sum()))
-                    log_p = theirs.float().log_softmax(-1)
-                    score.divergence.append(_divergence(log_p, log_q))
-                loss = F.nll_loss(log_q, ids[row, -scored:].to(log_q.device), reduction="sum")
-                score.nll.append(loss.item())
+                _score_window(score, head, own, ids[row, -scored:], reference, keep and fits)
+                if keep and not fits:
+                    score.kept.append(own.cpu())
             advance(len(batch))
     return score
 
 
-def _divergence(log_p: Tensor, log_q: Tensor) -> float:
-    """KL(p ‖ q) summed over tokens, of log-probabilities [n, V] float32; ``log_p`` is overwritten."""
+def _score_window(
+    score: TextScore,
+    head: OutputHead,
+    states: Tensor,
+    targets: Tensor,
+    reference: TextScore | None,
+    keep_logits: bool,
+) -> None:
+    """Add a window to a score, given the states [scored, H] that predict its tokens [scored]."""
+    theirs = None if reference is None else reference.kept[len(score.losses)]
+    losses, divergences, agreements, kept = [], [], [], []
+    for start in range(0, len(targets), _HEAD_TOKENS):
+        part = slice(start, start + _HEAD_TOKENS)
+        logits = head(states[part])
+        log_q = logits.float().log_softmax(-1)
+        losses.append(F.nll_loss(log_q, targets[part].to(log_q.device), reduction="none").cpu())
+        if keep_logits:
+            kept.append(logits.cpu())
+        if reference is not None and theirs is not None:
+            expected = theirs[part].to(logits.device)
+            expected = expected if reference.head is None else reference.head(expected)
+            agreements.append((expected.argmax(-1) == logits.argmax(-1)).cpu())
+            divergences.append(_divergence(expected.float().log_softmax(-1), log_q).cpu())
+    score.losses.append(torch.cat(losses))
+    if keep_logits:
+        score.kept.append(torch.cat(kept))
+    if reference is not None:
+        score.agreements.append(torch.cat(agreements))
+        score.divergences.append(torch.cat(divergences))
+
+
+def _divergence(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p ‖ q) of log-probabilities [n, V] float32 at each token [n]; ``log_p`` is overwritten."""
     # F.kl_div takes half as long again.
     difference = log_p - log_q
-    return log_p.exp_().mul_(difference).sum().item()
+    return log_p.exp_().mul_(difference).sum(-1)
 
 
 def perplexity(model: Any, tokens: Tensor, **options: Any) -> float:

@@ -127,6 +127,11 @@ PAPER = {
     "model?": str,
     "host": HOST,
 }
+#: A dense and a sparse model's figure, and their difference, each with its standard error.
+BESIDE = (
+    *("dense", "dense_error", "sparse", "sparse_error"),
+    *("difference", "difference_error"),
+)
 TASKS = {
     "cost_share": float,
     "rows": Rows(
@@ -134,9 +139,47 @@ TASKS = {
             "task": str,
             "metric": str,
             "documents": int,
-            **dict.fromkeys(("dense", "dense_error", "sparse", "sparse_error"), _MAYBE),
+            **dict.fromkeys(BESIDE, _MAYBE),
         }
     ),
+    "model?": str,
+    "host": HOST,
+}
+_BESIDE = dict.fromkeys(BESIDE, _MAYBE) | dict.fromkeys(("dense", "sparse", "difference"), float)
+#: Of ``long``; it leaves out parts that were not asked for.
+LONG = {
+    "positions?": {
+        "window": int,
+        "prompt_tokens": int,
+        "bits_per_weight": float,
+        "rows": Rows(
+            {
+                **dict.fromkeys(("from", "to", "windows"), int),
+                **dict.fromkeys(("dense", "sparse", "ratio", "kl", "top1"), float),
+                **dict.fromkeys(("ratio_error", "kl_error"), _MAYBE),
+            },
+            least=1,
+        ),
+    },
+    "needle?": {
+        "rows": Rows(
+            {
+                "run": str,
+                "length": int,
+                "depth": _MAYBE,
+                "prompts": int,
+                "found": _BESIDE,
+                "log_probability": _BESIDE,
+            },
+            least=1,
+        ),
+    },
+    "continuations?": {
+        **dict.fromkeys(("prompts", "prompt_tokens", "new_tokens"), int),
+        **dict.fromkeys(("same_tokens", "bits_per_weight"), float),
+        "rows": Rows({"sampling": str, "figure": str, "text": float, **_BESIDE}, least=1),
+    },
+    "data": str,
     "model?": str,
     "host": HOST,
 }

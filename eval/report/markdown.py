@@ -24,15 +24,15 @@ def records_table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str
     """A table of records by the names of their fields; a dash stands for None."""
     return markdown_table(
         [column.replace("_", " ") for column in columns],
-        (
-            [
-                "–" if row[name] is None else f"{row[name]:.3f}" if isinstance(row[name], float)
-                else escaped(str(row[name]))
-                for name in columns
-            ]
-            for row in rows
-        ),
-    )  # fmt: skip
+        ([cell(row[name]) for name in columns] for row in rows),
+    )
+
+
+def cell(value: Any) -> str:
+    """A figure or text of a table; a dash stands for None."""
+    if value is None:
+        return "–"
+    return f"{value:.3f}" if isinstance(value, float) else escaped(str(value))
 
 
 def run_line(host: dict[str, Any]) -> str:

@@ -10,6 +10,8 @@ from typing import Any
 
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.drawing import Plot
+from sparse_runtime.eval.report.figures import BESIDE
+from sparse_runtime.eval.report.long_figures import BESIDE_HEADER, long_tables
 from sparse_runtime.eval.report.plots import make_plots
 from sparse_runtime.eval.report.run_folder import (
     RunFolder,
@@ -170,12 +172,17 @@ def _tables(run: RunFolder) -> list[Section]:
         table = Table("Binary clusters, oracle ids, held-out text", list(names.values()), rows)
         title = "Coverage in the paper's setting"
         sections.append(Section("coverage-table", title, tables=[table]))
+    if "long" in run.figures and (found := long_tables(run.figures["long"])):
+        lines = [f"Text: {text_name(run.figures['long']['data'])}. ± are standard errors, paired."]
+        tables = [Table(*parts) for parts in found]
+        sections.append(Section("long", "Long contexts and texts", tables=tables, lines=lines))
     tasks = run.figures.get("tasks")
     if tasks is not None:
-        header = ["task", "metric", "documents", "dense", "±", "sparse", "±"]
-        keys = ("task", "metric", "documents", "dense", "dense_error", "sparse", "sparse_error")
+        header = ["task", "metric", "documents", *BESIDE_HEADER]
+        keys = ("task", "metric", "documents", *BESIDE)
         rows = [[row[key] for key in keys] for row in tasks["rows"]]
-        title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}"
+        title = f"lm-eval, every token sparse, cost share {tasks['cost_share']:.3f}; errors are "
+        title += "standard errors over documents, of the difference paired"
         table = Table(title, header, rows)
         sections.append(Section("tasks", "Downstream tasks", tables=[table]))
     bench = run.figures.get("bench")

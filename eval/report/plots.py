@@ -14,6 +14,7 @@ from sparse_runtime.artifact.build_record import objects_within
 from sparse_runtime.artifact.format import list_of, whole
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.eval.report.drawing import COLORS, MARKERS, STYLE, Plot, new_figure
+from sparse_runtime.eval.report.long_figures import long_plots
 from sparse_runtime.eval.report.quality_plots import domains, quality, rates
 from sparse_runtime.eval.report.run_folder import RunFolder
 from sparse_runtime.kernels.bitmaps import set_sizes
@@ -58,6 +59,8 @@ def make_plots(run: RunFolder) -> Iterator[Plot]:
             sizes = _cluster_sizes(run)
             if sizes is not None:
                 yield sizes
+        if "long" in run.figures:
+            yield from long_plots(run.figures["long"])
         if "bench" in run.figures:
             yield _latency(run.figures["bench"])
         if "ablation" in run.figures:

@@ -10,7 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from sparse_runtime.errors import DataError, SparseRuntimeError
-from sparse_runtime.eval.report.markdown import escaped, markdown_table, records_table, run_line
+from sparse_runtime.eval.report.figures import BESIDE
+from sparse_runtime.eval.report.long_figures import long_tables
+from sparse_runtime.eval.report.markdown import (
+    cell,
+    escaped,
+    markdown_table,
+    records_table,
+    run_line,
+)
 from sparse_runtime.eval.report.run_folder import (
     CURVE_FILES,
     GGUF_LABELS,
@@ -41,9 +49,13 @@ def quality_markdown(run: RunFolder) -> str:
     for title, result in run.curves().items():
         parts += [f"## {escaped(title)}\n", _curves(result)]
     parts += [f"{escaped(sentence)}\n" for sentence in run.left_out() + run.notes()]
+    if (figures := run.figures.get("long")) is not None:
+        parts += ["## Long contexts and texts\n", run_line(figures["host"])]
+        for caption, header, rows in long_tables(figures):
+            cells = ([cell(value) for value in row] for row in rows)
+            parts += [f"{escaped(caption)}.\n", markdown_table(header, cells)]
     for name, (title, columns) in _OTHERS.items():
-        figures = run.figures.get(name)
-        if figures is not None:
+        if (figures := run.figures.get(name)) is not None:
             table = records_table(figures["rows"], columns.split())
             parts += [f"## {title}\n", run_line(figures["host"]), table]
     return "\n".join(parts)
@@ -53,7 +65,7 @@ def quality_markdown(run: RunFolder) -> str:
 _OTHERS = {
     "tasks": (
         "Downstream tasks (lm-eval)",
-        "task metric documents dense dense_error sparse sparse_error",
+        f"task metric documents {' '.join(BESIDE)}",
     ),
     "ablation": (
         "Ablations: held-out coverage, ids by a linear router",

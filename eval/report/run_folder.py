@@ -34,6 +34,7 @@ FILES: dict[str, tuple[str, dict[str, Any]]] = {
     "ablation": ("ablate MODEL", figures.ABLATION),
     "paper": ("paper MODEL --compare", figures.PAPER),
     "tasks": ("tasks MODEL --clusters DIR", figures.TASKS),
+    "long": ("long MODEL --clusters DIR", figures.LONG),
     "bench": ("bench MODEL --clusters DIR", figures.BENCH),
 }
 CLUSTERS_FOLDER = "clusters"

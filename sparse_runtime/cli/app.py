@@ -18,6 +18,7 @@ from sparse_runtime.cli.build import build, inspect
 from sparse_runtime.cli.console import fail, out, warn
 from sparse_runtime.cli.evaluate import evaluate
 from sparse_runtime.cli.generate import generate
+from sparse_runtime.cli.long import long
 from sparse_runtime.cli.pack import pack
 from sparse_runtime.cli.plane_studies import ramp, rounding
 from sparse_runtime.cli.report import demo, report
@@ -39,6 +40,7 @@ app.command()(pack)
 app.command()(upcycle)
 app.command()(generate)
 app.command("eval")(evaluate)
+app.command()(long)
 app.command()(paper)
 app.command()(ablate)
 app.command()(ingredients)

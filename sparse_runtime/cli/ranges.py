@@ -83,6 +83,7 @@ SHARE = CostShares(
     "0.25,4.0bits",
 )
 DENSITY = Range("a share above 0 and at most 1", lambda value: 0 < value <= 1)
+DEPTH = Range("a share, 0 to 1", lambda value: 0 <= value <= 1, "0,0.5,1")
 INNER_SHARE = Range("a share between 0 and 1", lambda value: 0 < value < 1)
 PERCENTAGE = Range("a percentage between 0 and 100", lambda value: 0 < value < 100)
 POSITIVE = Range("1 or more", lambda value: value >= 1)

@@ -26,8 +26,8 @@ def report(
         typer.Argument(
             metavar="DIR",
             help="Folder with figures that other commands wrote with --json: eval.json, quality.json, "
-            "planes.json and decode_only.json (eval --budgets), ablation.json, paper.json, tasks.json, "
-            "bench.json; an artifact in clusters/.",
+            "planes.json and decode_only.json (eval --budgets), ablation.json, paper.json, long.json, "
+            "tasks.json, bench.json; an artifact in clusters/.",
         ),
     ],
     output: Annotated[

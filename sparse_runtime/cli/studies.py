@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
 from sparse_runtime.cli.console import err, out
 from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
@@ -43,7 +42,7 @@ from sparse_runtime.cli.ranges import (
     SEED,
     parse_numbers,
 )
-from sparse_runtime.cli.tables import print_rows, shown
+from sparse_runtime.cli.tables import print_rows, print_tasks
 from sparse_runtime.cli.texts import (
     check_windows_fit,
     fit_and_test,
@@ -317,24 +316,12 @@ def tasks(
         batch_size=batch_size,
         progress=RichProgress(err),
     )
-    table = Table("task", "metric", "documents", "dense", "sparse")
-    for row in result["rows"]:
-        table.add_row(
-            shown(row["task"]),
-            shown(row["metric"]),
-            str(row["documents"]),
-            *(
-                f"{row[side]:.3f}"
-                + (f" ± {row[f'{side}_error']:.3f}" if row[f"{side}_error"] else "")
-                for side in ("dense", "sparse")
-            ),
-        )
-    out.print(table)
+    print_tasks(result["rows"])
     bits = share_in_bits(result["cost_share"])
     out.print(
         f"cost share {result['cost_share']:.3f} ({bits:.2f} bits per FFN weight, "
         f"{result['bytes_per_token'] / 1e9:.3f} GB of weights per token); ± is the standard "
-        "error over documents"
+        "error over documents, of the difference paired"
     )
     record: dict[str, Any] = {"model": model, "clusters": clusters, "planes": planes}
     record |= {**result, "bits_per_weight": bits}

@@ -226,6 +226,28 @@ def print_rows(title: str, rows: list[dict[str, Any]]) -> None:
     out.print(table)
 
 
+def print_tasks(rows: list[dict[str, Any]]) -> None:
+    """Print the rows of ``evaluate_tasks``."""
+    table = Table("task", "metric", "documents", "dense", "sparse", "sparse − dense")
+    for row in rows:
+        table.add_row(
+            shown(row["task"]),
+            shown(row["metric"]),
+            str(row["documents"]),
+            *(
+                with_error(row[name], row[f"{name}_error"], sign=name == "difference")
+                for name in ("dense", "sparse", "difference")
+            ),
+        )
+    out.print(table)
+
+
+def with_error(value: float, error: float | None, *, digits: int = 3, sign: bool = False) -> str:
+    """A figure with its standard error, if it has one; with ``sign`` a plus is shown, too."""
+    shown_value = f"{value:{'+' if sign else ''}.{digits}f}"
+    return shown_value if error is None else f"{shown_value} ± {error:.{digits}f}"
+
+
 def _print_one_ffn(mlp: dict[str, Any], prediction: dict[str, Any]) -> None:
     out.print(
         f"one FFN, one token, density {mlp['density']:.2f}: F.linear {mlp['dense_ms']:.3f} ms, "

@@ -103,7 +103,8 @@ def test_inspect_in_bits(figures):
 
 def test_tasks_in_bits(figures, monkeypatch):
     rows = [{"task": "x", "metric": "acc", "documents": 2}]
-    rows[0] |= dict.fromkeys(("dense", "sparse"), 0.5) | {"dense_error": None, "sparse_error": None}
+    rows[0] |= dict.fromkeys(("dense", "sparse", "difference"), 0.5)
+    rows[0] |= dict.fromkeys(("dense_error", "sparse_error", "difference_error"))
     monkeypatch.setattr(
         "sparse_runtime.eval.quality.downstream.evaluate_tasks",
         lambda *given, **options: {"rows": rows, "cost_share": 0.25, "bytes_per_token": 2e9},

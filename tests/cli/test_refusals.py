@@ -16,6 +16,7 @@ from sparse_runtime.cli import (
     evaluate,
     figures,
     generate,
+    long,
     pack,
     plane_studies,
     studies,
@@ -30,6 +31,7 @@ NEEDED = {
     "build": ["model", "-o", "OUT"],
     "generate": ["model", "--clusters", "no", "--prompt", "x"],
     "eval": ["model", "--clusters", "no"],
+    "long": ["model", "--clusters", "no"],
     "paper": ["model"],
     "ablate": ["model"],
     "ingredients": ["model"],
@@ -65,7 +67,8 @@ def nothing_loads(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("something was loaded")
 
-    for module in (build, pack, upcycle, evaluate, generate, studies, plane_studies, texts, bench):
+    loading = (build, pack, upcycle, evaluate, long, generate, studies, plane_studies, texts, bench)
+    for module in loading:
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
         monkeypatch.setattr(f"sparse_runtime.eval.latency.shapes.{name}", loads)
@@ -117,6 +120,8 @@ def test_numbers_out_of_range_are_refused_before_the_work(run, nothing_loads, na
         ("ablate", "--clusters", "0"),
         ("ingredients", "--seeds", "1,x"),
         ("rounding", "--weights", "4,2"),
+        ("long", "--lengths", "0"),
+        ("long", "--depths", "0.5,1.5"),
         ("ramp", "--widths", "0,-1"),
     ],
 )
@@ -224,6 +229,11 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
         ("ramp", ["--backends", "cpu,gpu"], 2, "--backends has 'gpu'"),
         ("ramp", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
         ("tasks", ["--task", "lambada=missing"], 1, "task file 'missing': there is no such file"),
+        ("long", ["--data", "none.txt"], 1, "there is no such file"),
+        ("long", ["--parts", "needle,haystack"], 2, "--parts has 'haystack'; expected some of"),
+        ("long", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
+        ("long", ["--prompts", 500], 2, "--max-tokens is 65536; expected at least 160000"),
+        ("long", ["--prompt-tokens", 8191], 2, "prompt_tokens is 8191; expected 0 to 8190"),
         ("tasks", ["--task", "squad=x"], 2, "task 'squad' cannot be read from a file"),
     ],
     ids=str,

@@ -40,6 +40,15 @@ def log_likelihood(model, tokenizer, context, continuation):
     return logits.gather(1, ids[0, -count:, None]).sum().item()
 
 
+def check_errors(row, dense, sparse):
+    """Standard errors of the sides, and the paired one of their difference."""
+    dense, sparse = (torch.tensor(side, dtype=torch.float64) for side in (dense, sparse))
+    assert row["difference"] == pytest.approx(row["sparse"] - row["dense"])
+    for name, values in (("dense", dense), ("sparse", sparse), ("difference", sparse - dense)):
+        error = values.std().item() / len(values) ** 0.5
+        assert row[f"{name}_error"] == pytest.approx(error, rel=1e-3, abs=1e-9)
+
+
 def test_agrees_with_own_scores(tiny_model, tiny_tokenizer, files):
     clusters = random_cluster_set(tiny_model, 0.3)
     result = evaluate_tasks(tiny_model, tiny_tokenizer, clusters, files)
@@ -47,7 +56,7 @@ def test_agrees_with_own_scores(tiny_model, tiny_tokenizer, files):
     assert set(rows) == {
         ("lambada", "perplexity"), ("lambada", "acc"), ("piqa", "acc"), ("piqa", "acc_norm"),
     }  # fmt: skip
-    expected = {}
+    expected, documents = {}, {}
     for side in ("dense", "sparse"):
         if side == "sparse":
             sparsify(tiny_model, clusters, config=EVALUATION)
@@ -67,6 +76,7 @@ def test_agrees_with_own_scores(tiny_model, tiny_tokenizer, files):
                 for key in ("sol1", "sol2")
             ]
             hits.append(pair.index(max(pair)) == label)
+        documents[side] = scores, hits
         expected[side] = (torch.tensor(scores).mean().neg().exp().item(), sum(hits) / 3)
     unsparsify(tiny_model)
     for side, (perplexity, accuracy) in expected.items():
@@ -75,7 +85,13 @@ def test_agrees_with_own_scores(tiny_model, tiny_tokenizer, files):
     assert expected["dense"][0] != pytest.approx(expected["sparse"][0], rel=1e-2)
     assert 0.2 < result["cost_share"] < 0.6
     assert rows["piqa", "acc"]["documents"] == 3
-    assert rows["lambada", "perplexity"]["dense_error"] is None
+    check_errors(rows["piqa", "acc"], documents["dense"][1], documents["sparse"][1])
+    # A perplexity's documents, to first order.
+    by_derivative = [
+        [-perplexity * score for score in documents[side][0]]
+        for side, (perplexity, _) in expected.items()
+    ]
+    check_errors(rows["lambada", "perplexity"], *by_derivative)
     assert rows["lambada", "perplexity"]["higher_is_better"] is False
 
 

@@ -94,6 +94,11 @@ def made_once(tmp_path_factory, tiny_tokenizer):
         ],
         "paper": ["paper", tiny_folder, *fit, "--clusters", "4", "--compare", *sizes],
         "tasks": ["tasks", tiny_folder, *judge[:2], "--task", f"lambada={tasks}"],
+        "long": [
+            "long", tiny_folder, *judge[:2], "--data", text, "--window", 300, "--max-tokens", 900,
+            "--lengths", "250", "--depths", "0,1", "--needles", 2, "--prompts", 2,
+            "--prompt-length", 8, "--new-tokens", 8, *sizes[2:],
+        ],
         "bench": [
             "bench", tiny_folder, *judge[:2], "--prompt-tokens", 8, "--new-tokens", 2,
             "--repeats", 1,
@@ -134,13 +139,13 @@ def test_report(command, run_folder):
     names = {attributes["id"] for tag, attributes in page.tags if tag == "section"}
     assert names == {
         "rates_1", "quality_1", "domains", "coverage", "confidence", "densities",
-        "cluster_sizes", "latency", "ablation", "convergence", "methods", "coverage-table", "tasks",
-        "prediction", "ablation-table", "measured",
+        "cluster_sizes", "positions", "needle", "latency", "ablation", "convergence", "methods",
+        "coverage-table", "long", "tasks", "prediction", "ablation-table", "measured",
     }  # fmt: skip
     # Nothing from outside: no address but those of XML names inside the figures.
     assert not any(tag in ("link", "script") and "http" in str(a) for tag, a in page.tags)
     images = [attributes for tag, attributes in page.tags if tag == "img"]
-    assert len(images) == 10
+    assert len(images) == 12
     for attributes in images:
         assert attributes["src"].startswith("data:image/svg+xml;base64,")
         assert len(attributes["alt"]) > 60
@@ -162,6 +167,12 @@ def test_report(command, run_folder):
         assert f"{row['kl']:.3g} at {row['bits_per_weight']:.2f}" in alt
     assert any("KL at bits read per FFN weight: " in line for line in page.text)
     assert any(line.startswith("GGUF Q8_0 is left out: its blocks hold 32") for line in page.text)
+    long = json.loads((run_folder / "long.json").read_text())
+    for row in long["positions"]["rows"]:
+        assert any(f"{row['kl']:.3f} at {row['from']}–" in image["alt"] for image in images)
+    rows = [row["log_probability"] for row in long["needle"]["rows"]]
+    for row in rows + long["continuations"]["rows"]:
+        assert f"{row['difference']:.3f}" in page.text
     for name in ("rates_1", "quality_1", "latency"):
         ElementTree.parse(run_folder / "figures" / f"{name}.svg")
         assert (run_folder / "figures" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
@@ -407,7 +418,13 @@ def test_markdown(run_folder, tmp_path, monkeypatch, capsys):
     assert "dense, 4 bits, GPTQ" in names
     assert "dense, 8 bits" not in names
     text = document.read_text()
-    for title in ("## text.txt", "## other.txt", "after a dense prompt of 16", "## Ablations"):
+    for title in (
+        "## text.txt",
+        "## other.txt",
+        "after a dense prompt of 16",
+        "## Ablations",
+        "## Long contexts",
+    ):
         assert title in text
     assert "GRIFFIN" in text
     assert "Deja Vu is left out at 0.5: it reads" in text

@@ -1,0 +1,1 @@
+"""What short windows do not show: distance by position, a needle in a long text, what is generated."""
