@@ -53,7 +53,8 @@ def serve(
     names: Annotated[
         list[str] | None,
         typer.Option(
-            "--name", help="Of each model in requests; if not given MODEL, of a folder its last part."
+            "--name",
+            help="Of each model in requests; if not given MODEL, of a folder its last part.",
         ),
     ] = None,
     host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
@@ -138,8 +139,9 @@ def serve(
             generator.call(served[name].warm_up)
             _announce(served[name], strict=strict)
         place = f"[{host}]" if ":" in host else host
-        note(f"serving at http://{place}:{bound.getsockname()[1]}/v1, one answer at a time")
-        Server(build_app(served, generator, api_key=api_key), generator.stop).run(sockets=[bound])
+        text = f"serving at http://{place}:{bound.getsockname()[1]}/v1, one answer at a time"
+        app = build_app(served, generator, api_key=api_key)
+        Server(app, started=lambda: note(text), stop=generator.stop).run(sockets=[bound])
     finally:
         bound.close()
         generator.close()
@@ -163,8 +165,12 @@ def _pairs(
             "in the same order"
         )
     if names and len(names) != len(models):
-        raise ConfigError(f"there are {len(models)} models and {len(names)} --name; expected as many")
-    names = names or [Path(model).resolve().name if Path(model).exists() else model for model in models]
+        raise ConfigError(
+            f"there are {len(models)} models and {len(names)} --name; expected as many"
+        )
+    names = names or [
+        Path(model).resolve().name if Path(model).exists() else model for model in models
+    ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two models are called {twice[0]!r}; give each a --name of its own")
     return dict(zip(names, zip(models, clusters, strict=True), strict=True))

@@ -65,7 +65,9 @@ def prove(model: Any, prompt: list[int]) -> Activation:
     for module in modules:
         if module not in ran:
             counts = read_counts(module).dense
-            reasons |= dict.fromkeys([module.problem] if module.problem else filter(counts.get, counts))
+            reasons |= dict.fromkeys(
+                [module.problem] if module.problem else filter(counts.get, counts)
+            )
     layers = len(find_ffn_layers(model, packed=True, int8=True))
     if layers > len(modules):
         reasons["not in the artifact"] = None

@@ -247,23 +247,30 @@ async def _failed(request: Request, failure: Exception) -> Response:
 
 
 async def _invalid(request: Request, error: Exception) -> Response:
-    """What pydantic says about the first thing that is wrong."""
+    """What pydantic says: of the ways to read a field, the one that came furthest."""
     assert isinstance(error, RequestValidationError)
-    first = error.errors()[0]
-    place = ".".join(str(part) for part in first["loc"][1:])
+    first = max(error.errors(), key=lambda found: len(found["loc"]))
+    parts = (str(part) for part in first["loc"][1:])
+    place = ".".join(part for part in parts if part.isalnum() or part.isidentifier())
     if first["type"] == "json_invalid":
         reason = first.get("ctx", {}).get("error", "")
-        return _response(RequestFailure(f"the body is not valid JSON: {reason} ({first['loc'][-1]})"))
+        return _response(
+            RequestFailure(f"the body is not valid JSON: {reason} ({first['loc'][-1]})")
+        )
     if first["type"] == "extra_forbidden":
         return _response(
-            RequestFailure(f"{place} is not known here, or not supported; leave it out", param=place)
+            RequestFailure(
+                f"{place} is not known here, or not supported; leave it out", param=place
+            )
         )
     return _response(RequestFailure(f"{place or 'the body'}: {first['msg']}", param=place or None))
 
 
 async def _no_route(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    text = f"{request.method} {request.url.path}: {error.detail}; expected one of the routes in /docs"
+    text = (
+        f"{request.method} {request.url.path}: {error.detail}; expected one of the routes in /docs"
+    )
     return _response(RequestFailure(text, status=error.status_code))
 
 

@@ -51,7 +51,10 @@ class Metrics:
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(
-            f"sparse_runtime_{name}", f"{text} Since the start.", ("model",), registry=self._registry
+            f"sparse_runtime_{name}",
+            f"{text} Since the start.",
+            ("model",),
+            registry=self._registry,
         )
 
     def count(self, model: str, endpoint: str, outcome: str) -> None:
@@ -77,7 +80,9 @@ class Metrics:
             *(cost.sparse_bytes, cost.dense_bytes_of_sparse_tokens),
             *(cost.sparse_tokens, cost.dense_tokens),
         )
-        read, whole, sparse, dense = map(sum, zip(self._totals.get(model, (0,) * 4), new, strict=True))
+        read, whole, sparse, dense = map(
+            sum, zip(self._totals.get(model, (0,) * 4), new, strict=True)
+        )
         self._totals[model] = (read, whole, sparse, dense)
         if whole:
             self._cost.labels(model).set(read / whole)

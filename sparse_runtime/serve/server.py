@@ -51,16 +51,23 @@ class Server(uvicorn.Server):
 
     Args:
         app: the application.
-        stop: called once, at the first signal.
+        started: called once connections are accepted.
+        stop: called at every signal that asks for the end.
     """
 
-    def __init__(self, app: Any, stop: Callable[[], None]) -> None:
+    def __init__(self, app: Any, *, started: Callable[[], None], stop: Callable[[], None]) -> None:
         super().__init__(
             uvicorn.Config(
                 app, log_level="warning", access_log=False, timeout_graceful_shutdown=_GRACE
             )
         )
+        self._tell_started = started
         self._stop = stop
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to accept connections."""
+        await super().startup(sockets)
+        self._tell_started()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Of SIGINT and SIGTERM."""

@@ -1,7 +1,6 @@
 """A server in this process, on a free port, and OpenAI's client for it."""
 
 import copy
-import socket
 import threading
 import time
 from contextlib import ExitStack, contextmanager
@@ -51,13 +50,14 @@ def running(*served, api_key=None):
         generator.call(model.warm_up)
     bound = claim_port("127.0.0.1", 0)
     app = build_app({model.name: model for model in served}, generator, api_key=api_key)
-    server = Server(app, generator.stop)
+    started = threading.Event()
+    server = Server(app, started=started.set, stop=generator.stop)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
     thread.start()
     url = f"http://127.0.0.1:{bound.getsockname()[1]}"
     result = Running(served[0], generator, server, url, api_key)
     try:
-        result.wait_for(lambda: server.started)
+        assert started.wait(20)
         yield result
     finally:
         server.handle_exit(2, None)
@@ -110,9 +110,3 @@ def expected(tiny_model, chat_tokenizer):
         return chat_tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
 
     return answer
-
-
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
