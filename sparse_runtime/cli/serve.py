@@ -30,6 +30,9 @@ from sparse_runtime.errors import ConfigError, SparseRuntimeError
 from sparse_runtime.models import load_model
 
 if TYPE_CHECKING:
+    from socket import socket
+
+    from sparse_runtime.serve.generation import Generator
     from sparse_runtime.serve.served_model import ServedModel
 
 _LIBRARIES = {"fastapi": "fastapi", "uvicorn": "uvicorn", "prometheus_client": "prometheus-client"}
@@ -37,50 +40,57 @@ _PORT = Range("0 to 65535", lambda value: 0 <= value < 2**16)
 _LOCAL = ("127.", "localhost", "::1")
 
 
+ModelsArgument = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL…", help="Hub id, local folder, or 'demo' (SmolLM2-135M); one or more."
+    ),
+]
+ClustersOfEachOption = Annotated[
+    list[str],
+    typer.Option(
+        "--clusters", metavar="DIR", help="Cluster artifact of each model: folder or Hub id."
+    ),
+]
+NamesOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name", help="Of each model in requests; if not given MODEL, of a folder its last part."
+    ),
+]
+HostOption = Annotated[str, typer.Option(help="Address to listen at.")]
+PortOption = Annotated[
+    int, typer.Option(callback=_PORT.callback, help="Port; 0 is any that is free.")
+]
+ApiKeyOption = Annotated[
+    str | None,
+    typer.Option(envvar="SPARSE_RUNTIME_API_KEY", help="Key that requests have to bear."),
+]
+MaxPromptOption = Annotated[
+    int | None,
+    typer.Option(callback=POSITIVE.callback, help="Longest prompt; the model's, if not given."),
+]
+MaxNewOption = Annotated[
+    int,
+    typer.Option(
+        callback=POSITIVE.callback, help="Longest answer; also of requests that name no length."
+    ),
+]
+ReuseOption = Annotated[
+    bool, typer.Option(help="Keep the cache of the last answer, for a chat that goes on from it.")
+]
+
+
 def serve(
-    models: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="MODEL…", help="Hub id, local folder, or 'demo' (SmolLM2-135M); one or more."
-        ),
-    ],
-    clusters: Annotated[
-        list[str],
-        typer.Option(
-            "--clusters", metavar="DIR", help="Cluster artifact of each model: folder or Hub id."
-        ),
-    ],
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--name",
-            help="Of each model in requests; if not given MODEL, of a folder its last part.",
-        ),
-    ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen at.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(callback=_PORT.callback, help="Port; 0 is any that is free.")
-    ] = 8000,
-    api_key: Annotated[
-        str | None,
-        typer.Option(
-            envvar="SPARSE_RUNTIME_API_KEY", help="That requests have to bear, if one is given."
-        ),
-    ] = None,
-    max_prompt_tokens: Annotated[
-        int | None,
-        typer.Option(callback=POSITIVE.callback, help="Longest prompt; the model's, if not given."),
-    ] = None,
-    max_new_tokens: Annotated[
-        int,
-        typer.Option(
-            callback=POSITIVE.callback, help="Longest answer; also of requests that say nothing."
-        ),
-    ] = 1024,
-    reuse: Annotated[
-        bool,
-        typer.Option(help="Keep the cache of the last answer, for a chat that goes on from it."),
-    ] = True,
+    models: ModelsArgument,
+    clusters: ClustersOfEachOption,
+    names: NamesOption = None,
+    host: HostOption = "127.0.0.1",
+    port: PortOption = 8000,
+    api_key: ApiKeyOption = None,
+    max_prompt_tokens: MaxPromptOption = None,
+    max_new_tokens: MaxNewOption = 1024,
+    reuse: ReuseOption = True,
     strict: Annotated[
         bool, typer.Option("--strict", help="Start only if every FFN runs sparse.")
     ] = False,
@@ -104,44 +114,32 @@ def serve(
     One answer is generated at a time, in the order of the requests. Needs the extra 'serve'.
     """
     _check_libraries()
-    from sparse_runtime.serve.app import build_app
     from sparse_runtime.serve.generation import Generator
-    from sparse_runtime.serve.parts import check_version
-    from sparse_runtime.serve.server import Server, claim_port
+    from sparse_runtime.serve.server import claim_port
 
-    check_version()
     pairs = _pairs(models, clusters, names)
     if api_key == "":
         raise ConfigError("--api-key is empty; expected a key, or leave it out")
     planes = plane_options(weights, linear_weights, tau, ramp)
-    ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
-    ways |= {"budget": budget, "verify": verify, **planes}
-    centroids = cuts(budget, verify)
-    artifacts = {
-        name: ClusterSet.from_pretrained(folder, centroids=centroids)
-        for name, (_, folder) in pairs.items()
-    }
+    ways = {"strict": strict, "fast_linear": fast_linear, "budget": budget, "verify": verify}
+    limits = {"prompt": max_prompt_tokens, "answer": max_new_tokens}
+    artifacts = [
+        ClusterSet.from_pretrained(folder, centroids=cuts(budget, verify))
+        for _, folder in pairs.values()
+    ]
     bound = claim_port(host, port)
     if api_key is None and not host.startswith(_LOCAL):
         warn(f"whoever reaches {host} can use this server; --api-key asks for a key")
     served = {}
     generator = Generator()
     try:
-        for name, (model, _) in pairs.items():
+        for (name, (model, _)), artifact in zip(pairs.items(), artifacts, strict=True):
             loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
             check_stages(loaded, planes)
-            served[name] = _made_sparse(
-                *(name, loaded, tokenizer, artifacts[name]),
-                ways=ways,
-                limits={"prompt": max_prompt_tokens, "answer": max_new_tokens},
-                reuse=reuse,
-            )
-            generator.call(served[name].warm_up)
+            sparsify(loaded, artifact, **ways, **planes)
+            served[name] = _warm(name, loaded, tokenizer, limits, generator, reuse=reuse)
             _announce(served[name], strict=strict)
-        place = f"[{host}]" if ":" in host else host
-        text = f"serving at http://{place}:{bound.getsockname()[1]}/v1, one answer at a time"
-        app = build_app(served, generator, api_key=api_key)
-        Server(app, started=lambda: note(text), stop=generator.stop).run(sockets=[bound])
+        _run(served, generator, bound, host=host, api_key=api_key)
     finally:
         bound.close()
         generator.close()
@@ -153,6 +151,9 @@ def _check_libraries() -> None:
         raise SparseRuntimeError(
             f"serve needs {', '.join(missing)}; pip install 'sparse-runtime[serve]'"
         )
+    from sparse_runtime.serve.parts import check_version
+
+    check_version()
 
 
 def _pairs(
@@ -161,8 +162,8 @@ def _pairs(
     """Name in requests -> model and clusters."""
     if len(models) != len(clusters):
         raise ConfigError(
-            f"there are {len(models)} models and {len(clusters)} --clusters; expected one for each model, "
-            "in the same order"
+            f"there are {len(models)} models and {len(clusters)} --clusters; expected one for each, in "
+            "the same order"
         )
     if names and len(names) != len(models):
         raise ConfigError(
@@ -176,22 +177,22 @@ def _pairs(
     return dict(zip(names, zip(models, clusters, strict=True), strict=True))
 
 
-def _made_sparse(
+def _warm(
     name: str,
     model: Any,
     tokenizer: Any,
-    artifact: ClusterSet,
-    *,
-    ways: dict[str, Any],
     limits: dict[str, Any],
+    generator: Generator,
+    *,
     reuse: bool,
 ) -> ServedModel:
     from sparse_runtime.attention import fast_attention
     from sparse_runtime.serve.served_model import Limits, ServedModel
 
     fast_attention(model)
-    sparsify(model, artifact, **ways)
-    return ServedModel(name, model, tokenizer, Limits.of(model, **limits), reuse=reuse)
+    served = ServedModel(name, model, tokenizer, Limits.of(model, **limits), reuse=reuse)
+    generator.call(served.warm_up)
+    return served
 
 
 def _announce(served: ServedModel, *, strict: bool) -> None:
@@ -201,3 +202,21 @@ def _announce(served: ServedModel, *, strict: bool) -> None:
     if strict and not activation.complete:
         raise SparseRuntimeError(f"{served.name}: {activation}; --strict expects all of them")
     (note if activation.complete else warn)(f"{served.name}: {activation}")
+
+
+def _run(
+    served: dict[str, ServedModel],
+    generator: Generator,
+    bound: socket,
+    *,
+    host: str,
+    api_key: str | None,
+) -> None:
+    """Serve until a signal comes."""
+    from sparse_runtime.serve.app import build_app
+    from sparse_runtime.serve.server import Server
+
+    place = f"[{host}]" if ":" in host else host
+    text = f"serving at http://{place}:{bound.getsockname()[1]}/v1, one answer at a time"
+    app = build_app(served, generator, api_key=api_key)
+    Server(app, started=lambda: note(text), stop=generator.stop).run(sockets=[bound])

@@ -1,4 +1,4 @@
-"""The proof that a model runs sparse: a few tokens are generated, and each layer's counters are read."""
+"""The proof that a model runs sparse: it generates a little, and each layer's counters are read."""
 
 from __future__ import annotations
 

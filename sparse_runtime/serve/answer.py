@@ -66,7 +66,6 @@ class Answer(StoppingCriteria):
 
     Attributes:
         tokens: new token ids so far.
-        cancelled: whether somebody asked for its end.
     """
 
     def __init__(
@@ -119,6 +118,7 @@ class Answer(StoppingCriteria):
 
     @property
     def cancelled(self) -> bool:
+        """Whether somebody asked for its end."""
         return self._cancelled.is_set()
 
     @property

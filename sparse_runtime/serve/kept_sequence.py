@@ -1,4 +1,4 @@
-"""The cache of the sequence that was answered last: a chat that goes on from there is not prefilled again."""
+"""The cache of the last sequence: a chat that goes on from there is not prefilled again."""
 
 from __future__ import annotations
 

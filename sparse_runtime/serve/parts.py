@@ -1,15 +1,15 @@
 """The parts of ``transformers serve`` that this server stands on: the one place that knows them.
 
 They hold what is particular to a model: how OpenAI's messages become those of its chat template, and
-how reasoning and tool calls are found in its answer. They are internal to transformers, so that they are
-used in the version that they were tested with, and refused in any other.
+how reasoning and tool calls are found in its answer. They are internal to transformers, so that they
+are used in the version that they were tested with, and refused in any other.
 
 The rest of transformers 5.23's server was found unfit, and is plain FastAPI here. Its app answers
 ``/load_model`` and ``/reset`` to everyone; its model manager loads, dense, whatever Hub model a request
 names, and lists the Hub's cache in place of what is served. Its handlers have no key, no limits and no
-OpenAI error bodies, leave no room for more usage figures, prefill a growing chat anew, do not sample when
-a temperature is given, show the stop string as part of the text, set the seed while another answer is
-drawn, and go on generating for a client that has left a request without a stream.
+OpenAI error bodies, leave no room for more usage figures, prefill a growing chat anew, do not sample
+when a temperature is given, show the stop string as part of the text, set the seed while another answer
+is drawn, and go on generating for a client that has left a request without a stream.
 """
 
 from __future__ import annotations

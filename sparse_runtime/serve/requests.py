@@ -83,6 +83,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def length(self) -> int | None:
+        """Tokens of the answer that are asked for."""
         return self.max_completion_tokens or self.max_tokens
 
     @property

@@ -103,6 +103,7 @@ class ChatResponses(Responses):
     prefix, whole, part = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def opening(self) -> list[dict[str, Any]]:
+        """A part with the role."""
         chunk = self.chunk(None)
         chunk["choices"][0]["delta"] = {"role": "assistant", "content": ""}
         return [chunk]

@@ -107,8 +107,9 @@ class ServedModel:
     ) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise ModelError(
-                f"the tokenizer of {name} is a {type(tokenizer).__name__}; answers are streamed by fast "
-                "ones (tokenizers.Tokenizer) only. Save the model with a tokenizer.json"
+                f"the tokenizer of {name} is a {type(tokenizer).__name__}; expected a fast one "
+                "(tokenizers.Tokenizer), which answers are streamed by. Save the model with a "
+                "tokenizer.json"
             )
         self.name = name
         self.model = model

@@ -38,8 +38,8 @@ def claim_port(host: str, port: int) -> socket.socket:
             bound.close()
         reason = getattr(error, "strerror", None) or error
         raise SparseRuntimeError(
-            f"{host}:{port} cannot be served: {reason}. Choose another --port (0: any that is free), or "
-            "end what listens there"
+            f"{host}:{port} cannot be served: {reason}. Choose another --port (0: any that is free), "
+            "or end what listens there"
         ) from error
     return bound
 

@@ -5,15 +5,12 @@ import threading
 import time
 from contextlib import ExitStack, contextmanager
 
+import openai
 import pytest
 import torch
 from helpers import random_cluster_set
 
 from sparse_runtime import sparsify
-
-openai = pytest.importorskip("openai")
-pytest.importorskip("fastapi")
-
 from sparse_runtime.serve.app import build_app
 from sparse_runtime.serve.generation import Generator
 from sparse_runtime.serve.served_model import Limits, ServedModel

@@ -97,9 +97,7 @@ def test_an_unknown_model_is_not_found(server):
 
 def test_lengths_are_limited(server, make_served, serving):
     client = server.client()
-    with pytest.raises(
-        openai.BadRequestError, match="61 tokens; this server takes at most 40"
-    ) as error:
+    with pytest.raises(openai.BadRequestError, match=r"61 tokens; .* at most 40") as error:
         client.completions.create(model="tiny", prompt="a" * 61)
     assert error.value.code == "context_length_exceeded"
     # An answer whose length is not named is as long as the server lets it be, and fits the context.
