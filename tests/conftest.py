@@ -21,13 +21,13 @@ if not torch.cuda.is_available():
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-# `make test-lowest` goes without the server, which is for one version of transformers.
-collect_ignore = [] if find_spec("fastapi") else ["serve"]
-
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import make_tiny_model, random_cluster_set
 
 from sparse_runtime import sparsify
+
+# `make test-lowest` goes without the server, which is for one version of transformers.
+collect_ignore = [] if find_spec("fastapi") else ["serve"]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from fastapi import APIRouter, Depends, FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sparse_runtime.serve.failures import RequestFailure
 from sparse_runtime.serve.generation import Generator, Job
@@ -29,6 +30,8 @@ from sparse_runtime.serve.served_model import ServedModel
 from sparse_runtime.version import __version__
 
 _CHAT, _TEXT = "/v1/chat/completions", "/v1/completions"
+# Far beyond the longest prompts, as JSON.
+_MOST_BODY_BYTES = 32 * 2**20
 #: nginx's, for a client that has left before its answer; nobody sees it but a log.
 _LEFT = 499
 
@@ -45,9 +48,10 @@ def build_app(
     """
     metrics = Metrics()
     app = FastAPI(title="sparse-runtime", version=__version__)
+    app.add_middleware(_BodyLimit)
     app.exception_handler(RequestFailure)(_failed)
     app.exception_handler(RequestValidationError)(_invalid)
-    app.exception_handler(HTTPException)(_no_route)
+    app.exception_handler(HTTPException)(_refused)
     app.exception_handler(Exception)(_broken)
     api = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(api_key))])
     service = _Service(models, generator, metrics)
@@ -83,6 +87,26 @@ def build_app(
 
     app.include_router(api)
     return app
+
+
+class _BodyLimit:
+    """Stops reading a body before it fills the memory; it is read before its key is looked at."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        size = 0
+
+        async def limited() -> Message:
+            nonlocal size
+            message = await receive()
+            size += len(message.get("body", b""))
+            if size > _MOST_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {_MOST_BODY_BYTES} bytes")
+            return message
+
+        await self._app(scope, limited, send)
 
 
 class _Service:
@@ -266,11 +290,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     return _response(RequestFailure(f"{place or 'the body'}: {first['msg']}", param=place or None))
 
 
-async def _no_route(request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
+    """What starlette says: no such route, a wrong method, a body that is too large."""
     assert isinstance(error, HTTPException)
-    text = (
-        f"{request.method} {request.url.path}: {error.detail}; expected one of the routes in /docs"
-    )
+    text = f"{request.method} {request.url.path}: {error.detail}"
+    if error.status_code in (404, 405):
+        text += "; expected one of the routes in /docs"
     return _response(RequestFailure(text, status=error.status_code))
 
 

@@ -78,14 +78,12 @@ class AnswerParser:
     """
 
     def __init__(self, parser: Any) -> None:
+        # What it has found in the prompt (its initial events) is not part of the answer.
         self._parser = parser
-        self._begun = False
 
     def feed(self, text: str) -> list[Piece]:
         """The pieces that some more text, special tokens included, completes."""
-        events = [] if self._begun else list(self._parser.initial_events)
-        self._begun = True
-        return _pieces([*events, *self._parser.feed(text)])
+        return _pieces(self._parser.feed(text))
 
     def end(self) -> list[Piece]:
         """The pieces that the end of the answer completes."""

@@ -1,4 +1,4 @@
-"""The command on the demo model: 200 answers of eight clients, memory, and the rate beside ``generate``'s."""
+"""The command on the demo model: 200 answers of eight clients, memory, and the rate."""
 
 import re
 import statistics

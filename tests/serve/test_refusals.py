@@ -13,7 +13,7 @@ def server(serving, make_served):
 
 
 def post(server, body, path="/v1/chat/completions", **options):
-    content = body if isinstance(body, str | bytes) else json.dumps(body)
+    content = json.dumps(body) if isinstance(body, dict) else body
     headers = {"content-type": "application/json"} | options.pop("headers", {})
     return httpx.post(server.url + path, content=content, headers=headers, timeout=60)
 
@@ -85,6 +85,13 @@ def test_bodies_that_are_no_requests(server):
     assert "not valid JSON" in refused(post(server, "{"), 400)["message"]
     refused(post(server, {}, "/v1/nothing"), 404, "/v1/nothing")
     refused(httpx.get(server.url + "/v1/completions"), 405)
+    assert post(server, chat()).status_code == 200
+
+
+def test_a_body_is_read_up_to_a_size(server, monkeypatch):
+    monkeypatch.setattr("sparse_runtime.serve.app._MOST_BODY_BYTES", 1000)
+    refused(post(server, " " * 1001), 413, "1000 bytes")
+    refused(post(server, iter([b"  "] * 501)), 413)  # without a length in the header
     assert post(server, chat()).status_code == 200
 
 
