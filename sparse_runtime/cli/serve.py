@@ -121,7 +121,8 @@ def serve(
     if api_key == "":
         raise ConfigError("--api-key is empty; expected a key, or leave it out")
     planes = plane_options(weights, linear_weights, tau, ramp)
-    ways = {"strict": strict, "fast_linear": fast_linear, "budget": budget, "verify": verify}
+    ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
+    ways |= {"budget": budget, "verify": verify, **planes}
     limits = {"prompt": max_prompt_tokens, "answer": max_new_tokens}
     artifacts = [
         ClusterSet.from_pretrained(folder, centroids=cuts(budget, verify))
@@ -136,7 +137,7 @@ def serve(
         for (name, (model, _)), artifact in zip(pairs.items(), artifacts, strict=True):
             loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
             check_stages(loaded, planes)
-            sparsify(loaded, artifact, **ways, **planes)
+            sparsify(loaded, artifact, **ways)
             served[name] = _warm(name, loaded, tokenizer, limits, generator, reuse=reuse)
             _announce(served[name], strict=strict)
         _run(served, generator, bound, host=host, api_key=api_key)

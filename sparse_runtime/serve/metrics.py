@@ -47,7 +47,7 @@ class Metrics:
         )
         self._cost = self._gauge("cost_share", "FFN bytes read by sparse tokens ÷ dense bytes.")
         self._dense = self._gauge("dense_share", "Share of an FFN layer's tokens that ran dense.")
-        self._totals: dict[str, tuple[float, float, int, int]] = {}
+        self._totals: dict[str, tuple[float, ...]] = {}
 
     def _gauge(self, name: str, text: str) -> Gauge:
         return Gauge(
@@ -80,10 +80,10 @@ class Metrics:
             *(cost.sparse_bytes, cost.dense_bytes_of_sparse_tokens),
             *(cost.sparse_tokens, cost.dense_tokens),
         )
-        read, whole, sparse, dense = map(
-            sum, zip(self._totals.get(model, (0,) * 4), new, strict=True)
-        )
-        self._totals[model] = (read, whole, sparse, dense)
+        before = self._totals.get(model, (0.0,) * len(new))
+        totals = tuple(map(sum, zip(before, new, strict=True)))
+        self._totals[model] = totals
+        read, whole, sparse, dense = totals
         if whole:
             self._cost.labels(model).set(read / whole)
         if sparse + dense:

@@ -44,7 +44,7 @@ class Responses:
 
     def __init__(self, model: str) -> None:
         self._calls = 0
-        self._head = {
+        self._head: dict[str, Any] = {
             "id": f"{self.prefix}-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": model,
