@@ -179,6 +179,7 @@ class ServedModel:
         config = copy.deepcopy(self.model.generation_config)
         config.max_new_tokens, config.max_length = max_new_tokens, None
         config.num_beams = config.num_return_sequences = 1
+        config.return_dict_in_generate = True  # with the cache
         if request.temperature is not None:
             config.do_sample = request.temperature > 0
             config.temperature = request.temperature or None
@@ -219,7 +220,6 @@ class ServedModel:
                 generation_config=config,
                 past_key_values=cache,
                 stopping_criteria=[answer],
-                return_dict_in_generate=True,
             )
         answer.end()
         if self._reuse:
