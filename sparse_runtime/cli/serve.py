@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -124,22 +125,16 @@ def serve(
     ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
     ways |= {"budget": budget, "verify": verify, **planes}
     limits = {"prompt": max_prompt_tokens, "answer": max_new_tokens}
-    artifacts = [
-        ClusterSet.from_pretrained(folder, centroids=cuts(budget, verify))
-        for _, folder in pairs.values()
-    ]
+    options = {"dtype": resolve_dtype(dtype, device), "device": device}
     bound = claim_port(host, port)
     if api_key is None and not host.startswith(_LOCAL):
         warn(f"whoever reaches {host} can use this server; --api-key asks for a key")
-    served = {}
     generator = Generator()
     try:
-        for (name, (model, _)), artifact in zip(pairs.items(), artifacts, strict=True):
-            loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
-            check_stages(loaded, planes)
-            sparsify(loaded, artifact, **ways)
-            served[name] = _warm(name, loaded, tokenizer, limits, generator, reuse=reuse)
-            _announce(served[name], strict=strict)
+        load = partial(_load, pairs, options, planes, ways, limits, reuse=reuse)
+        served = generator.call(load)
+        for model in served.values():
+            _announce(model, strict=strict)
         _run(served, generator, bound, host=host, api_key=api_key)
     finally:
         bound.close()
@@ -178,21 +173,32 @@ def _pairs(
     return dict(zip(names, zip(models, clusters, strict=True), strict=True))
 
 
-def _warm(
-    name: str,
-    model: Any,
-    tokenizer: Any,
+def _load(
+    pairs: dict[str, tuple[str, str]],
+    options: dict[str, Any],
+    planes: dict[str, Any],
+    ways: dict[str, Any],
     limits: dict[str, Any],
-    generator: Generator,
     *,
     reuse: bool,
-) -> ServedModel:
+) -> dict[str, ServedModel]:
+    """Name -> model, sparse and proven to be, to what degree it is."""
     from sparse_runtime.attention import fast_attention
     from sparse_runtime.serve.served_model import Limits, ServedModel
 
-    fast_attention(model)
-    served = ServedModel(name, model, tokenizer, Limits.of(model, **limits), reuse=reuse)
-    generator.call(served.warm_up)
+    centroids = cuts(ways["budget"], ways["verify"])
+    artifacts = {
+        name: ClusterSet.from_pretrained(clusters, centroids=centroids)
+        for name, (_, clusters) in pairs.items()
+    }
+    served = {}
+    for name, (source, _) in pairs.items():
+        model, tokenizer = load_model(source, **options)
+        check_stages(model, planes)
+        fast_attention(sparsify(model, artifacts[name], **ways))
+        limited = Limits.of(model, **limits)
+        served[name] = ServedModel(name, model, tokenizer, limited, reuse=reuse)
+        served[name].warm_up()
     return served
 
 
