@@ -24,6 +24,7 @@ FLOORS = (
     "ffn",
     "api attention",
     "compiled",
+    "serve",
     "predictors",
     "clusters",
     "eval",

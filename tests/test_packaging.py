@@ -117,7 +117,7 @@ def test_runs_without_triton_and_other_extras():
     code = """
 import sys
 sys.path.insert(0, "tests")
-for name in ("triton", "matplotlib", "lm_eval", "playwright", "gguf"):
+for name in ("triton", "matplotlib", "lm_eval", "playwright", "gguf", "fastapi"):
     sys.modules[name] = None
 import pytest, torch
 from helpers import make_tiny_model, random_cluster_set

@@ -22,6 +22,7 @@ from sparse_runtime.cli.long import long
 from sparse_runtime.cli.pack import pack
 from sparse_runtime.cli.plane_studies import ramp, rounding
 from sparse_runtime.cli.report import demo, report
+from sparse_runtime.cli.serve import serve
 from sparse_runtime.cli.studies import ablate, ingredients, paper, tasks
 from sparse_runtime.cli.upcycle import upcycle
 from sparse_runtime.errors import ConfigError, SparseRuntimeError
@@ -39,6 +40,7 @@ app.command()(build)
 app.command()(pack)
 app.command()(upcycle)
 app.command()(generate)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(long)
 app.command()(paper)
