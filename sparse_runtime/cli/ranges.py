@@ -90,6 +90,8 @@ SEED = Range("0 to 2³² − 1", lambda value: 0 <= value < 2**32)
 PLANE_BITS = Range("3, 4, 5, 6, 7 or 8", lambda value: value in planes.PLANE_BITS)
 ONE_OR_MORE = Range("1 or more", lambda value: value >= 1)
 TWO_OR_MORE = Range("2 or more", lambda value: value >= 2)
+ABOVE_ZERO = Range("more than 0", lambda value: 0 < value < math.inf)
+FROM_ZERO_TO_ONE = Range("0 to 1", lambda value: 0 <= value <= 1)
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
 
 

@@ -68,7 +68,7 @@ def test_a_template_that_refuses_is_named_with_the_remedy(answer):
         code, _, err, figures = answer(template=template)
         assert code == 2
         assert "chat template cannot be applied" in err
-        assert "--raw continues the text without it" in err
+        assert "generate --raw continues a text without it" in err
         assert "\x1b" not in err
         assert figures is None
     assert answer("--raw", template="{% for")[0] == 0
@@ -100,7 +100,7 @@ def test_a_comparison_warms_up(answer, monkeypatch):
     original = generate.generate_text
 
     def noted(*arguments, **options):
-        calls.append((arguments[3], options.get("printer") is not None))
+        calls.append((arguments[3], options.get("show") is not None))
         return original(*arguments, **options)
 
     for module in (generate, generation):

@@ -15,7 +15,7 @@ from sparse_runtime.cli import (
     console,
     evaluate,
     figures,
-    generate,
+    generation,
     pack,
     plane_studies,
     studies,
@@ -65,7 +65,17 @@ def nothing_loads(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("something was loaded")
 
-    for module in (build, pack, upcycle, evaluate, generate, studies, plane_studies, texts, bench):
+    for module in (
+        build,
+        pack,
+        upcycle,
+        evaluate,
+        generation,
+        studies,
+        plane_studies,
+        texts,
+        bench,
+    ):
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
         monkeypatch.setattr(f"sparse_runtime.eval.latency.shapes.{name}", loads)
