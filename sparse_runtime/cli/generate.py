@@ -188,8 +188,8 @@ def _encoded(tokenizer: Any, text: str, system: str | None, *, raw: bool) -> Pro
     if raw or not has_chat_template(tokenizer):
         if system is not None:
             raise ConfigError(
-                "--system is given, and the model's tokenizer has no chat template to put it into; take "
-                "a model tuned for conversations, or begin --prompt with it"
+                "--system is given, and the model's tokenizer has no chat template to put it into; "
+                "take a model tuned for conversations, or begin --prompt with it"
             )
         return encode_text(tokenizer, text)
     messages = [] if system is None else [{"role": "system", "content": system}]

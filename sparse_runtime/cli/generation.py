@@ -118,7 +118,7 @@ def generate_text(
     Returns:
         ``text``; ``prompt_tokens``, and ``reused_tokens`` of them; ``new_tokens``, without an end
         token; ``ended``, see :class:`Answer`; ``prompt_seconds`` up to the first new token;
-        ``tokens_per_second`` from there on, None where no further one came;
+        ``decode_steps`` from there on and their ``tokens_per_second``, None where there is none;
         ``cost_share``, and the same as ``bits_per_weight`` (16 × the share of bfloat16's bytes);
         ``bytes_per_token`` of the whole model's weights that a decode step reads;
         ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over the layers,
@@ -138,6 +138,7 @@ def generate_text(
         "new_tokens": answer.new_tokens,
         "ended": answer.ended,
         "prompt_seconds": answer.prompt_seconds,
+        "decode_steps": len(answer.step_seconds),
         "tokens_per_second": answer.tokens_per_second,
         **_counts(report, len(sparse_modules(model))),
         "bytes_per_token": bytes_per_token(model),
