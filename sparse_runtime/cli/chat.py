@@ -180,7 +180,7 @@ class Conversation:
             out.print("[dim]a new conversation[/dim]")
         elif name in ("/dense", "/sparse"):
             self._variant = name[1:]
-            out.print(f"[dim]{self._variant} from now on; {self._speeds()}[/dim]")
+            out.print(f"[dim]{self._variant} from now on; {self._speeds()}[/dim]", soft_wrap=True)
         else:
             note(f"there is no command {name}; /help lists them, and // begins a line with /")
 
@@ -194,7 +194,7 @@ class Conversation:
         words = f"{stopped}{self._variant}: {speed(figures)}; {prompt}; {ran(figures)}"
         out.print(f"[dim]{escape(words)}[/dim]", soft_wrap=True)
         if len({turn["variant"] for turn in self.turns}) > 1:
-            out.print(f"[dim]{self._speeds()}[/dim]")
+            out.print(f"[dim]{self._speeds()}[/dim]", soft_wrap=True)
         if figures["nothing_sparse"]:
             note(f"nothing ran sparse: {figures['nothing_sparse']}")
 

@@ -107,7 +107,8 @@ class Session:
             self.forget()
         else:
             reused = self._keep_common(prompt.ids[0].tolist())
-            options["past_key_values"] = self._cache
+            if reused:
+                options["past_key_values"] = self._cache
         ids = prompt.ids.to(self._model.device)
         follower = _Follower(stream, prompt.length, _end_tokens(self._model), interrupted)
         torch.manual_seed(sampling.seed)
@@ -128,7 +129,9 @@ class Session:
             self.forget()
             raise
         stream.end()
-        self._keep(result.past_key_values, prompt.ids[0].tolist() + follower.tokens)
+        self._keep(
+            getattr(result, "past_key_values", None), prompt.ids[0].tolist() + follower.tokens
+        )
         return follower.answer(prompt, reused)
 
     def forget(self) -> None:
