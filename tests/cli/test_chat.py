@@ -186,7 +186,7 @@ def test_what_is_typed_in_a_terminal(folders):
 
     def wait_for(text):
         nonlocal seen
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while text not in seen:
             assert time.monotonic() < end, seen
             if select.select([ours], [], [], 1)[0]:
@@ -195,6 +195,7 @@ def test_what_is_typed_in_a_terminal(folders):
 
     try:
         wait_for(b"> ")
+        time.sleep(0.3)  # the prompt is printed a moment before the line is read
         process.send_signal(signal.SIGINT)
         wait_for(b"> ")
         os.write(ours, b"alpha\n")
