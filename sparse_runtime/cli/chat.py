@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -104,7 +105,8 @@ def chat(
             "one that was tuned for them, or continue texts with `sparse-runtime generate`"
         )
     sparsify(loaded, artifact, strict=strict, fast_linear=fast_linear, **cut, **planes)
-    conversation = Conversation(loaded, tokenizer, system, max_new_tokens=max_new_tokens, **options)
+    options["max_new_tokens"] = max_new_tokens
+    conversation = Conversation(loaded, tokenizer, system, **options)
     out.print("[dim]/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves[/dim]")
     for line in read_lines("> "):
         if line is None or not line.strip():
@@ -125,7 +127,7 @@ class Conversation:
         model: sparse.
         tokenizer: of the model, with a chat template.
         system: what the conversation begins with; None leaves it to the template.
-        max_new_tokens: tokens of an answer, at most.
+        sampling: of the first answer; the seed is another one for each.
         options: of ``Session.answer``.
 
     Attributes:
@@ -133,11 +135,17 @@ class Conversation:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, system: str | None, *, max_new_tokens: int, **options: Any
+        self,
+        model: Any,
+        tokenizer: Any,
+        system: str | None,
+        *,
+        sampling: Sampling,
+        **options: Any,
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._session = Session(model, tokenizer)
-        self._options = {"max_new_tokens": max_new_tokens, **options}
+        self._sampling, self._options = sampling, options
         self._begin = [] if system is None else [{"role": "system", "content": system}]
         self._messages = list(self._begin)
         self._variant = "sparse"
@@ -153,12 +161,15 @@ class Conversation:
             begun = len(self._messages) > len(self._begin)
             note(f"{error}" + ("; /reset begins anew" if begun else ""))
             return
+        # Or the same question would be answered by the same words.
+        seed = (self._sampling.seed + len(self.turns)) % 2**32
         try:
             with interruptible() as interrupted:
                 figures = generate_text(
                     *(self._model, self._session, prompt, self._variant),
                     show=show_text,
                     interrupted=interrupted,
+                    sampling=replace(self._sampling, seed=seed),
                     **self._options,
                 )
         except KeyboardInterrupt:  # the second one, which does not wait for a token

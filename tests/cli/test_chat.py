@@ -103,6 +103,14 @@ def test_reset_begins_anew(talk):
     assert without[0]["prompt_tokens"] < turns[0]["prompt_tokens"]
 
 
+def test_each_answer_is_drawn_anew(talk):
+    options = ("--temperature", 5)
+    turns = talk("alpha", "/reset", "alpha", options=options)[3]
+    assert turns[0]["text"] != turns[1]["text"]
+    again = talk("alpha", "/reset", "alpha", options=options)[3]
+    assert [turn["text"] for turn in again] == [turn["text"] for turn in turns]
+
+
 def test_commands(talk, tiny_tokenizer):
     code, out, err, turns = talk("/help", "", "  ", "/nothing", "//x", "/quit", "never said")
     assert code == 0
