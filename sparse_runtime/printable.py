@@ -14,6 +14,12 @@ _ESCAPES = re.compile(
     r"|\x1b[ -/]*.?",
     re.DOTALL,
 )
+# Control characters but tab and line feed, and those that turn the direction of text.
+_CONTROLS = {
+    code: "�"
+    for code in (*range(0x20), *range(0x7F, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))
+    if chr(code) not in "\t\n"
+} | {ord("\r"): ""}
 _shorter = reprlib.Repr()
 _shorter.maxstring = _shorter.maxother = _LONGEST // 2
 
@@ -28,6 +34,14 @@ def printable(value: object, *, longest: int = _LONGEST) -> str:
     text = " ".join(text[: 2 * longest].split())
     text = "".join(symbol if symbol.isprintable() else "�" for symbol in text)
     return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def printable_text(text: str) -> str:
+    """Text of any length and number of lines, in which no control character has a meaning.
+
+    For pieces of a text as well: each becomes what it would in the whole.
+    """
+    return text.translate(_CONTROLS)
 
 
 def markup(value: object, *, longest: int = _LONGEST) -> str:

@@ -23,7 +23,7 @@ FLOORS = (
     "artifact",
     "ffn",
     "api attention",
-    "compiled",
+    "compiled generation",
     "serve",
     "predictors",
     "clusters",

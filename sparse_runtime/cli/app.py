@@ -15,6 +15,7 @@ import typer
 
 from sparse_runtime.cli.bench import bench, tune
 from sparse_runtime.cli.build import build, inspect
+from sparse_runtime.cli.chat import chat
 from sparse_runtime.cli.console import fail, out, warn
 from sparse_runtime.cli.evaluate import evaluate
 from sparse_runtime.cli.generate import generate
@@ -40,6 +41,7 @@ app.command()(build)
 app.command()(pack)
 app.command()(upcycle)
 app.command()(generate)
+app.command()(chat)
 app.command()(serve)
 app.command("eval")(evaluate)
 app.command()(long)

@@ -3,74 +3,59 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
-import torch
-from transformers import TextStreamer
-
 from sparse_runtime.api import cost_report, dense, reset_cost, sparse_modules
+from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import note, out
+from sparse_runtime.cli.cutting import Cut
+from sparse_runtime.cli.options import check_stages, resolve_dtype
 from sparse_runtime.compiled import compiled_decode, compiling
 from sparse_runtime.cost import CostReport
-from sparse_runtime.errors import BackendUnavailableError, CompilationError, ConfigError
+from sparse_runtime.errors import BackendUnavailableError, CompilationError
 from sparse_runtime.ffn.counts import bytes_per_token
+from sparse_runtime.generation import Prompt, Session
 from sparse_runtime.kernels import resolve_backend
+from sparse_runtime.models import load_model
 
 #: Of the unmeasured runs before a comparison: enough for a decode step after the first.
 WARM_UP_TOKENS = 3
 
 
-def encode_prompt(tokenizer: Any, prompt: str, *, raw: bool) -> dict[str, Any]:
-    """Token ids of a prompt.
-
-    Args:
-        tokenizer: of the model.
-        prompt: a user's message, or text to continue.
-        raw: leave the tokenizer's chat template aside.
-
-    Returns:
-        ``input_ids`` and ``attention_mask`` [1, n] int64, and ``chat``: whether the chat template
-        was applied.
+def load_with_clusters(
+    model: str,
+    clusters: str,
+    planes: dict[str, Any],
+    cut: Cut,
+    *,
+    revision: str | None,
+    dtype: str,
+    device: str | None,
+) -> tuple[ClusterSet, Any, Any]:
+    """An artifact, cut, the model that it is for, dense as yet, and its tokenizer.
 
     Raises:
-        ConfigError: the template cannot be applied, or there is no token.
+        SparseRuntimeError: one cannot be loaded, or an option has no effect on the model.
     """
-    chat = not raw and bool(getattr(tokenizer, "chat_template", None))
-    if chat:
-        messages = [{"role": "user", "content": prompt}]
-        try:
-            encoded = tokenizer.apply_chat_template(
-                messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-            )
-        except Exception as error:  # a template is code that came with the model
-            raise ConfigError(
-                "the tokenizer's chat template cannot be applied to the prompt "
-                f"({type(error).__name__}: {error}); --raw continues the text without it"
-            ) from error
-    else:
-        encoded = tokenizer(prompt, return_tensors="pt")
-    if encoded["input_ids"].shape[1] == 0:
-        raise ConfigError(f"--prompt {prompt!r} has no tokens; expected some text")
-    return {
-        "input_ids": encoded["input_ids"],
-        "attention_mask": encoded["attention_mask"],
-        "chat": chat,
-    }
+    from sparse_runtime.attention import fast_attention
+
+    artifact = cut.load(clusters, revision)
+    loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    fast_attention(loaded)
+    check_stages(loaded, planes)
+    return cut.of(loaded, artifact), loaded, tokenizer
 
 
 def warm_up(
-    model: Any,
-    tokenizer: Any,
-    inputs: dict[str, Any],
-    variant: str,
-    compiled_length: int | None = None,
+    model: Any, tokenizer: Any, prompt: Prompt, variant: str, compiled_length: int | None = None
 ) -> None:
     """Run a few tokens unmeasured: the first call of a length sets up threads and caches."""
     generate_text(
         model,
-        tokenizer,
-        inputs,
+        Session(model, tokenizer),
+        prompt,
         variant,
         max_new_tokens=WARM_UP_TOKENS,
         min_new_tokens=WARM_UP_TOKENS,
@@ -81,7 +66,7 @@ def warm_up(
 def compile_variants(
     model: Any,
     tokenizer: Any,
-    inputs: dict[str, Any],
+    prompt: Prompt,
     variants: Sequence[str],
     length: int,
     *,
@@ -97,7 +82,7 @@ def compile_variants(
         for variant in variants:
             started = time.perf_counter()
             with out.status(f"compiling {variant} decode steps"), compiling(model):
-                warm_up(model, tokenizer, inputs, variant, length)
+                warm_up(model, tokenizer, prompt, variant, length)
             seconds[variant] = time.perf_counter() - started
     except CompilationError as error:
         if strict:
@@ -109,88 +94,79 @@ def compile_variants(
 
 def generate_text(
     model: Any,
-    tokenizer: Any,
-    inputs: dict[str, Any],
+    session: Session,
+    prompt: Prompt,
     variant: str,
     *,
-    max_new_tokens: int,
-    printer: TextStreamer | None = None,
-    temperature: float = 0.0,
-    seed: int = 0,
     compiled_length: int | None = None,
+    show: Callable[[str], object] | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """Generate a text with a sparse model and count what it took.
 
     Args:
         model: sparse.
-        tokenizer: of the model.
-        inputs: as of :func:`encode_prompt`.
+        session: of the model.
+        prompt: what to answer or continue.
         variant: ``sparse``, or ``dense`` for the same model inside :func:`sparse_runtime.dense`.
-        max_new_tokens: at most this many, an end token included.
-        printer: prints the text as it comes.
-        temperature: 0 is greedy.
-        seed: of sampling.
         compiled_length: run decode steps compiled, with a cache for so many tokens.
-        options: of ``model.generate``.
+        show: is told each piece of the text as it comes.
+        options: of :meth:`Session.answer`.
 
     Returns:
-        ``text``; ``prompt_tokens``; ``new_tokens``, without an end token; ``prompt_seconds`` up to the
-        first new token; ``tokens_per_second`` from there on, None where no further one came;
+        ``text``; ``prompt_tokens``, and ``reused_tokens`` of them; ``new_tokens``, without an end
+        token; ``ended``, see :class:`Answer`; ``prompt_seconds`` up to the first new token;
+        ``decode_steps`` from there on and their ``tokens_per_second``, None where there is none;
         ``cost_share``, and the same as ``bits_per_weight`` (16 × the share of bfloat16's bytes);
         ``bytes_per_token`` of the whole model's weights that a decode step reads;
         ``sparse_share_of_tokens``; ``sparse_tokens`` and ``dense_tokens``, mean over the layers,
         ``dense_reasons`` (reason -> such tokens); and ``nothing_sparse``: why no token of the sparse
         variant ran sparse, None if one did.
     """
-    from sparse_runtime.eval.latency.timing import TokenClock
-
-    sampling: dict[str, Any] = {"do_sample": False}
-    if temperature > 0:
-        sampling = {"do_sample": True, "temperature": temperature}
     if compiled_length is not None:
         options |= compiled_decode(model, compiled_length)
-    clock = TokenClock(printer)
-    ids = inputs["input_ids"].to(model.device)
-
-    def run() -> Any:
-        return model.generate(
-            ids,
-            attention_mask=inputs["attention_mask"].to(model.device),
-            max_new_tokens=max_new_tokens,
-            streamer=clock,
-            **sampling,
-            **options,
-        )
-
     reset_cost(model)
-    torch.manual_seed(seed)
-    with torch.inference_mode():
-        if variant == "dense":
-            with dense(model):
-                tokens = run()
-        else:
-            tokens = run()
-    new_tokens = tokens[0, ids.shape[1] :].tolist()
-    ended = bool(new_tokens) and new_tokens[-1] in _end_tokens(model)
-    steps, report = clock.steps, cost_report(model)
+    with dense(model) if variant == "dense" else nullcontext():
+        answer = session.answer(prompt, show=show, **options)
+    report, decoded = cost_report(model), bool(answer.step_seconds)
     return {
-        "text": tokenizer.decode(new_tokens, skip_special_tokens=True),
-        "prompt_tokens": ids.shape[1],
-        "new_tokens": len(new_tokens) - ended,
-        "prompt_seconds": clock.prompt_seconds,
-        "tokens_per_second": len(steps) / sum(steps) if steps else None,
+        "text": answer.text,
+        "prompt_tokens": answer.prompt_tokens,
+        "reused_tokens": answer.reused_tokens,
+        "new_tokens": answer.new_tokens,
+        "ended": answer.ended,
+        "prompt_seconds": answer.prompt_seconds,
+        "decode_steps": len(answer.step_seconds),
+        "tokens_per_second": answer.tokens_per_second,
         **_counts(report, len(sparse_modules(model))),
         "bytes_per_token": bytes_per_token(model),
         "nothing_sparse": (
-            _why_dense(model, report, decoded=bool(steps)) if variant == "sparse" else None
+            _why_dense(model, report, decoded=decoded) if variant == "sparse" else None
         ),
     }
 
 
-def _end_tokens(model: Any) -> list[int]:
-    end = model.generation_config.eos_token_id
-    return [] if end is None else end if isinstance(end, list) else [end]
+def ran(figures: dict[str, Any]) -> str:
+    """What a token of a run read, and how many tokens ran sparse and dense, in words."""
+    why = ", ".join(
+        reason if len(figures["dense_reasons"]) == 1 else f"{reason}: {tokens:.0f}"
+        for reason, tokens in figures["dense_reasons"].items()
+        if tokens
+    )
+    return (
+        f"cost share {figures['cost_share']:.3f} ({figures['bits_per_weight']:.2f} bits per FFN "
+        f"weight), {figures['bytes_per_token'] / 1e6:.1f} MB of weights per token; "
+        f"{figures['sparse_tokens']:.0f} tokens ran sparse, "
+        f"{figures['dense_tokens']:.0f} dense" + (f" ({why})" if why else "")
+    )
+
+
+def speed(figures: dict[str, Any]) -> str:
+    """How fast a text came, in words."""
+    if figures["new_tokens"] == 0 and figures["ended"] == "end":
+        return "ended at once: the first token was the end of the text"
+    rate = figures["tokens_per_second"]
+    return "one token, so no rate" if rate is None else f"{rate:.1f} tokens/s after the first"
 
 
 def _counts(report: CostReport, layers: int) -> dict[str, Any]:

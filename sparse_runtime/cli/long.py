@@ -8,8 +8,8 @@ import typer
 from rich.table import Table
 
 from sparse_runtime.artifact.build_record import within
-from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import err, out
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.figures import write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -26,7 +26,6 @@ from sparse_runtime.cli.options import (
     WeightsOption,
     WindowOption,
     check_stages,
-    cuts,
     plane_options,
     resolve_dtype,
 )
@@ -102,6 +101,8 @@ def long(
     tau: TauOption = None,
     ramp: RampOption = None,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     revision: RevisionOption = None,
     verify: VerifyOption = None,
     dtype: AutoDtypeOption = "auto",
@@ -138,14 +139,14 @@ def long(
     _check_tokens(max_tokens, study)
     source = judged_source(data)
     planes = plane_options(weights, None, tau, ramp)
-    centroids = cuts(budget, verify)
-    artifact = ClusterSet.from_pretrained(clusters, revision=revision, centroids=centroids)
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
+    artifact = cut.load(clusters, revision)
     loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
     check_stages(loaded, planes)
     check_context(study, context_of(loaded))
     tokens = held_out(source, tokenizer, max_tokens, loaded)
     warn_of_overlap(data, tokens, within(artifact.build, "data"))
-    options = {"budget": budget, "verify": verify, **planes}
+    options = {"budget": cut.budget_in(artifact), "verify": verify, **planes}
     progress = RichProgress(err)
     result = evaluate_long(
         loaded, tokenizer, artifact, tokens, study, options=options, progress=progress

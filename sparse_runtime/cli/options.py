@@ -11,6 +11,9 @@ from torch import nn
 
 from sparse_runtime.cli.figures import check_output_file
 from sparse_runtime.cli.ranges import (
+    ABOVE_ZERO,
+    DENSITY,
+    FROM_ZERO_TO_ONE,
     NOT_NEGATIVE,
     ONE_OR_MORE,
     PERCENTAGE,
@@ -126,6 +129,49 @@ NewBudgetOption = Annotated[
     float,
     budget_option(
         "Mean cost share (0.25), or bits per FFN weight and token (4.0bits), router included."
+    ),
+]
+TemperatureOption = Annotated[
+    float | None,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback,
+        help="Divides the logits; 0 takes the likeliest token. This and the other options of sampling "
+        "are as the model's generation config says where they are not given.",
+    ),
+]
+TopPOption = Annotated[
+    float | None,
+    typer.Option(callback=DENSITY.callback, help="Draw from the likeliest of this probability."),
+]
+TopKOption = Annotated[
+    int | None,
+    typer.Option(callback=NOT_NEGATIVE.callback, help="Draw from so many tokens; 0 from all."),
+]
+MinPOption = Annotated[
+    float | None,
+    typer.Option(
+        callback=FROM_ZERO_TO_ONE.callback,
+        help="Draw from tokens of at least this share of the likeliest one's probability.",
+    ),
+]
+RepetitionPenaltyOption = Annotated[
+    float | None,
+    typer.Option(callback=ABOVE_ZERO.callback, help="Of tokens that came before; 1 is none."),
+]
+DoSampleOption = Annotated[
+    bool | None, typer.Option("--do-sample/--no-do-sample", help="Draw tokens, or not.")
+]
+SystemOption = Annotated[
+    str | None, typer.Option(help="System prompt, where the model's chat template has one.")
+]
+StopOption = Annotated[
+    list[str] | None,
+    typer.Option(help="End the text in front of this string. May be given again."),
+]
+FastLinearOption = Annotated[
+    bool,
+    typer.Option(
+        "--fast-linear", help="Run attention's linear layers and the head by the kernels too."
     ),
 ]
 SeedOption = Annotated[

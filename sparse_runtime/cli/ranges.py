@@ -92,6 +92,7 @@ PLANE_BITS = Range("3, 4, 5, 6, 7 or 8", lambda value: value in planes.PLANE_BIT
 ONE_OR_MORE = Range("1 or more", lambda value: value >= 1)
 TWO_OR_MORE = Range("2 or more", lambda value: value >= 2)
 ABOVE_ZERO = Range("a number above 0", lambda value: 0 < value < math.inf)
+FROM_ZERO_TO_ONE = Range("0 to 1", lambda value: 0 <= value <= 1)
 NOT_NEGATIVE = Range("0 or more", lambda value: 0 <= value < math.inf)
 
 

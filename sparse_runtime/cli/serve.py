@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from sparse_runtime.api import sparsify
-from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.cli.console import note, warn
+from sparse_runtime.cli.cutting import Cut, MaxLossDomainOption, MaxLossOption
 from sparse_runtime.cli.options import (
     BudgetOption,
     DeviceOption,
@@ -22,7 +22,6 @@ from sparse_runtime.cli.options import (
     VerifyOption,
     WeightsOption,
     check_stages,
-    cuts,
     plane_options,
     resolve_dtype,
 )
@@ -106,6 +105,8 @@ def serve(
     tau: TauOption = None,
     ramp: RampOption = None,
     budget: BudgetOption = None,
+    max_loss: MaxLossOption = None,
+    max_loss_domain: MaxLossDomainOption = None,
     verify: VerifyOption = None,
     dtype: DtypeOption = "bfloat16",
     device: DeviceOption = None,
@@ -123,7 +124,8 @@ def serve(
         raise ConfigError("--api-key is empty; expected a key, or leave it out")
     planes = plane_options(weights, linear_weights, tau, ramp)
     ways: dict[str, Any] = {"strict": strict, "fast_linear": fast_linear}
-    ways |= {"budget": budget, "verify": verify, **planes}
+    ways |= planes
+    cut = Cut(budget, verify, max_loss, max_loss_domain)
     limits = {"prompt": max_prompt_tokens, "answer": max_new_tokens}
     options = {"dtype": resolve_dtype(dtype, device), "device": device}
     bound = claim_port(host, port)
@@ -131,7 +133,7 @@ def serve(
         warn(f"whoever reaches {host} can use this server; --api-key asks for a key")
     generator = Generator()
     try:
-        load = partial(_load, pairs, options, planes, ways, limits, reuse=reuse)
+        load = partial(_load, pairs, options, planes, cut, ways, limits, reuse=reuse)
         served = generator.call(load)
         for model in served.values():
             _announce(model, strict=strict)
@@ -177,6 +179,7 @@ def _load(
     pairs: dict[str, tuple[str, str]],
     options: dict[str, Any],
     planes: dict[str, Any],
+    cut: Cut,
     ways: dict[str, Any],
     limits: dict[str, Any],
     *,
@@ -186,16 +189,12 @@ def _load(
     from sparse_runtime.attention import fast_attention
     from sparse_runtime.serve.served_model import Limits, ServedModel
 
-    centroids = cuts(ways["budget"], ways["verify"])
-    artifacts = {
-        name: ClusterSet.from_pretrained(clusters, centroids=centroids)
-        for name, (_, clusters) in pairs.items()
-    }
+    artifacts = {name: cut.load(clusters, None) for name, (_, clusters) in pairs.items()}
     served = {}
     for name, (source, _) in pairs.items():
         model, tokenizer = load_model(source, **options)
         check_stages(model, planes)
-        fast_attention(sparsify(model, artifacts[name], **ways))
+        fast_attention(sparsify(model, cut.of(model, artifacts[name]), **ways))
         limited = Limits.of(model, **limits)
         served[name] = ServedModel(name, model, tokenizer, limited, reuse=reuse)
         served[name].warm_up()

@@ -3,9 +3,10 @@
 So whatever requests are in flight, each is answered as if it were alone: counters, scratch memory and
 caches have one user, and two answers do not take the cores from each other.
 
-Models are loaded in that thread too. Each thread that runs torch leaves a pool of OpenMP threads behind,
-and where the pools have more threads than the machine has cores, GNU's OpenMP sleeps between two regions
-in place of spinning: with a model loaded elsewhere the demo decoded 16 tokens/s, not 28, on 2 cores.
+Models are loaded in that thread too. Each thread that runs torch leaves a pool of OpenMP threads
+behind, and where the pools have more threads than the machine has cores, GNU's OpenMP sleeps between
+two regions in place of spinning: with a model loaded elsewhere the demo decoded 16 tokens/s,
+not 28, on 2 cores.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """``generate`` on a tiny chat model: templates, rates, and what ran sparse."""
 
 import copy
+import io
 import json
 import shutil
 
@@ -68,7 +69,7 @@ def test_a_template_that_refuses_is_named_with_the_remedy(answer):
         code, _, err, figures = answer(template=template)
         assert code == 2
         assert "chat template cannot be applied" in err
-        assert "--raw continues the text without it" in err
+        assert "generate --raw continues a text without it" in err
         assert "\x1b" not in err
         assert figures is None
     assert answer("--raw", template="{% for")[0] == 0
@@ -100,7 +101,7 @@ def test_a_comparison_warms_up(answer, monkeypatch):
     original = generate.generate_text
 
     def noted(*arguments, **options):
-        calls.append((arguments[3], options.get("printer") is not None))
+        calls.append((arguments[3], options.get("show") is not None))
         return original(*arguments, **options)
 
     for module in (generate, generation):
@@ -201,3 +202,103 @@ def test_strict_fails_where_nothing_ran_sparse(answer):
     assert code == 0, err
     code, _, err, figures = answer("--strict", "--max-new-tokens", 1)
     assert (code == 1) == (figures["sparse"]["sparse_tokens"] == 0)
+
+
+def test_sampling_is_the_models_own_unless_given(answer, tiny_model):
+    greedy = answer()[3]["sparse"]["text"]
+    tiny_model.generation_config.do_sample = True
+    tiny_model.generation_config.temperature = 9.0
+    drawn = answer()[3]["sparse"]["text"]
+    assert drawn != greedy
+    assert answer("--seed", 1)[3]["sparse"]["text"] != drawn
+    for options in (("--temperature", 0), ("--no-do-sample",), ("--top-k", 1)):
+        assert answer(*options)[3]["sparse"]["text"] == greedy
+    tiny_model.generation_config.do_sample = tiny_model.generation_config.temperature = None
+    for options in (("--temperature", 9), ("--temperature", 9, "--top-p", 1, "--min-p", 0)):
+        code, _, err, figures = answer(*options)
+        assert code == 0, err
+        assert figures["sparse"]["text"] == drawn
+    assert answer("--repetition-penalty", 50)[3]["sparse"]["text"] != greedy
+
+
+def test_a_system_prompt_goes_into_the_template(answer, tiny_tokenizer):
+    code, _, err, figures = answer("--system", "be brief")
+    assert code == 0, err
+    text = "[system]be brief[user]alpha[assistant]"
+    expected = len(tiny_tokenizer(text, add_special_tokens=False)["input_ids"])
+    assert figures["sparse"]["prompt_tokens"] == expected
+    code, _, err, _ = answer("--system", "x", template=None)
+    assert code == 2
+    assert "--system is given, and the model's tokenizer has no chat template" in err
+    refuses = "{% if messages[0].role == 'system' %}{{ raise_exception('no') }}{% endif %}x"
+    code, _, err, _ = answer("--system", "x", template=refuses)
+    assert code == 2
+    assert "it may know no system prompt, so leave that out" in err
+
+
+def test_a_stop_string_ends_the_text(answer):
+    whole = answer("--max-new-tokens", 12)[3]["sparse"]["text"]
+    stop = next(symbol for symbol in whole if symbol.isprintable() and symbol != "�")
+    code, out, err, figures = answer("--max-new-tokens", 12, "--stop", stop, "--stop", "never")
+    assert code == 0, err
+    assert figures["sparse"]["text"] == whole[: whole.index(stop)]
+    assert figures["sparse"]["ended"] == "end"
+    assert stop not in out.split("\n")[1]
+
+
+@pytest.mark.parametrize(
+    ("data", "expected"),
+    [
+        (b"alpha\n", "alpha"),
+        (b"\xef\xbb\xbfalpha\r\n", "alpha"),
+        ("naïve\n語\n\n".encode(), "naïve\n語\n"),
+    ],
+)
+def test_the_prompt_may_come_from_standard_input(answer, monkeypatch, data, expected):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code, _, err, figures = answer("--prompt", "-", "--raw")
+    assert code == 0, err
+    assert figures["prompt"] == expected
+    assert figures["sparse"]["prompt_tokens"] == len(expected.encode())
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        (b"al\xffpha", "standard input is no UTF-8: byte 0xff at 2"),
+        (b"\n", "--prompt is -, and standard input is empty"),
+        (b"", "--prompt is -, and standard input is empty"),
+    ],
+)
+def test_standard_input_that_is_no_prompt(answer, monkeypatch, data, message):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+    code, _, err, figures = answer("--prompt", "-")
+    assert code == 2
+    assert message in err
+    assert figures is None
+
+
+def test_prompts_that_do_not_fit(answer):
+    code, _, err, _ = answer("--raw", "--prompt", "a" * 512)
+    assert code == 2
+    assert "the prompt has 512 tokens, and the model's context holds 512" in err
+    code, _, err, figures = answer("--raw", "--prompt", "a" * 509, "--max-new-tokens", 100)
+    assert code == 0, err
+    assert figures["sparse"]["new_tokens"] == 3
+    code, _, err, _ = answer("--prompt", "a\udcff")
+    assert code == 2
+    assert "no text at character 1" in err
+
+
+def test_what_a_model_says_has_no_effect_on_the_terminal(answer, tiny_model, tiny_tokenizer):
+    bell = tiny_tokenizer("\x1b", add_special_tokens=False)["input_ids"][0]
+    with torch.no_grad():
+        tiny_model.lm_head.weight.zero_()
+        tiny_model.lm_head.weight[bell] = 1.0
+        tiny_model.model.norm.weight.fill_(1.0)
+        tiny_model.model.embed_tokens.weight.abs_()
+    code, out, err, figures = answer("--raw")
+    assert code == 0, err
+    assert "\x1b" in figures["sparse"]["text"]
+    assert "\x1b" not in out
+    assert "�" in out

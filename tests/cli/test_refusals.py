@@ -15,7 +15,7 @@ from sparse_runtime.cli import (
     console,
     evaluate,
     figures,
-    generate,
+    generation,
     long,
     pack,
     plane_studies,
@@ -30,6 +30,7 @@ from sparse_runtime.errors import ConfigError, DataError
 NEEDED = {
     "build": ["model", "-o", "OUT"],
     "generate": ["model", "--clusters", "no", "--prompt", "x"],
+    "chat": ["model", "--clusters", "no"],
     "eval": ["model", "--clusters", "no"],
     "long": ["model", "--clusters", "no"],
     "paper": ["model"],
@@ -67,7 +68,18 @@ def nothing_loads(monkeypatch):
     def loads(*arguments, **options):
         raise AssertionError("something was loaded")
 
-    loading = (build, pack, upcycle, evaluate, long, generate, studies, plane_studies, texts, bench)
+    loading = (
+        build,
+        pack,
+        upcycle,
+        evaluate,
+        long,
+        generation,
+        studies,
+        plane_studies,
+        texts,
+        bench,
+    )
     for module in loading:
         monkeypatch.setattr(module, "load_model", loads)
     for name in ("random_model", "random_clusters"):
@@ -228,6 +240,17 @@ def test_eval_options_that_do_not_go_together(run, nothing_loads, options, messa
         ("rounding", ["--test", "none.txt"], 1, "there is no such file"),
         ("ramp", ["--backends", "cpu,gpu"], 2, "--backends has 'gpu'"),
         ("ramp", ["--max-tokens", 100], 2, "--max-tokens is 100; expected at least one window"),
+        ("generate", ["--stop", "x", "--stop", ""], 2, "a stop string is empty"),
+        ("generate", ["--prompt", ""], 2, "--prompt is empty"),
+        ("generate", ["--raw", "--system", "x"], 2, "--system is given with --raw"),
+        (
+            "generate",
+            ["--do-sample", "--temperature", 0],
+            2,
+            "do_sample is on, and temperature is 0",
+        ),
+        ("generate", ["--no-do-sample", "--top-p", 0.5], 2, "top_p is 0.5, but do_sample is off"),
+        ("chat", ["--stop", ""], 2, "a stop string is empty"),
         ("tasks", ["--task", "lambada=missing"], 1, "task file 'missing': there is no such file"),
         ("long", ["--data", "none.txt"], 1, "there is no such file"),
         ("long", ["--parts", "needle,haystack"], 2, "--parts has 'haystack'; expected some of"),
