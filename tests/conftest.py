@@ -56,6 +56,13 @@ def tiny_tokenizer():
     )
 
 
+@pytest.fixture(autouse=True)
+def template_of_one_test(tiny_tokenizer):
+    """A chat template that a test gives the tokenizer is gone after it."""
+    yield
+    tiny_tokenizer.chat_template = None
+
+
 @pytest.fixture
 def tiny_folder(tiny_model, tiny_tokenizer, tmp_path):
     """The tiny model and its tokenizer as a local model folder."""

@@ -9,6 +9,7 @@ from rich.table import Table
 
 from sparse_runtime.artifact.build_record import objects_within, within
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.measured import MeasuredCuts
 from sparse_runtime.cli.console import out
 from sparse_runtime.cost import share_in_bits
 from sparse_runtime.kernels.bitmaps import set_sizes
@@ -37,6 +38,7 @@ def artifact_summary(artifact: ClusterSet) -> dict[str, Any]:
         "budget": artifact.budget,
         "bits_per_weight": share_in_bits(artifact.budget),
         "verified": artifact.verified,
+        "measured": None if artifact.measured is None else artifact.measured.record(),
         "layers": layers,
         "build": artifact.build,
     }
@@ -79,6 +81,22 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
             layer["router"],
             *(_score(within(scores, name)) for name in ("coverage", "chance", "static_coverage")),
         )
+    out.print(table)
+    if summary["measured"] is not None:
+        _print_measured(MeasuredCuts.from_record(summary["measured"]))
+
+
+def _print_measured(measured: MeasuredCuts) -> None:
+    """What cuts for several budgets read and lost on each held-out text."""
+    table = Table("budget", title="held-out text: cost share, KL to the dense model")
+    for name, tokens in zip(measured.domains, measured.tokens, strict=True):
+        table.add_column(f"{markup(name)} ({tokens} tokens)" if tokens else markup(name))
+    for cut in measured.cuts:
+        cells = [f"{share:.3f}" for share in cut.shares]
+        if cut.kl is not None and cut.kl_error is not None:
+            losses = zip(cells, cut.kl, cut.kl_error, strict=True)
+            cells = [f"{share}, {kl:.4f} ± {error:.4f}" for share, kl, error in losses]
+        table.add_row(f"{cut.promised:.3f}", *cells)
     out.print(table)
 
 

@@ -15,15 +15,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
-from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from sparse_runtime.generation.kept_sequence import KeptSequence
 from sparse_runtime.generation.prompts import Prompt, room_for_answer
 from sparse_runtime.generation.sampling import Sampling
 from sparse_runtime.generation.streaming import TextStream
-
-# Of every prompt at least so many tokens are run, so that its end runs as it does without a cache:
-# calls of one or two tokens are sparse by the CPU's rule (ffn/rule.py), as decode steps are.
-_ALWAYS_RUN = 3
 
 
 @dataclass(frozen=True)
@@ -66,8 +62,7 @@ class Session:
 
     def __init__(self, model: Any, tokenizer: Any) -> None:
         self._model, self._tokenizer = model, tokenizer
-        self._cache: DynamicCache | None = None
-        self._cached: list[int] = []
+        self._kept: KeptSequence | None = None
 
     def answer(
         self,
@@ -102,61 +97,37 @@ class Session:
         context = () if prompt.chat else prompt.ids[0].tolist()
         stream = TextStream(self._tokenizer, show, stop=stop, context=context)
         sampling = sampling or Sampling()
-        reused = 0
+        tokens, reused = prompt.ids[0].tolist(), 0
         if "past_key_values" in options:
             self.forget()
         else:
-            reused = self._keep_common(prompt.ids[0].tolist())
-            if reused:
-                options["past_key_values"] = self._cache
+            kept, self._kept = self._kept, None  # of no use where this call fails
+            reused = kept.fit(tokens) if kept else 0
+            if kept and reused:
+                options["past_key_values"] = kept.cache
+            del kept  # or two caches would be held while the prompt is computed
         ids = prompt.ids.to(self._model.device)
         follower = _Follower(stream, prompt.length, _end_tokens(self._model), interrupted)
         torch.manual_seed(sampling.seed)
-        try:
-            with torch.inference_mode():
-                result = self._model.generate(
-                    ids,
-                    attention_mask=torch.ones_like(ids),
-                    max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
-                    num_beams=1,
-                    use_cache=True,
-                    return_dict_in_generate=True,
-                    stopping_criteria=[follower],
-                    **sampling.options(),
-                    **options,
-                )
-        except BaseException:  # some layers may have seen a token that others have not
-            self.forget()
-            raise
+        with torch.inference_mode():
+            result = self._model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens if room is None else min(max_new_tokens, room),
+                num_beams=1,
+                use_cache=True,
+                return_dict_in_generate=True,
+                stopping_criteria=[follower],
+                **sampling.options(),
+                **options,
+            )
         stream.end()
-        self._keep(
-            getattr(result, "past_key_values", None), prompt.ids[0].tolist() + follower.tokens
-        )
+        self._kept = KeptSequence(tokens + follower.tokens, result.get("past_key_values"))
         return follower.answer(prompt, reused)
 
     def forget(self) -> None:
         """Drop the cache."""
-        self._cache, self._cached = None, []
-
-    def _keep(self, cache: Any, tokens: list[int]) -> None:
-        # Others cannot be cut back to a common beginning.
-        if type(cache) is DynamicCache:
-            self._cache, self._cached = cache, tokens[: int(cache.get_seq_length())]
-        else:
-            self.forget()
-
-    def _keep_common(self, ids: list[int]) -> int:
-        """Cut the cache back to what a prompt begins with, its last tokens aside; length of that."""
-        most = min(max(len(ids) - _ALWAYS_RUN, 0), len(self._cached))
-        common = next((n for n in range(most) if ids[n] != self._cached[n]), most)
-        surplus = len(self._cached) - common
-        if self._cache is None or common == 0 or (surplus and not _can_be_cut(self._cache)):
-            self.forget()
-            return 0
-        if surplus:
-            self._cache.crop(-surplus)
-            self._cached = self._cached[:common]
-        return common
+        self._kept = None
 
 
 class _Follower(StoppingCriteria):
@@ -207,18 +178,6 @@ class _Follower(StoppingCriteria):
             prompt_seconds=times[0] - self._started,
             step_seconds=tuple(b - a for a, b in pairwise(times)),
         )
-
-
-def _can_be_cut(cache: DynamicCache) -> bool:
-    """Whether tokens can be dropped at a cache's end as if they had never come."""
-    return all(
-        type(layer) is DynamicLayer
-        or (
-            type(layer) is DynamicSlidingWindowLayer
-            and layer.get_seq_length() < layer.sliding_window
-        )
-        for layer in cache.layers
-    )
 
 
 def _end_tokens(model: Any) -> list[int]:

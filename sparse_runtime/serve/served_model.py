@@ -13,10 +13,10 @@ import torch
 from sparse_runtime.api import cost_report, reset_cost
 from sparse_runtime.cost import CostReport
 from sparse_runtime.errors import ModelError
+from sparse_runtime.generation.kept_sequence import KeptSequence
 from sparse_runtime.serve.activation import Activation, prove
 from sparse_runtime.serve.answer import Answer
 from sparse_runtime.serve.failures import RequestFailure, too_long
-from sparse_runtime.serve.kept_sequence import KeptSequence
 from sparse_runtime.serve.parts import template_messages
 from sparse_runtime.serve.requests import ChatRequest, GenerationRequest, TextRequest
 
@@ -224,7 +224,7 @@ class ServedModel:
         answer.end()
         if self._reuse:
             tokens = [*prompt, *answer.tokens]
-            self._kept = KeptSequence(tokens, len(prompt), output.get("past_key_values"))
+            self._kept = KeptSequence(tokens, output.get("past_key_values"), least=len(prompt))
         return Figures(
             prompt_tokens=len(prompt),
             reused_tokens=reused,

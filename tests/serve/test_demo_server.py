@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from sparse_runtime import fast_attention, sparsify
-from sparse_runtime.cli.generation import encode_prompt, generate_text
+from sparse_runtime.cli.generation import generate_text
 from sparse_runtime.eval.latency.shapes import random_clusters
+from sparse_runtime.generation import Sampling, Session, encode_messages
 from sparse_runtime.models import load_model
 
 pytestmark = pytest.mark.slow
@@ -61,6 +62,18 @@ def server(demo):
             process.kill()
 
 
+def generated(model, tokenizer, question, tokens):
+    """What ``generate`` does, from the prompt's first token."""
+    return generate_text(
+        model,
+        Session(model, tokenizer),
+        encode_messages(tokenizer, [{"role": "user", "content": question}]),
+        "sparse",
+        max_new_tokens=tokens,
+        sampling=Sampling(do_sample=False),
+    )
+
+
 def ask(client, question, tokens, **options):
     return client.chat.completions.create(
         model="demo",
@@ -76,8 +89,7 @@ def test_answers_are_those_of_one_by_one_and_memory_is_flat(demo, server):
     client, process = server
     expected = {}
     for question in QUESTIONS:
-        inputs = encode_prompt(tokenizer, question, raw=False)
-        expected[question] = generate_text(model, tokenizer, inputs, "sparse", max_new_tokens=12)
+        expected[question] = generated(model, tokenizer, question, 12)
     for question in QUESTIONS[:5]:
         ask(client, question, 12)
 
@@ -102,8 +114,7 @@ def test_the_server_decodes_as_fast_as_generate(demo, server):
     client, _ = server
     rates = {"generate": [], "server": []}
     for question in QUESTIONS[:9]:
-        inputs = encode_prompt(tokenizer, question, raw=False)
-        run = generate_text(model, tokenizer, inputs, "sparse", max_new_tokens=48)
+        run = generated(model, tokenizer, question, 48)
         rates["generate"].append(run["tokens_per_second"])
         times, usage = [], None
         for chunk in ask(client, question, 48, stream=True, stream_options={"include_usage": True}):

@@ -10,7 +10,7 @@ import torch
 from helpers import needs_library
 from test_answers import ask, chat_text
 
-from sparse_runtime.serve.kept_sequence import KeptSequence, common_length
+from sparse_runtime.generation.kept_sequence import KeptSequence, common_length
 
 LONG = 400
 
@@ -134,17 +134,17 @@ def test_what_a_kept_sequence_is_of_use_for(make_served):
                 ids, max_new_tokens=4, do_sample=False, return_dict_in_generate=True
             )
         tokens = output.sequences[0].tolist()
-        return tokens, KeptSequence(tokens, 4, output.past_key_values)
+        return tokens, KeptSequence(tokens, output.past_key_values, least=4)
 
     tokens, sequence = kept()
     assert sequence.cache.get_seq_length() == 7  # the last token has not been fed
     assert sequence.fit([*tokens, 9, 9]) == 7
-    assert sequence.fit([*tokens[:6], 259 - tokens[6], 9]) == 6  # goes on otherwise: cut
+    assert sequence.fit([*tokens[:6], 259 - tokens[6], 9, 9]) == 6  # goes on otherwise: cut
     assert sequence.cache.get_seq_length() == 6
     tokens, sequence = kept()
     for prompt in ([1, 2, 3, 4], [1, 2, 3, 4, 259 - tokens[4]], [9], [1, 2, 3]):
         assert sequence.fit(prompt) == 0
-    assert KeptSequence(tokens, 4, None).fit([*tokens, 9]) == 0
+    assert KeptSequence(tokens, None, least=4).fit([*tokens, 9, 9]) == 0
 
 
 @needs_library
