@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from helpers import cuttable_cluster_set, needs_library
+from helpers import cuttable_cluster_set, measured_cuts, needs_library
 
 from sparse_runtime.cli.ranges import SHARE, parse_numbers
 
@@ -20,7 +20,9 @@ def files(tiny_model, tiny_tokenizer, tmp_path):
     tiny_tokenizer.save_pretrained(folder)
     tiny_model.generation_config.eos_token_id = None
     tiny_model.bfloat16().save_pretrained(folder)
-    cuttable_cluster_set(tiny_model.float()).save_pretrained(clusters)
+    artifact = cuttable_cluster_set(tiny_model.float())
+    artifact.measured = measured_cuts((0.5, 0.5, 0.2), (0.7, 0.69, 0.1))
+    artifact.save_pretrained(clusters)
     return folder, clusters
 
 
@@ -93,6 +95,22 @@ def test_curves_take_bits(figures, tmp_path):
     options = ("--data", text, "--window", 32, "--max-tokens", 64, "--dtype", "float32")
     record, _ = figures("eval", *options, "--budgets", "8bits,0.7")
     assert {row["budget"] for row in record["results"][0]["rows"]} >= {0.5, 0.7}
+
+
+def test_a_loss_in_place_of_a_budget(figures):
+    """The budget is that of the cut which lost as much on the text that loses most."""
+    by_loss, _ = figures(*GENERATE, "--max-loss", 0.2)
+    by_budget, _ = figures(*GENERATE, "--budget", 0.7)
+    assert by_loss["sparse"]["cost_share"] == by_budget["sparse"]["cost_share"]
+    prose, _ = figures(*GENERATE, "--max-loss", 0.2, "--max-loss-domain", "prose")
+    assert prose["sparse"]["cost_share"] < by_loss["sparse"]["cost_share"]
+
+
+def test_inspect_shows_what_cuts_read_and_lose(figures):
+    record, out = figures("inspect")
+    assert record["measured"]["domains"] == ["prose", "code"]
+    for part in ("prose (1024", "code (512", "0.510", "0.500, 0.2000 ± 0.0200", "0.710, 0.2000"):
+        assert part in " ".join(out.split()), part
 
 
 def test_inspect_in_bits(figures):
