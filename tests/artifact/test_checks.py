@@ -23,6 +23,7 @@ from sparse_runtime.artifact.format import (
     LAYER_KEYS,
     TENSORS,
 )
+from sparse_runtime.artifact.measured import MeasuredCut, MeasuredCuts
 from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.errors import ArtifactError, ArtifactVersionError
 
@@ -316,6 +317,7 @@ def test_any_record_of_a_build_can_be_inspected(build):
         "fingerprint": model,
         "budget": 0.5,
         "verified": False,
+        "measured": None,
         "layers": [
             {"index": 0, "clusters": 2, "density": 0.5, "looked_at": 0.0, "router": "linear"}
         ],
@@ -351,6 +353,7 @@ def test_strings_from_strangers_are_stripped_and_escaped():
         "fingerprint": _MODEL | {"model_type": hostile},
         "budget": 0.5,
         "verified": False,
+        "measured": MeasuredCuts((hostile,), (8,), (MeasuredCut(0.4, (0.5,)),)).record(),
         "layers": [
             {"index": 0, "clusters": 2, "density": 0.5, "looked_at": 0.0, "router": "linear"}
         ],
@@ -359,7 +362,7 @@ def test_strings_from_strangers_are_stripped_and_escaped():
     with tables.out.capture() as printed:
         print_summary(hostile, summary)
     text = printed.get()
-    assert " ".join(text.split()).count("[bold red]Mistral[/bold red]") == 6
+    assert " ".join(text.split()).count("[bold red]Mistral[/bold red]") == 7
     assert "evil" not in text
     assert "['[link=x]']" in text
     assert "0.250" in text
