@@ -25,6 +25,7 @@ from sparse_runtime.errors import (
 )
 from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
+from sparse_runtime.ffn.guard import Guard
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
 from sparse_runtime.ffn.sparse_experts import SparseExperts, SparsePlaneExperts
@@ -33,7 +34,7 @@ from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
 from sparse_runtime.kernels import resolve_backend
 from sparse_runtime.kernels.linear import runs_own_forward
 from sparse_runtime.models.ffn_layer import FFNLayer
-from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 
 if TYPE_CHECKING:
     from sparse_runtime.ffn.plane_restoring import Packing
@@ -111,8 +112,34 @@ def sparsify(
             linears = slow_linears(model, [part for layer in layers for part in layer.parts])
         patch(matched, ffns)
         swap(linears)
+        _attach_guard(model, artifact, config, state, matched)
         state.fast_linears += linears
     return model
+
+
+def _attach_guard(
+    model: nn.Module,
+    clusters: ClusterSet,
+    config: SparseConfig,
+    state: ModelState,
+    layers: Iterable[FFNLayer],
+) -> None:
+    """Audit prompts where the artifact says what to expect of these weights and sets."""
+    if not config.guard or config.prefill == "sparse" or clusters.measured is None:
+        return
+    bits = {layer.index: layer.bits for layer in layers}
+    levels = clusters.measured.audit_for(clusters.budget, verified=clusters.verified)
+    if levels is None or any(
+        index not in bits or bits[index] != clusters.layers[index].weights
+        for index in levels.errors
+    ):
+        return
+    try:
+        decoder = decoder_of(model)
+    except (AttributeError, UnsupportedArchitectureError):  # a model without a decoder to follow
+        return
+    state.guard = Guard(levels, state)
+    state.guard.attach(decoder)
 
 
 def _kind(layer: FFNLayer) -> type[SparseFFN]:
@@ -233,6 +260,8 @@ def unsparsify(model: ModelT) -> ModelT:
     states = _states(_require_sparse(model))
     for state in states:
         restore(state.fast_linears)
+        if state.guard is not None:
+            state.guard.detach()
     with torch.inference_mode(False), torch.no_grad():
         for owner in list(owners(model)):
             unpatch(owner)

@@ -51,6 +51,8 @@ class SparseConfig:
             refined beyond: 1 refines all that are counted, infinity none. None takes what sets were cut
             with, layer by layer, or 2 where they were cut for float weights.
         ramp: over planes, width of the ramp over which a neuron's share grows from 0 to 1; 0: a step.
+        guard: audit prompts, where the artifact says what to expect, and decode those sequences dense
+            that clusters do not fit (``sparse_runtime.ffn.guard``); only with ``prefill="dense"``.
         check_fingerprint: refuse an artifact that was built for other weights; model type, sizes and
             layers must fit in any case.
     """
@@ -70,6 +72,7 @@ class SparseConfig:
     keep_float: bool = False
     tau: float | None = None
     ramp: float = 0.0
+    guard: bool = True
     check_fingerprint: bool = True
 
     def __post_init__(self) -> None:
@@ -77,7 +80,7 @@ class SparseConfig:
             raise ConfigError(f"backend is {self.backend!r}; expected one of {', '.join(BACKENDS)}")
         if self.prefill not in ("dense", "sparse"):
             raise ConfigError(f"prefill is {self.prefill!r}; expected 'dense' or 'sparse'")
-        for name in ("strict", "fast_linear", "keep_float", "check_fingerprint"):
+        for name in ("strict", "fast_linear", "keep_float", "guard", "check_fingerprint"):
             _check(name, getattr(self, name), _is_bool, "True or False")
         _check(
             "max_sparse_tokens",

@@ -6,6 +6,7 @@ import math
 from collections.abc import Generator
 from contextlib import closing
 from dataclasses import dataclass, replace
+from statistics import fmean, stdev
 from typing import Any
 
 import torch
@@ -14,10 +15,16 @@ from torch import Tensor
 
 from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
-from sparse_runtime.artifact.measured import MeasuredCut, MeasuredCuts
+from sparse_runtime.artifact.measured import (
+    AuditLevels,
+    MeasuredCut,
+    MeasuredCuts,
+    audited_layers,
+)
 from sparse_runtime.artifact.recut import recut, share_range
 from sparse_runtime.clusters.tuning.student import DenseStates
 from sparse_runtime.ffn.counts import count_cost
+from sparse_runtime.ffn.guard import Guard
 from sparse_runtime.models.ffn_layers import decoder_of
 from sparse_runtime.models.output_head import output_head
 from sparse_runtime.progress import ProgressReporter
@@ -151,7 +158,27 @@ class CutMeasurer:
             tuple(sum(shares[i] for i in own) / len(own) for own in by_domain),
             tuple(max(0.0, loss.mean().item()) for loss in of_domains),
             tuple(map(_standard_error, of_domains)),
+            self._audit(cut),
         )
+
+    def _audit(self, cut: ClusterSet) -> AuditLevels | None:
+        """What the guard finds on the held-out windows; None of windows too short for it."""
+        layers = dict.fromkeys(audited_layers(list(cut.layers)), 1.0)
+        errors: list[dict[int, float]] = []
+        sparsify(self.model, cut, backend="reference", guard=False)
+        try:
+            state = sparse_modules(self.model)[0].state
+            state.guard = Guard(AuditLevels(layers, 0.0), state)
+            decoder = decoder_of(self.model)
+            state.guard.attach(decoder)
+            for window in self.text.windows.split(1):
+                with torch.no_grad():
+                    decoder(input_ids=window.to(self.model.device), use_cache=False)
+                if state.guard.errors:
+                    errors.append({layer: e[0].item() for layer, e in state.guard.errors.items()})
+        finally:
+            unsparsify(self.model)
+        return _levels(errors)
 
     def _nothing(self) -> MeasuredCuts:
         """The domains that have windows, and their tokens."""
@@ -160,7 +187,20 @@ class CutMeasurer:
         return MeasuredCuts(
             tuple(self.text.names[number] for number in numbers.tolist()),
             tuple(count * window for count in counts.tolist()),
+            verified=self.verify,
         )
+
+
+def _levels(errors: list[dict[int, float]]) -> AuditLevels | None:
+    """Mean errors by layer, and how the score by them varies from window to window."""
+    if len(errors) < 2:
+        return None
+    means = {layer: fmean(one[layer] for one in errors) for layer in errors[0]}
+    kept = {layer: error for layer, error in means.items() if error > 0}
+    if not kept:
+        return None
+    scores = [fmean(one[layer] / error for layer, error in kept.items()) for one in errors]
+    return AuditLevels(kept, stdev(scores))
 
 
 def _divergences(dense: Tensor, sparse: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,28 @@ DOMAIN_MARGIN = 0.01
 _INTERVAL = 1.96
 # Domains, and cuts, of one artifact.
 _MOST = 256
+_AUDITED_LAYERS = 8
+_KEYS = {"domains", "tokens", "verified", "cuts"}
+
+
+def audited_layers(indices: Sequence[int]) -> tuple[int, ...]:
+    """Layers that the guard audits: eight, evenly spaced out of an artifact's, or all if fewer."""
+    ordered = sorted(indices)
+    count = min(_AUDITED_LAYERS, len(ordered))
+    return tuple(ordered[int((n + 0.5) * len(ordered) / count)] for n in range(count))
+
+
+@dataclass(frozen=True)
+class AuditLevels:
+    """What an audit finds on text like the build's (``sparse_runtime.ffn.guard``).
+
+    Attributes:
+        errors: layer index -> mean ‖sparse(x) − dense(x)‖² per token.
+        spread: standard deviation of a text's score.
+    """
+
+    errors: Mapping[int, float]
+    spread: float
 
 
 @dataclass(frozen=True)
@@ -29,12 +51,14 @@ class MeasuredCut:
         kl: KL(dense ‖ sparse) of each domain in nats per token; None in what came from a format
             before 5.
         kl_error: its standard error.
+        audit: what an audit of dense runs finds; None where nothing was audited.
     """
 
     aim: float
     shares: tuple[float, ...]
     kl: tuple[float, ...] | None = None
     kl_error: tuple[float, ...] | None = None
+    audit: AuditLevels | None = None
 
     @property
     def promised(self) -> float:
@@ -67,11 +91,13 @@ class MeasuredCuts:
         domains: name of each domain.
         tokens: that each was measured on.
         cuts: ascending in aim, and in what they promise.
+        verified: whether they had neurons that looks decide on.
     """
 
     domains: tuple[str, ...]
     tokens: tuple[int, ...]
     cuts: tuple[MeasuredCut, ...] = ()
+    verified: bool = True
 
     def with_cut(self, cut: MeasuredCut) -> MeasuredCuts:
         """With one more cut, which counts before those that contradict it."""
@@ -148,17 +174,48 @@ class MeasuredCuts:
         interval = (max(0.0, kl - _INTERVAL * error), kl + _INTERVAL * error)
         return LossBudget(budget, name, kl, interval)
 
+    def without_audits(self) -> MeasuredCuts:
+        """Of cuts that are of no use to compare audits with."""
+        return replace(self, cuts=tuple(replace(cut, audit=None) for cut in self.cuts))
+
+    def audit_for(self, budget: float, *, verified: bool) -> AuditLevels | None:
+        """What an audit finds of a cut for a budget: between two measured cuts, by logarithms.
+
+        None where no such cut was audited. Layers that read all neurons in one of the two are left out.
+        """
+        cuts = [(cut.promised, cut.audit) for cut in self.cuts if cut.audit is not None]
+        if not cuts or verified != self.verified:
+            return None
+        above = [cut for cut in cuts if cut[0] >= budget][:1] or cuts[-1:]
+        below = [cut for cut in cuts if cut[0] <= budget][-1:] or cuts[:1]
+        (x0, low), (x1, high) = below[0], above[0]
+        part = 0.0 if x0 == x1 else min(max((budget - x0) / (x1 - x0), 0.0), 1.0)
+        errors = {
+            layer: math.exp((1 - part) * math.log(error) + part * math.log(high.errors[layer]))
+            for layer, error in low.errors.items()
+            if error > 0 and high.errors.get(layer, 0) > 0
+        }
+        return AuditLevels(errors, max(low.spread, high.spread)) if errors else None
+
     def record(self) -> dict[str, Any]:
         """As in ``config.json``."""
         return {
             "domains": list(self.domains),
             "tokens": list(self.tokens),
+            "verified": self.verified,
             "cuts": [
                 {
                     "aim": cut.aim,
                     "shares": list(cut.shares),
                     "kl": None if cut.kl is None else list(cut.kl),
                     "kl_error": None if cut.kl_error is None else list(cut.kl_error),
+                    "audit": None
+                    if cut.audit is None
+                    else {
+                        "layers": list(cut.audit.errors),
+                        "errors": list(cut.audit.errors.values()),
+                        "spread": cut.audit.spread,
+                    },
                 }
                 for cut in self.cuts
             ],
@@ -167,7 +224,9 @@ class MeasuredCuts:
     @staticmethod
     def is_record(value: Any) -> bool:
         """Whether a value read from JSON is what :meth:`record` gives."""
-        if not (isinstance(value, dict) and value.keys() == {"domains", "tokens", "cuts"}):
+        if not (isinstance(value, dict) and value.keys() == _KEYS):
+            return False
+        if not isinstance(value["verified"], bool):
             return False
         domains, tokens, cuts = (value[key] for key in ("domains", "tokens", "cuts"))
         if not (isinstance(domains, list) and 0 < len(domains) <= _MOST):
@@ -193,9 +252,11 @@ class MeasuredCuts:
                     tuple(map(float, cut["shares"])),
                     None if cut["kl"] is None else tuple(map(float, cut["kl"])),
                     None if cut["kl_error"] is None else tuple(map(float, cut["kl_error"])),
+                    _audit_of(cut["audit"]),
                 )
                 for cut in record["cuts"]
             ),
+            record["verified"],
         )
 
     @classmethod
@@ -211,10 +272,34 @@ class MeasuredCuts:
         return cls(("held-out text",), (0,), cuts)
 
 
+def _audit_of(record: dict[str, Any] | None) -> AuditLevels | None:
+    if record is None:
+        return None
+    errors = map(float, record["errors"])
+    return AuditLevels(dict(zip(record["layers"], errors, strict=True)), float(record["spread"]))
+
+
+def _is_audit(value: Any) -> bool:
+    if value is None:
+        return True
+    if not (isinstance(value, dict) and value.keys() == {"layers", "errors", "spread"}):
+        return False
+    layers = value["layers"]
+    return (
+        isinstance(layers, list)
+        and 0 < len(layers) <= _AUDITED_LAYERS
+        and all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in layers)
+        and layers == sorted(set(layers))
+        and _numbers(value["errors"], len(layers), 1e30)
+        and _numbers([value["spread"]], 1, 1e6)
+    )
+
+
 def _is_cut(value: Any, domains: int) -> bool:
     return (
         isinstance(value, dict)
-        and value.keys() == {"aim", "shares", "kl", "kl_error"}
+        and value.keys() == {"aim", "shares", "kl", "kl_error", "audit"}
+        and _is_audit(value["audit"])
         and _numbers([value["aim"]], 1, 1)
         and _numbers(value["shares"], domains, 2)
         and (value["kl"] is None) == (value["kl_error"] is None)

@@ -82,7 +82,10 @@ def recut(
         index: part.cut(_price([part], own[index]) if index in own else price)
         for index, part in parts.items()
     }
-    return replace(clusters, layers=layers, budget=float(budget))
+    measured = clusters.measured
+    if own and measured is not None:
+        measured = measured.without_audits()  # of layers that are cut alike
+    return replace(clusters, layers=layers, budget=float(budget), measured=measured)
 
 
 def _rest(parts: Mapping[int, _Part], own: Mapping[int, float], aim: float) -> float:

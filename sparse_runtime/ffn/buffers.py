@@ -22,11 +22,14 @@ class FFNBuffers(nn.Module):
         row_counts: neurons computed and neurons looked at so far, over all tokens [2] int64; over
             planes also neurons refined [3].
         dense_counts: tokens that ran dense so far, by ``DENSE_REASONS`` int64.
+        audit_cluster_counts, audit_row_counts: of what the guard ran beside dense calls, likewise.
     """
 
     cluster_counts: Tensor
     row_counts: Tensor
     dense_counts: Tensor
+    audit_cluster_counts: Tensor
+    audit_row_counts: Tensor
 
     @property
     def tables(self) -> ClusterTables:
@@ -57,6 +60,12 @@ class FFNBuffers(nn.Module):
         b = self._buffers
         return Counters(b["cluster_counts"], b["row_counts"], b["programs"])  # type: ignore[arg-type]
 
+    @property
+    def audit_counters(self) -> Counters:
+        """What audits have read so far."""
+        b = self._buffers
+        return Counters(b["audit_cluster_counts"], b["audit_row_counts"], b["programs"])  # type: ignore[arg-type]
+
     def count_dense(self, reason: str, num_tokens: int) -> None:
         """Count tokens that run dense for one of ``DENSE_REASONS``."""
         index = DENSE_REASONS.index(reason)
@@ -69,5 +78,6 @@ class FFNBuffers(nn.Module):
 
     def reset_counts(self) -> None:
         """Set the counters to zero."""
-        for counts in (self.cluster_counts, self.row_counts, self.dense_counts):
+        audits = self.audit_cluster_counts, self.audit_row_counts
+        for counts in (self.cluster_counts, self.row_counts, self.dense_counts, *audits):
             counts.zero_()

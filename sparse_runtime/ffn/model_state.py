@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,10 +25,15 @@ class DenseSwitch(threading.local):
 
     Attributes:
         depth: contexts that this thread is inside of; the original FFNs run where it is not 0.
+        reason: why, by the name that is counted.
+        rows: of the batch that runs, the sequences for which alone the guard asks for all neurons;
+            None where all are treated alike.
     """
 
     def __init__(self) -> None:
         self.depth = 0
+        self.reason = "dense()"
+        self.rows: Sequence[bool] | None = None
 
     def __reduce__(self) -> tuple[type[DenseSwitch], tuple[()]]:
         # What threads are doing is not copied with a model.
@@ -46,6 +51,29 @@ class DenseSwitch(threading.local):
             # Counted, not restored: contexts may end in any order.
             own["depth"] -= 1
 
+    @contextmanager
+    def by_guard(self, rows: Sequence[bool] | None) -> Iterator[None]:
+        """Run the original FFNs for the guard: for some sequences of a batch, or for all (None)."""
+        before = self.reason, self.rows
+        self.reason, self.rows = "guard", rows
+        try:
+            if rows is None:
+                with self.on():
+                    yield
+            else:
+                yield
+        finally:
+            self.reason, self.rows = before
+
+    @contextmanager
+    def sparse(self) -> Iterator[None]:
+        """Run the sparse FFNs for the sequences that the guard leaves sparse."""
+        before, self.rows = self.rows, None
+        try:
+            yield
+        finally:
+            self.rows = before
+
 
 @dataclass(eq=False)
 class ModelState:
@@ -56,11 +84,13 @@ class ModelState:
         fast_linears: linear layers that this ``sparsify`` made fast, for ``unsparsify`` to undo.
         packing: what this ``sparsify`` packed in planes (``ffn/plane_restoring.py``), likewise; None
             if nothing.
+        guard: audits prompts; None without.
     """
 
     switch: DenseSwitch = field(default_factory=DenseSwitch)
     fast_linears: list[nn.Linear] = field(default_factory=list)
     packing: Any = None
+    guard: Any = None
     _warned: set[str] = field(default_factory=set)
     _long_calls: int = 0
 

@@ -116,6 +116,8 @@ def counters(
         "cluster_counts": num_clusters,
         "row_counts": stages,
         "dense_counts": len(DENSE_REASONS),
+        "audit_cluster_counts": num_clusters,
+        "audit_row_counts": stages,
     }
     tensors: dict[str, Tensor | None] = {"programs": None}
     for name, size in sizes.items():

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 #: sparsely; inside ``dense(model)``; gradients were recorded; a projection or the FFN is no longer
 #: what the kernels read (adapter, hook, offload, other weights); dtype or device of the call are not
 #: those of the weights (autocast); no backend can run here; dropout is at work in the FFN, or may be in
-#: the larger module that it is written out in.
+#: the larger module that it is written out in; the guard found that clusters do not fit the sequence.
 DENSE_REASONS = (
     "long call",
     "dense()",
@@ -28,6 +28,7 @@ DENSE_REASONS = (
     "autocast",
     "no backend",
     "dropout",
+    "guard",
 )
 
 #: The warning about the third of them.

@@ -17,9 +17,9 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import SparseConfig
 from sparse_runtime.cost import FFNCost, element_size
 from sparse_runtime.errors import BackendUnavailableError
-from sparse_runtime.ffn.buffers import FFNBuffers
 from sparse_runtime.ffn.expert_parameters import SeenExperts
-from sparse_runtime.ffn.intact import is_intact_now, key_for
+from sparse_runtime.ffn.guard import by_rows
+from sparse_runtime.ffn.intact import WatchedFFN, key_for
 from sparse_runtime.ffn.model_state import ModelState
 from sparse_runtime.ffn.placement import (
     counters,
@@ -50,7 +50,7 @@ from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 _ADOPTING = threading.RLock()
 
 
-class SparseFFN(FFNBuffers):
+class SparseFFN(WatchedFFN):
     """What ``sparsify`` adds to an FFN module, as its child ``sparse_ffn``.
 
     The FFN stays the module it was, with its projections, names, hooks and state dict; its forward
@@ -146,10 +146,13 @@ class SparseFFN(FFNBuffers):
             and hidden_states.device == placed[0]
             and not torch.is_autocast_enabled(placed[0].type)
             and self.state.switch.depth == 0
+            and self.state.switch.rows is None
             and seen.is_current()
         )
 
     def _any_call(self, hidden_states: Tensor, *choice: Tensor) -> Tensor:
+        if self.state.switch.rows is not None:
+            return by_rows(self, hidden_states, *choice)
         num_tokens = hidden_states.numel() // self.cost.hidden_size
         path, reason = self._path(hidden_states, num_tokens)
         if reason is not None:
@@ -157,7 +160,10 @@ class SparseFFN(FFNBuffers):
         if self._first and not torch.compiler.is_compiling():
             self.state.note_call(num_tokens, long=reason == "long call" and path == "dense")
         if path == "dense":
-            return self.dense(hidden_states, *choice)
+            output = self.dense(hidden_states, *choice)
+            if reason == "long call" and self.state.guard is not None:
+                self.state.guard.audit(self, hidden_states, output, choice)
+            return output
         x = hidden_states.reshape(num_tokens, self.cost.hidden_size)
         router_up = self._buffers["router_up"]
         assert router_up is not None
@@ -174,6 +180,10 @@ class SparseFFN(FFNBuffers):
                 operands = self._flattened()
             return self._routed(x, operands, *choice)
         return self._by_clusters(x, self.route(x), *choice)
+
+    def uncounted(self, x: Tensor, *choice: Tensor) -> Tensor:
+        """As :meth:`sparse` by the router, in counters of its own."""
+        return self._routed(x, (*self._flattened()[:-1], self.audit_counters), *choice)
 
     def _routed(self, x: Tensor, operands: Any, *choice: Tensor) -> Tensor:
         return routed_ffn(x, *operands, backend=self.backend)
@@ -204,7 +214,7 @@ class SparseFFN(FFNBuffers):
     def _path(self, hidden_states: Tensor, num_tokens: int) -> tuple[str, str | None]:
         """``sparse``, ``rows`` or ``dense``, and the reason why a call is not sparse."""
         if self.state.switch.depth > 0:
-            return "dense", "dense()"
+            return "dense", self.state.switch.reason
         if self.backend == "dense":
             return "dense", "no backend" if self.problem is None else "patched"
         if hidden_states.shape[-1] != self._hidden_size:
@@ -212,19 +222,25 @@ class SparseFFN(FFNBuffers):
         path = self.rule.path(num_tokens)
         if path == "dense":
             return "dense", "long call"
+        hindrance = self.hindrance(hidden_states)
+        if hindrance is not None:
+            return "dense", hindrance
+        return path, None if path == "sparse" else "long call"
+
+    def hindrance(self, hidden_states: Tensor) -> str | None:
+        """The reason why hidden states [..., H] cannot be run sparse now; None if they can."""
         if not self._is_intact():
-            return "dense", "patched"
+            return "patched"
         weights = self._own_weights()
         if needs_gradient(hidden_states, *weights) or is_checkpointed(self._decoder_layer[0]):
             self.state.warn_once("gradients", NO_DERIVATIVE)
-            return "dense", "gradients"
+            return "gradients"
         if drops_values(self._owner[0], self.form):
-            return "dense", "dropout"
+            return "dropout"
         router_up = self._buffers["router_up"]
         assert router_up is not None
-        if not fits(hidden_states, router_up):  # it has the weights' dtype and device
-            return "dense", "autocast"
-        return path, None if path == "sparse" else "long call"
+        # It has the weights' dtype and device.
+        return None if fits(hidden_states, router_up) else "autocast"
 
     # What it works on
 
@@ -336,10 +352,6 @@ class SparseFFN(FFNBuffers):
             self.backend, self.problem, self._placed = "dense", str(error), None
         return self.backend != "dense"
 
-    def forget(self) -> None:
-        """Look at the projections anew in the next call: one of them was put in its place."""
-        self._seen = self._operands = None
-
     def has_transposed(self, tensor: Tensor) -> bool:
         """Whether a tensor is the weight that lies in memory by columns now."""
         return not tensor.is_contiguous() and any(
@@ -351,40 +363,6 @@ class SparseFFN(FFNBuffers):
         for weight in self._transposed:
             lay_out(weight, transposed=False)
         self._transposed = ()
-
-    def _is_intact(self) -> bool:
-        """Whether the kernels may stand in for the projections; notices what was changed."""
-        if torch.compiler.is_compiling():
-            # Looked at while torch traces; what is traced then guards hooks and modules.
-            return (
-                is_intact_now(self._key) and self._seen is not None and self._seen.change() is None
-            )
-        return self._is_intact_now()
-
-    def _is_intact_now(self) -> bool:
-        seen = self._seen
-        if seen is not None and seen.is_current():
-            return True
-        if seen is None or seen.is_stale():
-            seen = self.adopt()
-        reason = self.problem or "it is being changed" if seen is None else seen.change()
-        if reason is not None:
-            self.stand_back(reason)
-        return reason is None
-
-    def stand_back(self, reason: str = "") -> None:
-        """Warn that the FFN runs as it stands, the first time; raise if the config is strict."""
-        reason = reason or (self._seen and self._seen.change()) or "it is being changed"
-        message = f"{self.name} runs as it stands (dense): {reason}"
-        if self.config.strict:
-            raise BackendUnavailableError(
-                f"{message}; undo that, merge adapters, or sparsify without strict"
-            )
-        self.state.warn_once(
-            "patched",
-            f"{message}. For its effect at sparse speed, undo it or merge it into the weights, and "
-            "call unsparsify and sparsify again",
-        )
 
     def _place(self, device: torch.device, dtype: torch.dtype) -> None:
         """Put tables and counters beside weights of a device and dtype, and choose the backend."""
