@@ -168,6 +168,7 @@ class CutMeasurer:
         sparsify(self.model, cut, backend="reference", guard=False)
         try:
             state = sparse_modules(self.model)[0].state
+            state.expect_long_calls()
             state.guard = Guard(AuditLevels(layers, 0.0), state)
             decoder = decoder_of(self.model)
             state.guard.attach(decoder)

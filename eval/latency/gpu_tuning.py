@@ -25,14 +25,14 @@ ONE_TOKEN: dict[str, Sequence[int]] = {
     "down_hidden": (64, 128, 256, 512),
     "down_splits": (8, 16, 32, 64),
     "down_warps": (2, 4, 8),
-    "route_rows": (1, 2, 4, 8),
-    "route_warps": (2, 4, 8),
-    "route_clusters": (32, 64, 128),
+    "down_stages": (1, 2, 3, 4),
+    "route_rows": (1, 2, 4),
+    "route_warps": (4, 8, 16),
+    "route_clusters": (64, 128, 256),
 }
 LOOKS: dict[str, Sequence[int]] = {
-    "look_rows": (4, 8, 16, 32),
-    "look_groups": (4, 8, 16),
-    "look_warps": (2, 4, 8),
+    "look_rows": (8, 16, 32, 64),
+    "look_warps": (1, 2, 4, 8),
 }
 SEVERAL: dict[str, Sequence[int]] = {
     "many_rows": (16, 32, 64),

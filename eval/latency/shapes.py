@@ -177,7 +177,8 @@ def staged_clusters(model: nn.Module, *, num_clusters: int = 256, rank: int = 12
 def _factors(layer: FFNLayer, confirmed: float, generator: torch.Generator) -> Tensor:
     """Factors [I] that confirm a share of the neurons of normal hidden states."""
     x = torch.randn(4, layer.hidden_size, generator=generator)
-    sizes = importance_scorer(layer).activations(x).abs().flatten()
+    scorer = importance_scorer(layer)
+    sizes = scorer.activations(x.to(layer.device)).abs().flatten().cpu()
     sizes = sizes[sizes > 0]  # without those of experts that no token has
     limit = sizes[:: -(-len(sizes) // 100_000)].quantile(1 - confirmed)
     return torch.full((layer.intermediate_size,), 1 / limit.item())

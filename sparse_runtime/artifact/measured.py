@@ -212,8 +212,8 @@ class MeasuredCuts:
                     "audit": None
                     if cut.audit is None
                     else {
-                        "layers": list(cut.audit.errors),
-                        "errors": list(cut.audit.errors.values()),
+                        "layers": sorted(cut.audit.errors),
+                        "errors": [cut.audit.errors[i] for i in sorted(cut.audit.errors)],
                         "spread": cut.audit.spread,
                     },
                 }

@@ -100,6 +100,10 @@ class ModelState:
             self._warned.add(topic)
             warnings.warn(message, stacklevel=2)
 
+    def expect_long_calls(self) -> None:
+        """Do not warn of text that runs dense: it is meant to."""
+        self._warned.add("scoring")
+
     def note_call(self, num_tokens: int, *, long: bool) -> None:
         """Notice that text is being scored by the dense model, and say so once."""
         self._long_calls = self._long_calls + 1 if long else 0

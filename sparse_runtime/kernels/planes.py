@@ -294,11 +294,12 @@ class NeuronPlanes:
         """Matrices before the activation: 2, or 1 without a gate."""
         return _look_matrices(self.look, self.format, self.hidden_size)
 
-    def parts(self, rows: slice = slice(None)) -> tuple[_Part, _Part | None, _Part]:
+    def parts(self, rows: slice | None = None) -> tuple[_Part, _Part | None, _Part]:
         """Base planes, residual planes and scales of gate, up and transposed down, as views.
 
         Up is None without a gate.
         """
+        rows = slice(None) if rows is None else rows  # torch 2.11 cannot compile it as a default
         size, form = self.hidden_size, self.format
         bases = _look_parts(self.look[rows], form, size)
         down, scales = self.count[rows].split(
@@ -320,7 +321,7 @@ class NeuronPlanes:
             look, count, refine, self.format, self.hidden_size, self.activation, *biases
         )
 
-    def rounded(self, rows: slice = slice(None)) -> tuple[Rounded, Rounded | None, Rounded]:
+    def rounded(self, rows: slice | None = None) -> tuple[Rounded, Rounded | None, Rounded]:
         """Gate, up (None without a gate) and transposed down [I, H] in codes, or some of their rows."""
         gate, up, down = self.parts(rows)
         return self._rounded(gate), None if up is None else self._rounded(up), self._rounded(down)

@@ -10,6 +10,7 @@ import re
 import sys
 
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -48,7 +49,7 @@ FORMS = [{"GATED": gated, "GATE_BIASED": not gated, "UP_BIASED": False} for gate
 LOOK = [
     {
         **flags, **FORMS[flags["VERIFY"]], "WEIGHTED": flags["VERIFY"], "BASE": 4,
-        "BLOCK_I": CONFIG.look_rows, "UNITS": 2,
+        "BLOCK_I": CONFIG.look_rows, "CODES": tl.bfloat16,
     }
     for flags in variants(
         H=[4096, 896],
@@ -69,7 +70,7 @@ PLANE_KERNELS = {
     "plane_gate_up_kernel": [
         {
             **plane, **form, "ACTIVATION": "silu", "CLUSTERED": staged, "STAGED": staged,
-            "RAMP": staged, "WEIGHTED": staged, "UNITS": 2,
+            "RAMP": staged, "WEIGHTED": staged, "CODES": tl.bfloat16,
             "BLOCK_I": CONFIG.look_rows if form["GATED"] else 2 * CONFIG.look_rows,
         }
         for plane, staged in zip([*PLANES, PLANES[0]], [True, True, True, False], strict=True)
@@ -79,12 +80,14 @@ PLANE_KERNELS = {
         {
             **plane, **FINISH, "LISTED": plane["TOKENS"] == 1, "SPLITS": CONFIG.down_splits,
             "BLOCK_R": 2 * CONFIG.down_rows, "GATED": gated,
+            "STAGES": CONFIG.down_stages,
         }
         for plane in PLANES
         for gated in (True, False)
     ],
     "plane_linear_kernel": [
-        {**plane, "BIASED": True, "BLOCK_R": CONFIG.many_rows, "UNITS": 2} for plane in PLANES
+        {**plane, "BIASED": True, "BLOCK_R": CONFIG.linear_rows, "CODES": tl.bfloat16}
+        for plane in PLANES
     ],
     "plane_values_kernel": [
         {name: plane[name] for name in ("H", "BASE", "RESIDUAL")} | {"BLOCK_R": 16}
@@ -103,7 +106,7 @@ KERNELS = {
     "down_one_kernel": [
         {
             **FINISH, "SPLITS": CONFIG.down_splits, "BLOCK_R": CONFIG.down_rows,
-            "BLOCK_H": CONFIG.down_hidden,
+            "BLOCK_H": CONFIG.down_hidden, "STAGES": CONFIG.down_stages,
         }
     ],
     "gate_up_many_kernel": [

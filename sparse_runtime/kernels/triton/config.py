@@ -1,4 +1,4 @@
-"""Block sizes of the Triton kernels by card and shape: measured by ``tune``, or careful ones.
+"""Block sizes of the Triton kernels by card and shape: measured by ``tune``, or an H200's.
 
 They are chosen here and not by Triton's own autotuner, which measures during the first call: that
 cannot be done while a CUDA graph is captured.
@@ -29,9 +29,10 @@ class TritonConfig:
         route_hidden: elements of these rows per step.
         route_clusters: logits per step of the program that picks.
         route_warps: of these programs.
-        look_rows: neurons that one program looks at.
-        look_groups: groups of 64 elements of their records per step, four at least.
+        look_rows: neurons that one program looks at; 8 or more.
         look_warps: of these programs.
+        linear_rows: rows of a linear layer in planes per program, for few tokens; 16 or more.
+        linear_warps: of these programs.
         gate_rows: neurons of gate and up per program, for one token.
         gate_hidden: elements of their rows per step.
         gate_warps: of these programs.
@@ -39,6 +40,7 @@ class TritonConfig:
         down_hidden: outputs per program.
         down_splits: programs that share the neurons of the same outputs.
         down_warps: of these programs.
+        down_stages: steps whose rows are on the way at once.
         many_rows: neurons per program or step, for several tokens; 16 or more.
         many_hidden: elements of the rows of gate and up per step; 16 or more.
         many_outputs: outputs of down per program; 16 or more.
@@ -47,26 +49,28 @@ class TritonConfig:
         max_tokens: calls of more tokens run densely.
     """
 
-    route_rows: int = 2
-    route_hidden: int = 2048
-    route_clusters: int = 64
-    route_warps: int = 4
-    look_rows: int = 16
-    look_groups: int = 8
+    route_rows: int = 1
+    route_hidden: int = 4096
+    route_clusters: int = 256
+    route_warps: int = 16
+    look_rows: int = 32
     look_warps: int = 4
-    gate_rows: int = 4
+    linear_rows: int = 16
+    linear_warps: int = 2
+    gate_rows: int = 2
     gate_hidden: int = 1024
     gate_warps: int = 4
     down_rows: int = 16
-    down_hidden: int = 256
+    down_hidden: int = 512
     down_splits: int = 32
     down_warps: int = 4
-    many_rows: int = 32
-    many_hidden: int = 128
+    down_stages: int = 3
+    many_rows: int = 64
+    many_hidden: int = 64
     many_outputs: int = 128
-    many_splits: int = 8
+    many_splits: int = 16
     many_warps: int = 4
-    max_tokens: int = 8
+    max_tokens: int = 1
 
 
 def config_for(

@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from sparse_runtime.cost import LOOK_BITS
@@ -272,8 +273,7 @@ class _Call:
             H=self.hidden_size, BASE=LOOK_BITS, VERIFY=verify,
             WEIGHTED=self.cluster_weights is not None, LISTED=self.tokens == 1,
             COUNTED=self.counts is not None, **self.form, BLOCK_I=config.look_rows,
-            UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
-            num_warps=config.look_warps,
+            CODES=codes_dtype(self.x), num_warps=config.look_warps,
         )  # fmt: skip
 
     def _one(self) -> Tensor:
@@ -290,7 +290,8 @@ class _Call:
         kernels.down_one_kernel[(-(-hidden_size // block), config.down_splits)](
             activations, down, self.rows, self.count, partial, y, *self._extras(), hidden_size,
             self.projected_rows, **self._finish(), SPLITS=config.down_splits,
-            BLOCK_R=config.down_rows, BLOCK_H=block, num_warps=config.down_warps,
+            BLOCK_R=config.down_rows, BLOCK_H=block, STAGES=config.down_stages,
+            num_warps=config.down_warps,
         )  # fmt: skip
         return y
 
@@ -330,9 +331,14 @@ def _block(wanted: int, size: int) -> int:
     return min(wanted, int(triton.next_power_of_2(size)))
 
 
-def units_at_a_time(wanted: int, size: int) -> int:
-    """Units of planes that are read at a time: so many elements, and no more than a row has."""
-    return max(1, min(wanted, int(triton.next_power_of_2(size))) // UNIT_SIZE)
+def codes_dtype(x: Tensor) -> tl.dtype:
+    """What codes are multiplied with tokens as: whole numbers up to 128 are exact in any dtype.
+
+    The interpreter computes bfloat16 wrongly.
+    """
+    if INTERPRETED or x.dtype == torch.float32:
+        return tl.float32
+    return tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16
 
 
 @contextmanager

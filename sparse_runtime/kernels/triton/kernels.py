@@ -16,8 +16,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Neurons decoded at a time by the program that makes the list.
-_LIST_BLOCK = tl.constexpr(2048)
+#: Groups of eight neurons taken at a time by the program that makes the list.
+_LIST_GROUPS = tl.constexpr(1024)
+#: Partial sums, and factors of the correction, that are loaded at once.
+_SPLITS_AT_ONCE = tl.constexpr(8)
+_FACTORS_AT_ONCE = tl.constexpr(16)
 
 
 @triton.jit
@@ -72,18 +75,27 @@ def _in_set(bitmap, i, valid):
 
 @triton.jit
 def _write_list(flags, rows, count, neurons, BITMAP: tl.constexpr):
-    """Write the neurons of a set in rising order to ``rows`` [I], and how many there are."""
+    """Write the neurons of a set in rising order to ``rows`` [I], and how many there are.
+
+    Few steps, as each waits for all threads: eight neurons are one element of the scan.
+    """
     written = 0
-    for first in range(0, neurons, _LIST_BLOCK):
-        i = first + tl.arange(0, _LIST_BLOCK)
+    bit = tl.arange(0, 8)
+    for first in range(0, neurons, 8 * _LIST_GROUPS):
+        group = first // 8 + tl.arange(0, _LIST_GROUPS)
+        i = group[:, None] * 8 + bit[None, :]
         valid = i < neurons
         if BITMAP:
-            member = _in_set(flags, i, valid) & valid
+            byte = tl.load(flags + group, mask=group * 8 < neurons, other=0).to(tl.int32)
+            member = ((byte[:, None] >> bit[None, :]) & 1) * valid.to(tl.int32)
         else:
-            member = (tl.load(flags + i, mask=valid, other=0, cache_modifier=".cg") != 0) & valid
-        place = tl.cumsum(member.to(tl.int32), 0)
-        tl.store(rows + written + place - 1, i, mask=member)
-        written += tl.sum(member.to(tl.int32), 0)
+            flag = tl.load(flags + i, mask=valid, other=0, cache_modifier=".cg")
+            member = (flag != 0).to(tl.int32)
+        sizes = tl.sum(member, 1)
+        before = tl.cumsum(sizes, 0) - sizes
+        place = before[:, None] + tl.cumsum(member, 1) - member
+        tl.store(rows + written + place, i, mask=member != 0)
+        written += tl.sum(sizes, 0)
     tl.store(count, written)
     return written
 
@@ -199,14 +211,22 @@ def _finish(
 ):  # fmt: skip
     """Add up the splits of some outputs, the bias of the token's cluster and the correction."""
     sums = tl.zeros([h.shape[0]], tl.float32)
-    for split in range(SPLITS):
-        sums += tl.load(partial + split * stride + h, mask=inside, other=0, cache_modifier=".cg")
+    for first in range(0, SPLITS, _SPLITS_AT_ONCE):
+        split = first + tl.arange(0, _SPLITS_AT_ONCE)
+        places = partial + split[:, None] * stride + h[None, :]
+        mask = (split < SPLITS)[:, None] & inside[None, :]
+        sums += tl.sum(tl.load(places, mask=mask, other=0, cache_modifier=".cg"), 0)
     if BIASED:
         bias = cluster_bias + tl.load(ids + token) * H
         sums += tl.load(bias + h, mask=inside, other=0).to(tl.float32)
-    for c in range(CORRECTION):
-        low = tl.load(projected + token * total + total - CORRECTION + c)
-        sums += low * tl.load(correction_up + c * H + h, mask=inside, other=0).to(tl.float32)
+    for first in range(0, CORRECTION, _FACTORS_AT_ONCE):
+        c = first + tl.arange(0, _FACTORS_AT_ONCE)
+        low = tl.load(
+            projected + (token + 1) * total - CORRECTION + c, mask=c < CORRECTION, other=0
+        )
+        mask = (c < CORRECTION)[:, None] & inside[None, :]
+        up = tl.load(correction_up + c[:, None] * H + h[None, :], mask=mask, other=0)
+        sums += tl.sum(low[:, None] * up.to(tl.float32), 0)
     tl.store(y + token * H + h, sums.to(y.dtype.element_ty), mask=inside)
 
 
@@ -215,7 +235,7 @@ def down_one_kernel(
     activations, w_down_t, rows, count, partial, y, ids, cluster_bias, projected, correction_up,
     counters, H, total,
     SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr,
-    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_H: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Output of one token. Grid (H / BLOCK_H, SPLITS): each split takes a part of the list."""
     block, split = tl.program_id(0), tl.program_id(1)
@@ -224,17 +244,18 @@ def down_one_kernel(
     share = (blocks + SPLITS - 1) // SPLITS * BLOCK_R
     h = block * BLOCK_H + tl.arange(0, BLOCK_H)
     inside = h < H
-    sums = tl.zeros([BLOCK_H], tl.float32)
+    # Rows are added up at the end: within the loop that would have all threads wait.
+    sums = tl.zeros([BLOCK_R, BLOCK_H], tl.float32)
     end = tl.minimum((split + 1) * share, num_rows)
-    for start in range(split * share, end, BLOCK_R):
+    for start in tl.range(split * share, end, BLOCK_R, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_R)
         listed = j < end
         offsets = tl.load(rows + j, mask=listed, other=0).to(tl.int64) * H
         values = tl.load(activations + j, mask=listed, other=0)
         mask = listed[:, None] & inside[None, :]
         weights = tl.load(w_down_t + offsets[:, None] + h[None, :], mask=mask, other=0)
-        sums += tl.sum(values[:, None] * weights.to(tl.float32), 0)
-    tl.store(partial + split * H + h, sums, mask=inside)
+        sums += values[:, None] * weights.to(tl.float32)
+    tl.store(partial + split * H + h, tl.sum(sums, 0), mask=inside)
     if _is_last(counters + block, SPLITS):
         _finish(
             y, 0, total, partial, H, ids, cluster_bias, projected, correction_up, h, inside, H,

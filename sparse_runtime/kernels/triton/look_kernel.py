@@ -18,7 +18,7 @@ def look_kernel(
     H: tl.constexpr, BASE: tl.constexpr, VERIFY: tl.constexpr, WEIGHTED: tl.constexpr,
     LISTED: tl.constexpr, COUNTED: tl.constexpr, ACTIVATION: tl.constexpr, GATED: tl.constexpr,
     GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
-    BLOCK_I: tl.constexpr, UNITS: tl.constexpr,
+    BLOCK_I: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
     """Tell the neurons that each token computes, by their look records. Grid (I / BLOCK_I, n).
 
@@ -34,7 +34,7 @@ def look_kernel(
         if tl.max(looked.to(tl.int32), 0) > 0:
             gate, up = _gate_up(
                 x + token * H, look, look, block * BLOCK_I, looked, 1,
-                H, BASE, 0, True, False, 1, UNITS, "ieee", GATED,
+                H, BASE, 0, True, False, 1, CODES, "ieee", GATED,
             )  # fmt: skip
             h = tl.reshape(
                 _activation_of(

@@ -9,7 +9,7 @@ are in its registers. A row that any of several tokens needs is read once for al
 are listed before down. All neurons, without clusters, take the last two launches, and one that clears
 their counters.
 
-No block size has been measured on a GPU for these kernels: they take those of the bfloat16 kernels.
+``tune`` does not measure them: they take the block sizes of the bfloat16 kernels.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ from sparse_runtime.kernels.triton.ffn import (
     MAX_TOKENS,
     UNIT_SIZE,
     _Call,
+    codes_dtype,
     num_counters,
-    units_at_a_time,
 )
 
+_FEW = plane_kernels.FEW.value
 # Rows that a program unpacks: from 16 on the compiler loads 16 bytes at a time.
 _VALUE_ROWS = 16
 
@@ -176,7 +177,7 @@ def triton_plane_linear(
     Returns:
         [n, N], dtype of x.
     """
-    # Nothing is measured for the shape of a linear layer.
+    # Nothing is tuned for the shape of a linear layer.
     config = _FORCED[-1] if _FORCED else TritonConfig()
     rows, size, records = records.shape[0], x.shape[1], records.contiguous()
     y = x.new_empty(x.shape[0], rows)
@@ -184,13 +185,12 @@ def triton_plane_linear(
     for tokens, outputs in zip(x.contiguous().split(part), y.split(part), strict=True):
         if outputs.numel() == 0:
             continue
-        block = config.gate_rows if len(tokens) == 1 else max(16, config.many_rows)
+        block = config.linear_rows if len(tokens) <= _FEW else max(16, config.many_rows)
         with torch.cuda.device_of(x):
             plane_row_kernels.plane_linear_kernel[(-(-rows // block),)](
                 tokens, records, records if bias is None else bias, outputs, len(tokens), rows,
                 H=size, BASE=base, RESIDUAL=residual, BIASED=bias is not None, BLOCK_R=block,
-                UNITS=units_at_a_time(config.gate_hidden, size),
-                **_tokens(tokens, config.gate_warps, config),
+                CODES=codes_dtype(x), **_tokens(tokens, config.linear_warps, config),
             )  # fmt: skip
     return y
 
@@ -300,10 +300,10 @@ class _PlaneCall(_Call):
         tau: float,
         width: float,
     ) -> None:
-        config, one = self.config, self.tokens == 1
+        config = self.config
         look, _, refine = self.weights
-        # All rows of a neuron are one step's rows, 16 at least for several tokens.
-        block = 2 * config.look_rows if one else max(16, config.many_rows)
+        # All rows of a neuron are one step's rows, 16 at least as matrix units want.
+        block = max(16, 2 * config.look_rows if self.tokens <= _FEW else config.many_rows)
         block //= 2 if self.form["GATED"] else 1
         plane_kernels.plane_gate_up_kernel[(-(-self.neurons // block),)](
             self.x, self.ids, self.sets, activations if factors is None else factors,
@@ -313,8 +313,7 @@ class _PlaneCall(_Call):
             self.tokens, self.neurons, self.sets.shape[1], float(tau), float(width),
             **(self.format | self.form), CLUSTERED=self.clustered, STAGED=factors is not None,
             WEIGHTED=self.cluster_weights is not None, RAMP=width > 0, BLOCK_I=block,
-            UNITS=units_at_a_time(64 * config.look_groups, self.hidden_size),
-            **_tokens(self.x, config.look_warps, config),
+            CODES=codes_dtype(self.x), **_tokens(self.x, config.look_warps, config),
         )  # fmt: skip
 
     def _down(self, activations: Tensor, finer: Tensor) -> Tensor:
@@ -328,8 +327,8 @@ class _PlaneCall(_Call):
         plane_kernels.plane_down_kernel[(units, splits)](
             activations, finer, count, refine, self.rows, self.count, partial, y, *self._extras(),
             n, self.neurons, self.projected_rows, **self.format, **self._finish(),
-            LISTED=self.clustered and n == 1, SPLITS=splits, BLOCK_R=block,
-            **_tokens(self.x, config.down_warps, config),
+            LISTED=self.clustered and n == 1, SPLITS=splits, BLOCK_R=block, STAGES=config.down_stages,
+            **_tokens(self.x, config.down_warps, config, few=1),
         )  # fmt: skip
         return y
 
@@ -346,18 +345,19 @@ def _part(x: Tensor) -> int:
     return 16 if x.dtype == torch.float32 else MAX_TOKENS
 
 
-def _tokens(x: Tensor, warps: int, config: TritonConfig) -> dict[str, Any]:
+def _tokens(x: Tensor, warps: int, config: TritonConfig, few: int = _FEW) -> dict[str, Any]:
     """How a part's products are computed; tf32 holds all of 16 bits.
 
     Args:
         x: the part [n, H].
-        warps: of a program, for one token.
-        config: has those for several.
+        warps: of a program, for few tokens.
+        config: has those for more.
+        few: so many tokens have a place of their own in a kernel; more are 16 at least.
     """
     exact = x.dtype == torch.float32
-    padded = 1 if len(x) == 1 else max(16, triton.next_power_of_2(len(x)))
-    if (
-        padded > 1
-    ):  # sums of more tokens do not fit into the registers of the same number of threads
+    padded = triton.next_power_of_2(len(x))
+    if padded > few:
+        padded = max(16, padded)
+        # Sums of more tokens do not fit into the registers of the same number of threads.
         warps = config.many_warps * (2 if exact or padded > 16 else 1)
     return {"TOKENS": padded, "PRECISION": "ieee" if exact else "tf32", "num_warps": warps}

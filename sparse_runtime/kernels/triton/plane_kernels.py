@@ -24,86 +24,107 @@ from sparse_runtime.kernels.triton.kernels import (
     _write_list,
 )
 
-# The bits of float32's 2**23, whose last digit is one.
-_ONES = tl.constexpr(0x4B000000)
+#: So many tokens have products of bare codes; of more, weights are unpacked once for all of them.
+FEW = tl.constexpr(8)
 
 
 @triton.jit
-def _signed(code, BITS: tl.constexpr):
-    """Stored codes as numbers: an addition, where a conversion would run at a quarter of its rate."""
-    return (code | _ONES).to(tl.float32, bitcast=True) - (8388608 + (1 << (BITS - 1)))
+def _signed(code, BITS: tl.constexpr, CODES: tl.constexpr):
+    """Stored codes as numbers: an addition, where a conversion would run at a quarter of its rate.
+
+    They become the last digits of a number whose last digit is one: 2**23, 2**10 or 2**7.
+    """
+    if CODES == tl.float32:  # noqa: SIM300 (CODES is an argument)
+        ones = (code | 0x4B000000).to(tl.float32, bitcast=True)
+        signed = ones - (8388608.0 + (1 << (BITS - 1)))
+    elif CODES == tl.float16:  # noqa: SIM300
+        ones = (code | 0x6400).to(tl.float16, bitcast=True)
+        signed = ones - tl.full([1, 1], 1024.0 + (1 << (BITS - 1)), tl.float16)
+    else:
+        ones = (code | 0x4300).to(tl.bfloat16, bitcast=True)
+        signed = ones - tl.full([1, 1], 128.0 + (1 << (BITS - 1)), tl.bfloat16)
+    return signed
 
 
 @triton.jit
-def _lanes(first, GROUPS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr):
-    """Of the lanes of some units with U groups: unit, first element, place, whether they exist.
+def _lanes(unit, GROUPS: tl.constexpr, U: tl.constexpr):
+    """Of the lanes of a unit with U groups: first element, place, whether they exist.
 
     The place is that of a byte in a chunk of 16·U; then follow the one in a chunk of 8·U, and the shift
     of the half byte there.
     """
-    lane = tl.arange(0, 64 * UNITS)
-    unit = first + lane // 64
-    q, g, b = lane // 16 % 4, lane // 4 % 4, lane % 4
+    lane = tl.arange(0, 64)
+    q, g, b = lane // 16, lane // 4 % 4, lane % 4
     if U == 4:
-        place, half = lane % 64, lane % 32
-        inside = unit < GROUPS // 4
+        place, half = lane, lane % 32
+        inside = tl.full([64], 1, tl.int1)
     else:
         place, half = (q * U + g) * 4 + b, (q % 2 * U + g) * 4 + b
         inside = g < U
-    return unit, unit * 256 + g * 64 + q * 4 + b, place, half, q // 2 * 4, inside
+    return unit * 256 + g * 64 + q * 4 + b, place, half, q // 2 * 4, inside
 
 
 @triton.jit
 def _plane_codes(
-    plane, wanted, first,
-    GROUPS: tl.constexpr, BITS: tl.constexpr, UNITS: tl.constexpr, U: tl.constexpr,
+    plane, wanted, unit,
+    GROUPS: tl.constexpr, BITS: tl.constexpr, U: tl.constexpr, CODES: tl.constexpr,
 ):  # fmt: skip
-    """Codes of some units of rows' planes: four times [ROWS, lanes]."""
-    unit, _, place, half, shift, inside = _lanes(first, GROUPS, UNITS, U)
+    """Codes of one unit of rows' planes as CODES: four times [ROWS, lanes]."""
+    INTEGER: tl.constexpr = tl.int32 if CODES == tl.float32 else tl.int16  # noqa: SIM300
+    _, place, half, shift, inside = _lanes(unit, GROUPS, U)
     mask = wanted[:, None] & inside[None, :]
     start = unit * (32 * BITS)
-    low = tl.load(plane[:, None] + (start + place)[None, :], mask=mask, other=0).to(tl.int32)
+    low = tl.load(plane[:, None] + (start + place)[None, :], mask=mask, other=0).to(INTEGER)
     if BITS == 2:
         v0, v1, v2, v3 = low & 3, (low >> 2) & 3, (low >> 4) & 3, low >> 6
     elif BITS == 3:
         rest = plane[:, None] + (start + 16 * U + half)[None, :]
-        high = tl.load(rest, mask=mask, other=0).to(tl.int32) >> shift[None, :]
+        high = tl.load(rest, mask=mask, other=0).to(INTEGER) >> shift[None, :].to(INTEGER)
         v0, v1, v2, v3 = low & 7, (low >> 3) & 7, high & 7, (low >> 6) | ((high >> 1) & 4)
     else:
         rest = plane[:, None] + (start + 16 * U + place)[None, :]
-        high = tl.load(rest, mask=mask, other=0).to(tl.int32)
+        high = tl.load(rest, mask=mask, other=0).to(INTEGER)
         v0, v1, v2, v3 = low & 15, low >> 4, high & 15, high >> 4
-    return _signed(v0, BITS), _signed(v1, BITS), _signed(v2, BITS), _signed(v3, BITS)
+    v0, v1 = _signed(v0, BITS, CODES), _signed(v1, BITS, CODES)
+    v2, v3 = _signed(v2, BITS, CODES), _signed(v3, BITS, CODES)
+    return v0, v1, v2, v3
 
 
 @triton.jit
 def _codes(
-    base, rest, wanted, first,
-    GROUPS: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, UNITS: tl.constexpr,
-    U: tl.constexpr,
+    base, rest, wanted, unit,
+    GROUPS: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, U: tl.constexpr,
+    CODES: tl.constexpr,
 ):  # fmt: skip
-    """Codes by base, by residual (in steps of it), or by both; no bits: that one is not read."""
+    """Codes by base, by residual (in steps of it), or by both; no bits: that one is not read.
+
+    All of them are whole numbers up to 128, which are exact in any dtype.
+    """
     if RESIDUAL == 0:
-        codes = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
+        codes = _plane_codes(base, wanted, unit, GROUPS, BASE, U, CODES)
     elif BASE == 0:
-        codes = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+        codes = _plane_codes(rest, wanted, unit, GROUPS, RESIDUAL, U, CODES)
     else:
-        steps: tl.constexpr = 1 << RESIDUAL
-        b0, b1, b2, b3 = _plane_codes(base, wanted, first, GROUPS, BASE, UNITS, U)
-        r0, r1, r2, r3 = _plane_codes(rest, wanted, first, GROUPS, RESIDUAL, UNITS, U)
+        steps = tl.full([1, 1], 1 << RESIDUAL, CODES)
+        b0, b1, b2, b3 = _plane_codes(base, wanted, unit, GROUPS, BASE, U, CODES)
+        r0, r1, r2, r3 = _plane_codes(rest, wanted, unit, GROUPS, RESIDUAL, U, CODES)
         codes = b0 * steps + r0, b1 * steps + r1, b2 * steps + r2, b3 * steps + r3
     return codes
 
 
 @triton.jit
-def _scales(scales, wanted, first, GROUPS: tl.constexpr, UNITS: tl.constexpr):
-    """Scales of rows' quads [ROWS, 16·UNITS]; pointers are to bytes."""
-    quad = tl.arange(0, 16 * UNITS)
-    group = (first + quad // 16) * 4 + quad % 4
+def _scales(scales, wanted, group, exists):
+    """Scales of rows' groups [ROWS, groups]; pointers are to bytes."""
     places = scales.to(tl.pointer_type(tl.uint16))[:, None] + group[None, :]
-    mask = wanted[:, None] & (group < GROUPS)[None, :]
-    bits = tl.load(places, mask=mask, other=0).to(tl.uint32) << 16  # bfloat16
-    return bits.to(tl.float32, bitcast=True)
+    bits = tl.load(places, mask=wanted[:, None] & exists[None, :], other=0).to(tl.uint32) << 16
+    return bits.to(tl.float32, bitcast=True)  # of bfloat16
+
+
+@triton.jit
+def _quad_scales(scales, wanted, unit, GROUPS: tl.constexpr):
+    """Scales of a unit's quads [ROWS, 16]."""
+    group = unit * 4 + tl.arange(0, 16) % 4
+    return _scales(scales, wanted, group, group < GROUPS)
 
 
 @triton.jit
@@ -116,22 +137,31 @@ def _wide(quads):
 
 
 @triton.jit
-def _unit_sums(
-    x, base, rest, scales, wanted, first,
-    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, UNITS: tl.constexpr,
+def _group_dots(
+    sums, x, base, rest, scales, wanted, n, unit,
+    H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, CODES: tl.constexpr,
     U: tl.constexpr,
 ):  # fmt: skip
-    """Products of some units of rows with one token, added up in quads."""
+    """Add the products of one unit of rows with few tokens: sums are [ROWS, columns].
+
+    Columns are a token's four groups, then the next token's: of a token's values those of other groups
+    are zero there, so that matrix units, which always take several columns, multiply bare codes, and a
+    scale is applied once for its whole group.
+    """
     GROUPS: tl.constexpr = (H + 63) // 64
-    _, h, _, _, _, inside = _lanes(first, GROUPS, UNITS, U)
-    codes = _codes(base, rest, wanted, first, GROUPS, BASE, RESIDUAL, UNITS, U)
-    products = tl.zeros([wanted.shape[0], 64 * UNITS], tl.float32)
+    h, _, _, _, inside = _lanes(unit, GROUPS, U)
+    column = tl.arange(0, sums.shape[1])
+    token, group = column // 4, unit * 4 + column % 4
+    own = (tl.arange(0, 64) // 4 % 4)[:, None] == (column % 4)[None, :]
+    own = own & (token < n)[None, :] & inside[:, None]
+    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, U, CODES)
+    products = tl.zeros(sums.shape, tl.float32)
     for c in tl.static_range(4):
-        mask = inside & (h + 16 * c < H)
-        values = tl.load(x + h + 16 * c, mask=mask, other=0).to(tl.float32)
-        products += codes[c] * values[None, :]
-    quads = tl.sum(tl.reshape(products, [wanted.shape[0], 16 * UNITS, 4]), 2)
-    return quads * _scales(scales, wanted, first, GROUPS, UNITS)
+        # Without a bound where there need be none, the compiler sees that values lie side by side.
+        mask = own if H % 64 == 0 else own & (h + 16 * c < H)[:, None]
+        values = tl.load(x + token[None, :] * H + (h + 16 * c)[:, None], mask=mask, other=0)
+        products = tl.dot(codes[c], values.to(CODES), products, input_precision="ieee")
+    return sums + products * _scales(scales, wanted, group, group < GROUPS)
 
 
 @triton.jit
@@ -142,11 +172,11 @@ def _unit_dots(
 ):  # fmt: skip
     """Add the products of one unit of rows with several tokens."""
     GROUPS: tl.constexpr = (H + 63) // 64
-    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    h, _, _, _, inside = _lanes(unit, GROUPS, U)
     t = tl.arange(0, TOKENS)
     tokens = x + t[:, None] * H
-    scale = _wide(_scales(scales, wanted, unit, GROUPS, 1))
-    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, 1, U)
+    scale = _wide(_quad_scales(scales, wanted, unit, GROUPS))
+    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, U, tl.float32)
     for c in tl.static_range(4):
         mask = (t < n)[:, None] & (inside & (h + 16 * c < H))[None, :]
         values = tl.load(tokens + (h + 16 * c)[None, :], mask=mask, other=0).to(tl.float32)
@@ -158,7 +188,7 @@ def _unit_dots(
 def _sums(
     x, base, rest, scales, wanted, n,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, TOKENS: tl.constexpr,
-    UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Products [TOKENS, ROWS] of rows with tokens, by base codes, residual codes or both.
 
@@ -166,15 +196,21 @@ def _sums(
     """
     WHOLE: tl.constexpr = (H + 63) // 64 // 4
     U: tl.constexpr = (H + 63) // 64 % 4
-    if TOKENS == 1:
-        quads = tl.zeros([wanted.shape[0], 16 * UNITS], tl.float32)
-        for first in range(0, WHOLE, UNITS):
-            quads += _unit_sums(x, base, rest, scales, wanted, first, H, BASE, RESIDUAL, UNITS, 4)
-        sums = tl.sum(quads, 1)
+    if TOKENS <= FEW:
+        COLUMNS: tl.constexpr = 4 * TOKENS if TOKENS > 1 else 8
+        parts = tl.zeros([wanted.shape[0], COLUMNS], tl.float32)
+        for unit in range(WHOLE):
+            parts = _group_dots(
+                parts, x, base, rest, scales, wanted, n, unit, H, BASE, RESIDUAL, CODES, 4
+            )
         if U > 0:
-            quads = _unit_sums(x, base, rest, scales, wanted, WHOLE, H, BASE, RESIDUAL, 1, U)
-            sums += tl.sum(quads, 1)
-        sums = sums[None, :]
+            parts = _group_dots(
+                parts, x, base, rest, scales, wanted, n, WHOLE, H, BASE, RESIDUAL, CODES, U
+            )
+        if TOKENS == 1:
+            sums = tl.sum(parts, 1)[None, :]
+        else:
+            sums = tl.trans(tl.sum(tl.reshape(parts, [wanted.shape[0], TOKENS, 4]), 2))
     else:
         sums = tl.zeros([TOKENS, wanted.shape[0]], tl.float32)
         for unit in range(WHOLE):
@@ -194,7 +230,7 @@ def _sums(
 def _gate_up(
     x, look, refine, first, wanted, n,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, READ_BASE: tl.constexpr,
-    READ_RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, UNITS: tl.constexpr,
+    READ_RESIDUAL: tl.constexpr, TOKENS: tl.constexpr, CODES: tl.constexpr,
     PRECISION: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """Gate's and up's products, each [TOKENS, BLOCK_I]: their rows are read as one matrix in turns.
@@ -213,7 +249,7 @@ def _gate_up(
             refine + i * (24 * RESIDUAL * GROUPS) + which * (8 * RESIDUAL * GROUPS),
             record + 16 * BASE * GROUPS + which * (2 * GROUPS),
             tl.reshape(both, [2 * BLOCK_I]) != 0, n,
-            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
+            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, CODES, PRECISION,
         )  # fmt: skip
         products = tl.split(tl.reshape(sums, [TOKENS, BLOCK_I, 2]))
     else:
@@ -221,7 +257,7 @@ def _gate_up(
         record = look + i * ((8 * BASE + 2) * GROUPS)
         sums = _sums(
             x, record, refine + i * (16 * RESIDUAL * GROUPS), record + 8 * BASE * GROUPS, wanted, n,
-            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, UNITS, PRECISION,
+            H, BASE if READ_BASE else 0, RESIDUAL if READ_RESIDUAL else 0, TOKENS, CODES, PRECISION,
         )  # fmt: skip
         products = sums, sums
     return products
@@ -245,7 +281,7 @@ def plane_gate_up_kernel(
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, ACTIVATION: tl.constexpr,
     GATED: tl.constexpr, GATE_BIASED: tl.constexpr, UP_BIASED: tl.constexpr,
     CLUSTERED: tl.constexpr, STAGED: tl.constexpr, WEIGHTED: tl.constexpr, RAMP: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_I: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Look at candidates, refine those that matter most. Grid (I / BLOCK_I,).
 
@@ -265,7 +301,7 @@ def plane_gate_up_kernel(
     if tl.max(looked, 0) > 0:
         gate, up = _gate_up(
             x, look, refine, first, looked != 0, n,
-            H, BASE, RESIDUAL, True, not STAGED, TOKENS, UNITS, PRECISION, GATED,
+            H, BASE, RESIDUAL, True, not STAGED, TOKENS, CODES, PRECISION, GATED,
         )  # fmt: skip
         h = _activation_of(
             gate, up, i[None, :], (i < neurons)[None, :], gate_bias, up_bias,
@@ -287,7 +323,7 @@ def plane_gate_up_kernel(
                 if tl.max(needed, 0) > 0:
                     more_gate, more_up = _gate_up(
                         x, look, refine, first, needed != 0, n,
-                        H, BASE, RESIDUAL, False, True, TOKENS, UNITS, PRECISION, GATED,
+                        H, BASE, RESIDUAL, False, True, TOKENS, CODES, PRECISION, GATED,
                     )  # fmt: skip
                     full = _activation_of(
                         gate + more_gate, up + more_up, i[None, :], (i < neurons)[None, :], gate_bias,
@@ -322,7 +358,7 @@ def _add_outputs(
 
     Sums are [TOKENS, lanes], or [ROWS, lanes] for one token: rows are added up at the end.
     """
-    c0, c1, c2, c3 = _plane_codes(plane, wanted, unit, GROUPS, BITS, 1, U)
+    c0, c1, c2, c3 = _plane_codes(plane, wanted, unit, GROUPS, BITS, U, tl.float32)
     if h.shape[0] == 1:
         weight = _wide(scale * tl.trans(h))
         s0, s1, s2, s3 = s0 + c0 * weight, s1 + c1 * weight, s2 + c2 * weight, s3 + c3 * weight
@@ -339,8 +375,8 @@ def _add_outputs(
 def _down_unit(
     activations, finer_parts, count_records, refine, rows, begin, end, partial, n, neurons, unit,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    LISTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
-    U: tl.constexpr,
+    LISTED: tl.constexpr, TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr,
+    PRECISION: tl.constexpr, U: tl.constexpr,
 ):  # fmt: skip
     """Outputs of one unit from a part of the neurons."""
     GROUPS: tl.constexpr = (H + 63) // 64
@@ -349,7 +385,7 @@ def _down_unit(
     t = tl.arange(0, TOKENS)
     s0 = tl.zeros([BLOCK_R if TOKENS == 1 else TOKENS, 64], tl.float32)
     s1, s2, s3 = s0, s0, s0
-    for start in range(begin, end, BLOCK_R):
+    for start in tl.range(begin, end, BLOCK_R, num_stages=STAGES):
         j = start + tl.arange(0, BLOCK_R)
         row = tl.load(rows + j, mask=j < end, other=0) if LISTED else j
         place = t[:, None] * neurons + row[None, :]
@@ -357,7 +393,7 @@ def _down_unit(
         h = tl.load(activations + place, mask=mask, other=0)
         needed = tl.max((h != 0).to(tl.int32), 0) > 0
         record = count_records + row.to(tl.int64) * ((8 * BASE + 2) * GROUPS)
-        scale = _scales(record + 8 * BASE * GROUPS, needed, unit, GROUPS, 1)
+        scale = _quad_scales(record + 8 * BASE * GROUPS, needed, unit, GROUPS)
         s0, s1, s2, s3 = _add_outputs(
             s0, s1, s2, s3, h, record, scale, needed, unit, GROUPS, BASE, PRECISION, U
         )
@@ -371,7 +407,7 @@ def _down_unit(
     if TOKENS == 1:
         s0, s1 = tl.sum(s0, 0)[None, :], tl.sum(s1, 0)[None, :]
         s2, s3 = tl.sum(s2, 0)[None, :], tl.sum(s3, 0)[None, :]
-    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    h, _, _, _, inside = _lanes(unit, GROUPS, U)
     inside = (t < n)[:, None] & inside[None, :]
     h = h[None, :]
     place = partial + t[:, None] * H + h
@@ -387,7 +423,7 @@ def plane_down_kernel(
     projected, correction_up, counters, n, neurons, total,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
     LISTED: tl.constexpr, SPLITS: tl.constexpr, BIASED: tl.constexpr, CORRECTION: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs. Grid (units, SPLITS): each split takes a part of one token's list, or of all neurons."""
     unit, split = tl.program_id(0), tl.program_id(1)
@@ -401,13 +437,13 @@ def plane_down_kernel(
         _down_unit(
             activations, finer_parts, count_records, refine, rows, begin, end,
             partial + split * n * H, n, neurons, unit,
-            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, PRECISION, 4,
+            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, STAGES, PRECISION, 4,
         )  # fmt: skip
     elif U > 0:
         _down_unit(
             activations, finer_parts, count_records, refine, rows, begin, end,
             partial + split * n * H, n, neurons, unit,
-            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, PRECISION, U,
+            H, BASE, RESIDUAL, GATED, LISTED, TOKENS, BLOCK_R, STAGES, PRECISION, U,
         )  # fmt: skip
     if _is_last(counters + unit, SPLITS):
         h = unit * 256 + tl.arange(0, 256)

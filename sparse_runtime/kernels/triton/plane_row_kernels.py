@@ -7,14 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_runtime.kernels.triton.plane_kernels import _codes, _lanes, _scales, _sums, _wide
+from sparse_runtime.kernels.triton.plane_kernels import _codes, _lanes, _quad_scales, _sums, _wide
 
 
 @triton.jit
 def plane_linear_kernel(
     x, records, bias, y, n, num_rows,
     H: tl.constexpr, BASE: tl.constexpr, RESIDUAL: tl.constexpr, BIASED: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, UNITS: tl.constexpr, PRECISION: tl.constexpr,
+    TOKENS: tl.constexpr, BLOCK_R: tl.constexpr, CODES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Outputs of a linear layer. Grid (rows / BLOCK_R,)."""
     GROUPS: tl.constexpr = (H + 63) // 64
@@ -23,7 +23,7 @@ def plane_linear_kernel(
     record = records + r.to(tl.int64) * ((8 * (BASE + RESIDUAL) + 2) * GROUPS)
     sums = _sums(
         x, record, record + 8 * BASE * GROUPS, record + 8 * (BASE + RESIDUAL) * GROUPS,
-        r < num_rows, n, H, BASE, RESIDUAL, TOKENS, UNITS, PRECISION,
+        r < num_rows, n, H, BASE, RESIDUAL, TOKENS, CODES, PRECISION,
     )  # fmt: skip
     if BIASED:
         sums += tl.load(bias + r, mask=r < num_rows, other=0).to(tl.float32)[None, :]
@@ -39,9 +39,9 @@ def _store_values(
 ):  # fmt: skip
     """Write the values of one unit of rows r."""
     GROUPS: tl.constexpr = (H + 63) // 64
-    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, 1, U)
-    scale = _wide(_scales(scales, wanted, unit, GROUPS, 1)) * (1 / (1 << RESIDUAL))
-    _, h, _, _, _, inside = _lanes(unit, GROUPS, 1, U)
+    codes = _codes(base, rest, wanted, unit, GROUPS, BASE, RESIDUAL, U, tl.float32)
+    scale = _wide(_quad_scales(scales, wanted, unit, GROUPS)) * (1 / (1 << RESIDUAL))
+    h, _, _, _, inside = _lanes(unit, GROUPS, U)
     for c in tl.static_range(4):
         mask = wanted[:, None] & (inside & (h + 16 * c < H))[None, :]
         place = y + r[:, None] * H + (h + 16 * c)[None, :]
