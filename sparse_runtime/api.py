@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -299,7 +300,11 @@ def cost_report(model: nn.Module) -> CostReport:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    return count_cost(_require_sparse(model))
+    modules = _require_sparse(model)
+    report, guard = count_cost(modules), modules[0].state.guard
+    if guard is None:
+        return report
+    return replace(report, audited_prompts=guard.audited, guarded_prompts=guard.dense)
 
 
 def reset_cost(model: nn.Module) -> None:
@@ -308,8 +313,11 @@ def reset_cost(model: nn.Module) -> None:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    for module in _require_sparse(model):
+    modules = _require_sparse(model)
+    for module in modules:
         module.reset_counts()
+    if modules[0].state.guard is not None:
+        modules[0].state.guard.reset()
 
 
 def sparse_modules(model: nn.Module) -> list[SparseFFN]:

@@ -222,6 +222,8 @@ class CostReport:
         bytes_of_dense_tokens: read by them; less where weights are in planes.
         bits_per_weight: 16 × ``cost_share`` as it is of weights in bfloat16, whatever they are in: bits
             read per FFN weight and token.
+        audited_prompts: prompts, or turns of a conversation, that the guard has audited.
+        guarded_prompts: of these, those that it has decode dense.
     """
 
     sparse_tokens: int
@@ -231,6 +233,8 @@ class CostReport:
     dense_bytes_of_dense_tokens: float
     bytes_of_dense_tokens: float
     bits_per_weight: float = DENSE_BITS
+    audited_prompts: int = 0
+    guarded_prompts: int = 0
 
     @property
     def dense_tokens(self) -> int:
@@ -265,8 +269,13 @@ class CostReport:
         dense = ", ".join(f"{tokens} {reason}" for reason, tokens in self.dense_reasons.items())
         return (
             f"cost share {self.cost_share:.3f} over {self.sparse_tokens} sparse tokens; "
-            f"{self.dense_tokens} dense tokens" + (f" ({dense})" if dense else "")
+            f"{self.dense_tokens} dense tokens" + (f" ({dense})" if dense else "") + self._guarded()
         )
+
+    def _guarded(self) -> str:
+        if not self.audited_prompts:
+            return ""
+        return f"; {self.guarded_prompts} of {self.audited_prompts} audited prompts decode dense"
 
 
 def element_size(dtype: torch.dtype) -> int:

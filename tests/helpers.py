@@ -13,7 +13,7 @@ from transformers import (
 
 from sparse_runtime import ClusterSet
 from sparse_runtime.artifact.bands import LayerCentroids
-from sparse_runtime.artifact.measured import MeasuredCut, MeasuredCuts
+from sparse_runtime.artifact.measured import AuditLevels, MeasuredCut, MeasuredCuts
 from sparse_runtime.eval.latency.shapes import random_clusters
 from sparse_runtime.kernels import load_cpu_library
 
@@ -106,6 +106,14 @@ def cuttable_cluster_set(model) -> ClusterSet:
         generator = torch.Generator().manual_seed(index)
         layer.cluster_weights = torch.rand(6, generator=generator) + 0.5
     return result
+
+
+def audited(error, spread=0.1) -> MeasuredCuts:
+    """A cut at 0.5 of the tiny model, whose layers were off by ``error`` when it was built."""
+    levels = AuditLevels(dict.fromkeys(range(3), error), spread)
+    return MeasuredCuts(
+        ("text",), (64,), (MeasuredCut(0.5, (0.5,), (0.1,), (0.1,), levels),), False
+    )
 
 
 def measured_cuts(*points: tuple[float, float, float]) -> MeasuredCuts:

@@ -95,7 +95,7 @@ class Guard:
         state: of the model's sparse FFNs.
 
     Attributes:
-        audited: prompts so far, or turns of a conversation.
+        audited: prompts since :meth:`reset`, or turns of a conversation.
         dense: of these, those that decode dense.
         errors: of the last forward that was audited: layer index -> mean ‖sparse(x) − dense(x)‖² of
             each sequence's tokens [batch] float32.
@@ -117,6 +117,10 @@ class Guard:
             decoder.register_forward_pre_hook(self._begin, with_kwargs=True),
             decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
+
+    def reset(self) -> None:
+        """Count from zero."""
+        self.audited = self.dense = 0
 
     def detach(self) -> None:
         """Follow them no longer."""

@@ -45,6 +45,12 @@ class Metrics:
             ("model", "way"),
             registry=self._registry,
         )
+        self._audits = Counter(
+            "sparse_runtime_audited_prompts",
+            "Prompts that the guard has audited, by how it had them decode.",
+            ("model", "way"),
+            registry=self._registry,
+        )
         self._cost = self._gauge("cost_share", "FFN bytes read by sparse tokens ÷ dense bytes.")
         self._dense = self._gauge("dense_share", "Share of an FFN layer's tokens that ran dense.")
         self._totals: dict[str, tuple[float, ...]] = {}
@@ -74,6 +80,8 @@ class Metrics:
             self._rates.labels(model).observe(figures.tokens_per_second)
         self._bytes.labels(model, "read").inc(cost.sparse_bytes)
         self._bytes.labels(model, "dense").inc(cost.dense_bytes_of_sparse_tokens)
+        self._audits.labels(model, "sparse").inc(cost.audited_prompts - cost.guarded_prompts)
+        self._audits.labels(model, "dense").inc(cost.guarded_prompts)
         self._layer_tokens.labels(model, "sparse").inc(cost.sparse_tokens)
         self._layer_tokens.labels(model, "dense").inc(cost.dense_tokens)
         new = (

@@ -5,20 +5,13 @@ import pickle
 
 import pytest
 import torch
-from helpers import random_cluster_set
+from helpers import audited, random_cluster_set
 
 from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.measured import AuditLevels, MeasuredCut, MeasuredCuts, audited_layers
 from sparse_runtime.ffn.guard import dense_rows
 
 ONE, OTHER = torch.randint(0, 250, (2, 1, 24), generator=torch.Generator().manual_seed(0))
-
-
-def measured(error, spread=0.1):
-    levels = AuditLevels(dict.fromkeys(range(3), error), spread)
-    return MeasuredCuts(
-        ("text",), (64,), (MeasuredCut(0.5, (0.5,), (0.1,), (0.1,), levels),), False
-    )
 
 
 @pytest.fixture
@@ -28,7 +21,7 @@ def make(tiny_model):
     tiny_model.generation_config.eos_token_id = None
 
     def call(error, **options):
-        clusters.measured = measured(error)
+        clusters.measured = audited(error)
         sparsify(tiny_model, clusters, backend="reference", **options)
         return tiny_model, sparse_modules(tiny_model)[0].state.guard
 
@@ -57,9 +50,13 @@ def test_a_prompt_above_the_limit_decodes_dense(make):
     report = cost_report(model)
     assert report.dense_reasons == {"long call": 24 * 3, "guard": 5 * 3}
     assert (report.sparse_tokens, guard.audited, guard.dense) == (0, 1, 1)
+    assert (report.audited_prompts, report.guarded_prompts) == (1, 1)
+    assert str(report).endswith("; 1 of 1 audited prompts decode dense")
+    reset_cost(model)
+    assert cost_report(model).audited_prompts == 0
     with dense(model):
         assert torch.equal(found, generated(model, ONE))
-    assert guard.audited == 1
+    assert guard.audited == 0
 
 
 def test_it_is_said_once(make, recwarn):
@@ -95,8 +92,11 @@ def test_sequences_of_a_batch_do_not_touch_each_other(make):
     # A level between the two: one of them is above the limit.
     unsparsify(model)
     model, guard = make(sum(each) / 2 / 1.25)
-    alone = [generated(model, prompt) for prompt in (ONE, OTHER)]
-    assert (guard.audited, guard.dense) == (2, 1)
+    alone, counts = [], []
+    for prompt in (ONE, OTHER):
+        alone.append(generated(model, prompt))
+        counts.append((guard.audited, guard.dense))
+    assert sorted(counts) == [(1, 0), (1, 1)]
     assert torch.equal(generated(model, ONE, OTHER), torch.cat(alone))
     report = cost_report(model)
     assert report.dense_reasons == {"long call": 48 * 3, "guard": 5 * 3}
@@ -182,5 +182,9 @@ def test_levels_lie_between_those_of_cuts():
     assert cuts.audit_for(0.5, verified=False) is None
     assert cuts.without_audits().audit_for(0.5, verified=True) is None
     assert MeasuredCuts.from_record(cuts.record()) == cuts
+    turned = AuditLevels({5: 0.3, 1: 0.2}, 0.1)
+    record = MeasuredCuts(("text",), (64,), (MeasuredCut(0.5, (0.5,), audit=turned),)).record()
+    assert record["cuts"][0]["audit"]["layers"] == [1, 5]
+    assert MeasuredCuts.is_record(record)
     assert audited_layers([4, 2, 9]) == (2, 4, 9)
     assert len(audited_layers(range(30))) == 8

@@ -8,7 +8,7 @@ from contextlib import ExitStack, contextmanager
 import openai
 import pytest
 import torch
-from helpers import random_cluster_set
+from helpers import audited, random_cluster_set
 
 from sparse_runtime import sparsify
 from sparse_runtime.serve.app import build_app
@@ -74,10 +74,13 @@ def chat_tokenizer(tiny_tokenizer):
 def make_served(tiny_model, chat_tokenizer):
     """A tiny served model; what it generates has no end but its length."""
 
-    def make(name="tiny", *, prompt=None, answer=64, reuse=True, density=0.4):
+    def make(name="tiny", *, prompt=None, answer=64, reuse=True, density=0.4, error=None):
         model = copy.deepcopy(tiny_model)
         model.generation_config.eos_token_id = None
-        sparsify(model, random_cluster_set(model, density))
+        clusters = random_cluster_set(model, density)
+        if error is not None:  # what a build found of each layer
+            clusters.measured = audited(error)
+        sparsify(model, clusters)
         limits = Limits.of(model, prompt=prompt, answer=answer)
         return ServedModel(name, model, chat_tokenizer, limits, reuse=reuse)
 

@@ -172,6 +172,17 @@ def test_health_and_metrics_tell_what_ran_sparse(serving, make_served):
         usage.dense_share, abs=1e-5
     )
     assert values['sparse_runtime_tokens_per_second_count{model="tiny"}'] == 2
+    assert values['sparse_runtime_audited_prompts_total{model="tiny",way="sparse"}'] == 0
+
+
+@pytest.mark.filterwarnings("ignore:a prompt is decoded by all neurons")
+def test_metrics_tell_what_the_guard_does(serving, make_served):
+    served = make_served(error=1e-12)
+    server = serving(served)
+    ask(server.client(), "alpha beta", tokens=5)
+    text = httpx.get(server.url + "/metrics").text
+    assert 'sparse_runtime_audited_prompts_total{model="tiny",way="dense"} 1.0' in text
+    assert 'sparse_runtime_audited_prompts_total{model="tiny",way="sparse"} 0.0' in text
 
 
 def test_the_end_of_the_server_ends_open_answers(serving, make_served, steps):
