@@ -52,6 +52,12 @@ ClustersOfEachOption = Annotated[
         "--clusters", metavar="DIR", help="Cluster artifact of each model: folder or Hub id."
     ),
 ]
+RevisionsOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--revision", help="Branch, tag or commit of the Hub repository of each --clusters."
+    ),
+]
 NamesOption = Annotated[
     list[str] | None,
     typer.Option(
@@ -84,6 +90,7 @@ ReuseOption = Annotated[
 def serve(
     models: ModelsArgument,
     clusters: ClustersOfEachOption,
+    revisions: RevisionsOption = None,
     names: NamesOption = None,
     host: HostOption = "127.0.0.1",
     port: PortOption = 8000,
@@ -119,7 +126,7 @@ def serve(
     from sparse_runtime.serve.generation import Generator
     from sparse_runtime.serve.server import claim_port
 
-    pairs = _pairs(models, clusters, names)
+    sources = _sources(models, clusters, revisions, names)
     if api_key == "":
         raise ConfigError("--api-key is empty; expected a key, or leave it out")
     planes = plane_options(weights, linear_weights, tau, ramp)
@@ -133,7 +140,7 @@ def serve(
         warn(f"whoever reaches {host} can use this server; --api-key asks for a key")
     generator = Generator()
     try:
-        load = partial(_load, pairs, options, planes, cut, ways, limits, reuse=reuse)
+        load = partial(_load, sources, options, planes, cut, ways, limits, reuse=reuse)
         served = generator.call(load)
         for model in served.values():
             _announce(model, strict=strict)
@@ -154,29 +161,31 @@ def _check_libraries() -> None:
     check_version()
 
 
-def _pairs(
-    models: list[str], clusters: list[str], names: list[str] | None
-) -> dict[str, tuple[str, str]]:
-    """Name in requests -> model and clusters."""
-    if len(models) != len(clusters):
-        raise ConfigError(
-            f"there are {len(models)} models and {len(clusters)} --clusters; expected one for each, in "
-            "the same order"
-        )
-    if names and len(names) != len(models):
-        raise ConfigError(
-            f"there are {len(models)} models and {len(names)} --name; expected as many"
-        )
+def _sources(
+    models: list[str],
+    clusters: list[str],
+    revisions: list[str] | None,
+    names: list[str] | None,
+) -> dict[str, tuple[str, str, str | None]]:
+    """Name in requests -> model, clusters and their revision."""
+    given = {"--clusters": clusters, "--revision": revisions, "--name": names}
+    for option, values in given.items():
+        if values and len(values) != len(models):
+            raise ConfigError(
+                f"there are {len(models)} models and {len(values)} {option}; expected one for each, "
+                "in the same order"
+            )
     names = names or [
         Path(model).resolve().name if Path(model).exists() else model for model in models
     ]
     if twice := [name for name in names if names.count(name) > 1]:
         raise ConfigError(f"two models are called {twice[0]!r}; give each a --name of its own")
-    return dict(zip(names, zip(models, clusters, strict=True), strict=True))
+    of_each: list[str | None] = list(revisions) if revisions else [None] * len(models)
+    return dict(zip(names, zip(models, clusters, of_each, strict=True), strict=True))
 
 
 def _load(
-    pairs: dict[str, tuple[str, str]],
+    sources: dict[str, tuple[str, str, str | None]],
     options: dict[str, Any],
     planes: dict[str, Any],
     cut: Cut,
@@ -189,9 +198,9 @@ def _load(
     from sparse_runtime.attention import fast_attention
     from sparse_runtime.serve.served_model import Limits, ServedModel
 
-    artifacts = {name: cut.load(clusters, None) for name, (_, clusters) in pairs.items()}
+    artifacts = {name: cut.load(place, rev) for name, (_, place, rev) in sources.items()}
     served = {}
-    for name, (source, _) in pairs.items():
+    for name, (source, _, _) in sources.items():
         model, tokenizer = load_model(source, **options)
         check_stages(model, planes)
         fast_attention(sparsify(model, cut.of(model, artifacts[name]), **ways))

@@ -36,6 +36,7 @@ def test_wrong_usage_is_named(run, folders, tmp_path):
         ((model, *both), 2, "1 models and 2 --clusters"),
         ((model, model, *both), 2, "two models are called 'tiny-model'"),
         ((model, model, *both, "--name", "a"), 2, "2 models and 1 --name"),
+        ((model, model, *both, "--revision", "v1"), 2, "2 models and 1 --revision"),
         ((model, "--clusters", clusters, "--port", 70000), 2, "0 to 65535"),
         ((model, "--clusters", clusters, "--max-new-tokens", 0), 2, "1 or more"),
         ((model, "--clusters", clusters, "--api-key", ""), 2, "--api-key is empty"),

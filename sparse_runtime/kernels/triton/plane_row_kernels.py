@@ -7,7 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparse_runtime.kernels.triton.plane_kernels import _codes, _lanes, _quad_scales, _sums, _wide
+from sparse_runtime.kernels.triton.plane_codes import _codes, _lanes, _quad_scales, _wide
+from sparse_runtime.kernels.triton.plane_kernels import _sums
 
 
 @triton.jit
