@@ -1,5 +1,6 @@
 // Every instruction set of the processor it runs on against sums in double precision, without torch:
 // for processors that are only at hand as an emulator. Prints a line for each, exits 1 on an error.
+#include <cmath>
 #include <math.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -25,6 +26,9 @@ extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t
 }
 
 namespace {
+
+// Of two errors; NaN is the largest, which fmax would drop.
+double larger(double a, double b) { return std::isnan(a) || a >= b ? a : b; }
 
 using namespace sparse_ffn;
 
@@ -68,6 +72,8 @@ double act(Activation activation, double v) {
       return 0.5 * v * (1 + tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
     case kRelu:
       return v > 0 ? v : 0;
+    case kRelu2:
+      return v > 0 ? v * v : 0;
   }
   return NAN;
 }
@@ -88,14 +94,21 @@ double error_of(const std::vector<T>& actual, const std::vector<Sum>& expected) 
   for (size_t i = 0; i < expected.size(); ++i) {
     const double difference = fabs(to_float(actual[i]) - expected[i].value);
     if (difference != difference) return INFINITY;
-    error = fmax(error, difference);
-    largest = fmax(largest, expected[i].magnitude);
+    error = larger(error, difference);
+    largest = larger(largest, expected[i].magnitude);
   }
   return largest > 0 ? error / largest : INFINITY;
 }
 
+// An FFN with up or without, with biases or without.
+struct Form {
+  int64_t matrices;
+  bool biased;
+};
+
 template <class T>
-double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation activation) {
+double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation activation,
+             Form form) {
   const int64_t size = sizeof(T), clusters = 5, bytes = (neurons + 7) / 8;
   const Values<T> x(n, hidden, 1), bias(clusters, hidden, 1), up_bias(1, neurons, 1);
   const double scale = 2 / sqrt(double(hidden));
@@ -103,6 +116,9 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
   const Values<T> down(neurons, hidden, scale), router(clusters, hidden, scale);
   const int64_t rank = 3;
   const Values<T> correction_down(rank, hidden, scale), correction_up(rank, hidden, scale);
+  std::vector<float> biases(size_t(2 * neurons), 0.0f);
+  if (form.biased)
+    for (float& value : biases) value = float(next_value());
   std::vector<uint8_t> sets(size_t(clusters * bytes));
   for (uint8_t& byte : sets) byte = uint8_t(next_bits() >> 8);
   for (int64_t c = 0; c < clusters; ++c) sets[size_t(c * bytes)] |= 1;
@@ -113,15 +129,20 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
   double worst = 0;
   for (int64_t t = 0; t < n; ++t) {
     double best = -INFINITY;
-    for (int64_t c = 0; c < clusters; ++c) best = fmax(best, x.dot(t, router, c));
+    for (int64_t c = 0; c < clusters; ++c) best = larger(best, x.dot(t, router, c));
     const int64_t id = ids[size_t(t)];
     if (id < 0 || id >= clusters) return INFINITY;
-    worst = fmax(worst, best - x.dot(t, router, id));
+    worst = larger(worst, best - x.dot(t, router, id));
   }
 
   std::vector<T> y(size_t(n * hidden));
   std::vector<Sum> expected(size_t(n * hidden));
-  run_ffn({dtype, size, hidden, neurons, gate.matrix(), up.matrix(), down.matrix(), activation},
+  const bool gated = form.matrices == 2;
+  const float* const gate_bias = form.biased ? biases.data() : nullptr;
+  const Inputs inputs = {form.matrices, gate_bias, gate_bias && gated ? gate_bias + neurons : nullptr,
+                         activation, 1.0f};
+  run_ffn({dtype, size, hidden, neurons, gate.matrix(), gated ? up.matrix() : gate.matrix(),
+           down.matrix(), inputs},
           x.tokens(n), {sets.data(), bytes, clusters}, ids.data(),
           {bias.matrix(), rank, correction_down.matrix(), correction_up.matrix()}, y.data());
   for (int64_t t = 0; t < n; ++t) {
@@ -134,11 +155,12 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
     }
     for (int64_t i = 0; i < neurons; ++i) {
       if (!(sets[size_t(id * bytes + i / 8)] >> (i % 8) & 1)) continue;
-      const double h = act(activation, x.dot(t, gate, i)) * x.dot(t, up, i);
+      double h = act(activation, x.dot(t, gate, i) + biases[size_t(i)]);
+      if (gated) h *= x.dot(t, up, i) + biases[size_t(neurons + i)];
       for (int64_t k = 0; k < hidden; ++k) expected[size_t(t * hidden + k)].add(h * down.at(i, k));
     }
   }
-  worst = fmax(worst, error_of(y, expected));
+  worst = larger(worst, error_of(y, expected));
 
   std::vector<T> z(size_t(n * neurons));
   std::vector<Sum> expected_z(size_t(n * neurons));
@@ -149,7 +171,7 @@ double check(DType dtype, int64_t n, int64_t hidden, int64_t neurons, Activation
       expected_z[size_t(t * neurons + i)].add(x.dot(t, gate, i));
       expected_z[size_t(t * neurons + i)].add(up_bias.at(0, i));
     }
-  return fmax(worst, error_of(z, expected_z));
+  return larger(worst, error_of(z, expected_z));
 }
 
 template <class T>
@@ -158,8 +180,9 @@ bool check_all(const char* isa, const char* name, DType dtype, double tolerance)
   double worst = 0;
   for (const auto& shape : shapes)
     for (const int64_t n : {1, 2, 3, 7, 64, 70})
-      for (const Activation activation : {kSilu, kGelu, kGeluTanh, kRelu})
-        worst = fmax(worst, check<T>(dtype, n, shape[0], shape[1], activation));
+      for (const Activation activation : {kSilu, kGelu, kGeluTanh, kRelu, kRelu2})
+        for (const Form form : {Form{2, false}, Form{2, true}, Form{1, true}})
+          worst = larger(worst, check<T>(dtype, n, shape[0], shape[1], activation, form));
   const bool good = worst <= tolerance;
   printf("%s %s: error %.2g, allowed %.2g: %s\n", isa, name, worst, tolerance,
          good ? "good" : "BAD");
@@ -291,7 +314,7 @@ double bound_of(std::vector<double> evidence) {
   constexpr double floor = 0.1;
   const bool all = std::all_of(evidence.begin(), evidence.end(), [](double v) { return v > floor; });
   if (all) evidence.push_back(0.01);
-  for (double& value : evidence) value = fmax(value, all ? 0.01 : floor);
+  for (double& value : evidence) value = larger(value, all ? 0.01 : floor);
   std::sort(evidence.begin(), evidence.end());
   std::vector<double> bounds = {evidence.back() * 2};
   for (size_t i = 1; i < evidence.size(); ++i)
@@ -342,7 +365,8 @@ double check_look(int64_t n, int64_t hidden, int64_t neurons) {
   }
   const Verification band = {
       maybe.data(), bytes, {look.data(), int64_t(look.size()) / neurons}, factors.data()};
-  run_ffn({kFloat32, 4, hidden, neurons, gate.matrix(), up.matrix(), down.matrix(), kSilu},
+  run_ffn({kFloat32, 4, hidden, neurons, gate.matrix(), up.matrix(), down.matrix(),
+           {2, nullptr, nullptr, kSilu, 1.0f}},
           x.tokens(n), {sets.data(), bytes, clusters, band, counts}, ids.data(), {}, y.data());
   if (counts[0] != computed || counts[1] != looked) return INFINITY;
   for (int64_t k = 0; lost >= 0 && k < hidden; ++k) y[size_t(lost * hidden + k)] = 0;
@@ -353,7 +377,7 @@ bool check_looks(const char* isa, double tolerance) {
   double worst = 0;
   for (const int64_t hidden : {64, 130, 448, 576, 1100})
     for (const int64_t n : {1, 3, 7, 64, 70})
-      for (const int64_t neurons : {37, 301}) worst = fmax(worst, check_look(n, hidden, neurons));
+      for (const int64_t neurons : {37, 301}) worst = larger(worst, check_look(n, hidden, neurons));
   printf("%s looks: error %.2g, allowed %.2g: %s\n", isa, worst, tolerance,
          worst <= tolerance ? "good" : "BAD");
   return worst <= tolerance;
@@ -380,25 +404,25 @@ double check_plane(const PlaneFormat& format, int64_t length, int64_t rows, int6
                         length,       rows,
                         format,       stream(look),
                         stream(count), stream(refine),
-                        kRelu};
-  run_plane_ffn(ffn, tokens, {}, nullptr, {nullptr, 1.0f, 0.0f}, {}, z.data());
+                        {2, nullptr, nullptr, kRelu, 1.0f}};
+  run_plane_ffn(ffn, tokens, {}, nullptr, {nullptr, nullptr, 1.0f, 0.0f}, {}, z.data());
   double worst = 0, largest = 0, worst_ffn = 0, largest_ffn = 0;
   for (int64_t t = 0; t < n; ++t) {
     std::vector<double> sums(size_t(length), 0.0);
     for (int64_t r = 0; r < rows; ++r) {
       const float* const token = x.data() + t * length;
       const double g = gate.dot(r, token), h = std::max(g, 0.0) * up.dot(r, token);
-      worst = fmax(worst, fabs(double(y[size_t(t * rows + r)]) - g));
-      largest = fmax(largest, fabs(g));
+      worst = larger(worst, fabs(double(y[size_t(t * rows + r)]) - g));
+      largest = larger(largest, fabs(g));
       for (int64_t k = 0; k < length; ++k)
         sums[size_t(k)] += h * double(down.values[size_t(r * length + k)]);
     }
     for (int64_t k = 0; k < length; ++k) {
-      worst_ffn = fmax(worst_ffn, fabs(double(z[size_t(t * length + k)]) - sums[size_t(k)]));
-      largest_ffn = fmax(largest_ffn, fabs(sums[size_t(k)]));
+      worst_ffn = larger(worst_ffn, fabs(double(z[size_t(t * length + k)]) - sums[size_t(k)]));
+      largest_ffn = larger(largest_ffn, fabs(sums[size_t(k)]));
     }
   }
-  return fmax(worst / largest, worst_ffn / largest_ffn);
+  return larger(worst / largest, worst_ffn / largest_ffn);
 }
 
 bool check_planes(const char* isa, double tolerance) {
@@ -407,7 +431,7 @@ bool check_planes(const char* isa, double tolerance) {
     for (const int residual : {0, 2, 3, 4})
       for (const int64_t length : {64, 130, 448, 576, 1100})
         for (const int64_t n : {1, 3})
-          worst = fmax(worst, check_plane({base, residual}, length, 37, n));
+          worst = larger(worst, check_plane({base, residual}, length, 37, n));
   printf("%s planes: error %.2g, allowed %.2g: %s\n", isa, worst, tolerance,
          worst <= tolerance ? "good" : "BAD");
   return worst <= tolerance;

@@ -118,6 +118,10 @@ KERNELS = {
 }  # fmt: skip
 
 
+# Of a program; 4 where it is not said.
+WARPS = {"plane_linear_kernel": CONFIG.linear_warps}
+
+
 def compile_kernel(name, constants, dtype, target):
     modules = (look_kernel, plane_row_kernels, plane_kernels, kernels)
     kernel = getattr(next(m for m in modules if hasattr(m, name)), name)
@@ -137,7 +141,7 @@ def compile_kernel(name, constants, dtype, target):
         if parameter not in ("n", "total", "counters", "counter", "tau", "width"):
             attributes[(position,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target)
+    return triton.compile(source, target=target, options={"num_warps": WARPS.get(name, 4)})
 
 
 def main():
