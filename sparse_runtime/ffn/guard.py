@@ -5,8 +5,8 @@ it, and the squares of what it is off by are compared with what the build found 
 
     score = mean over layers l of  mean over tokens ‖sparse(x) − dense(x)‖² ÷ level_l,
 
-about 1 on text like that. A sequence whose score is more than 2.5 standard deviations above 1 decodes
-by all neurons. The choice is kept on the sequence's cache, row by row, and nowhere else: it follows the
+about 1 on text like that. A sequence whose score is more than 2.5 standard deviations above 1, and 1.25
+at least, decodes by all neurons. The choice is kept on the sequence's cache, row by row, and nowhere else: it follows the
 cache wherever that goes, and what a call computes stays a function of its input and the model.
 """
 
@@ -30,6 +30,8 @@ AUDITED_TOKENS = 16
 _LEAST_TOKENS = 8
 # Standard deviations above the build's level: 0.6 % of a normal distribution are further up.
 _DEVIATIONS = 2.5
+# A build's own, of a few windows, may be far too small: texts of one kind differ by .06 to .09.
+_LEAST_SPREAD = 0.1
 # Of the cache.
 _ATTRIBUTE = "_sparse_runtime_dense_rows"
 
@@ -118,6 +120,11 @@ class Guard:
             decoder.register_forward_hook(self._end, with_kwargs=True, always_call=True),
         ]
 
+    @property
+    def limit(self) -> float:
+        """Scores above it decode dense."""
+        return 1 + _DEVIATIONS * max(self.levels.spread, _LEAST_SPREAD)
+
     def reset(self) -> None:
         """Count from zero."""
         self.audited = self.dense = 0
@@ -177,8 +184,7 @@ class Guard:
         if call is None or call.errors.keys() != self.levels.errors.keys():
             return
         self.errors, self.scores = call.errors, self._scores(call)
-        limit = 1 + _DEVIATIONS * self.levels.spread
-        rows = tuple(score > limit for score in self.scores)
+        rows = tuple(score > self.limit for score in self.scores)
         self.audited += len(rows)
         cache = getattr(output, "past_key_values", None) or kwargs.get("past_key_values")
         if cache is None:
@@ -189,7 +195,7 @@ class Guard:
             self._state.warn_once(
                 "guard",
                 f"a prompt is decoded by all neurons: its tokens lose {max(self.scores):.2f} times "
-                f"what text of the build loses, and {limit:.2f} is the limit. Build clusters on text "
+                f"what text of the build loses, and {self.limit:.2f} is the limit. Build clusters on text "
                 "like it for speed, or sparsify with guard=False to decode sparse all the same",
             )
 

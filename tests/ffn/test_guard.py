@@ -9,7 +9,7 @@ from helpers import audited, random_cluster_set
 
 from sparse_runtime import cost_report, dense, reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.measured import AuditLevels, MeasuredCut, MeasuredCuts, audited_layers
-from sparse_runtime.ffn.guard import dense_rows
+from sparse_runtime.ffn.guard import Guard, dense_rows
 
 ONE, OTHER = torch.randint(0, 250, (2, 1, 24), generator=torch.Generator().manual_seed(0))
 
@@ -162,6 +162,11 @@ def test_nothing_is_left_of_it(make, of):
     unsparsify(model)
     assert not model.model._forward_hooks
     assert not model.model._forward_pre_hooks
+
+
+def test_the_limit_leaves_room_where_a_build_had_few_windows():
+    for spread, limit in ((0.0, 1.25), (0.02, 1.25), (0.2, 1.5)):
+        assert Guard(AuditLevels({0: 1.0}, spread), None).limit == limit
 
 
 def test_short_prompts_are_not_audited(make):
