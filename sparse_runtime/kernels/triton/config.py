@@ -93,7 +93,7 @@ def config_for(
             return TritonConfig(**measured)
     _warn_once(
         f"the sparse FFN's kernels are not tuned for {card} and FFNs of {hidden_size} x {neurons}; "
-        "they run with careful settings. 'sparse-runtime tune MODEL' measures better ones, once"
+        "they run with an H200's settings. 'sparse-runtime tune MODEL' measures better ones, once"
     )
     return TritonConfig()
 
