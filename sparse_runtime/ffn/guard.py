@@ -6,8 +6,9 @@ it, and the squares of what it is off by are compared with what the build found 
     score = mean over layers l of  mean over tokens ‖sparse(x) − dense(x)‖² ÷ level_l,
 
 about 1 on text like that. A sequence whose score is more than 2.5 standard deviations above 1, and 1.25
-at least, decodes by all neurons. The choice is kept on the sequence's cache, row by row, and nowhere else: it follows the
-cache wherever that goes, and what a call computes stays a function of its input and the model.
+at least, decodes by all neurons. The choice is kept on the sequence's cache, row by row, and nowhere
+else: it follows the cache wherever that goes, and what a call computes stays a function of its input and
+the model.
 """
 
 from __future__ import annotations
@@ -195,8 +196,8 @@ class Guard:
             self._state.warn_once(
                 "guard",
                 f"a prompt is decoded by all neurons: its tokens lose {max(self.scores):.2f} times "
-                f"what text of the build loses, and {self.limit:.2f} is the limit. Build clusters on text "
-                "like it for speed, or sparsify with guard=False to decode sparse all the same",
+                f"what text of the build loses, and {self.limit:.2f} is the limit. Build clusters on "
+                "text like it for speed, or sparsify with guard=False to decode sparse all the same",
             )
 
     def _scores(self, call: _Call) -> list[float]:
