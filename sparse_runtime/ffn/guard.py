@@ -7,8 +7,8 @@ it, and the squares of what it is off by are compared with what the build found 
 
 about 1 on text like that. A sequence whose score is more than 2.5 standard deviations above 1, and 1.25
 at least, decodes by all neurons. The choice is kept on the sequence's cache, row by row, and nowhere
-else: it follows the cache wherever that goes, and what a call computes stays a function of its input and
-the model.
+else: it follows the cache wherever that goes, and what a call computes stays a function of its input
+and the model.
 """
 
 from __future__ import annotations
