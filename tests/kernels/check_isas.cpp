@@ -11,6 +11,7 @@
 
 #include <torch/csrc/stable/c/shim.h>
 
+#include "check_sums.h"
 #include "plane_pass.h"
 #include "scalar.h"
 
@@ -26,9 +27,6 @@ extern "C" AOTITorchError torch_parallel_for(int64_t begin, int64_t end, int64_t
 }
 
 namespace {
-
-// Of two errors; NaN is the largest, which fmax would drop.
-double larger(double a, double b) { return std::isnan(a) || a >= b ? a : b; }
 
 using namespace sparse_ffn;
 
@@ -60,31 +58,6 @@ struct Values {
 
   int64_t length, stride;
   std::vector<T> data;
-};
-
-double act(Activation activation, double v) {
-  switch (activation) {
-    case kSilu:
-      return v / (1 + exp(-v));
-    case kGelu:
-      return 0.5 * v * (1 + erf(v * sqrt(0.5)));
-    case kGeluTanh:
-      return 0.5 * v * (1 + tanh(sqrt(2 / M_PI) * (v + 0.044715 * v * v * v)));
-    case kRelu:
-      return v > 0 ? v : 0;
-    case kRelu2:
-      return v > 0 ? v * v : 0;
-  }
-  return NAN;
-}
-
-// A sum and the sum of the absolute values, which its error is proportional to.
-struct Sum {
-  double value = 0, magnitude = 0;
-  void add(double term) {
-    value += term;
-    magnitude += fabs(term);
-  }
 };
 
 // Largest error over the largest magnitude.
