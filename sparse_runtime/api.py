@@ -258,11 +258,12 @@ def unsparsify(model: ModelT) -> ModelT:
     Raises:
         NotSparseError: the model holds no sparse FFN.
     """
-    states = _states(_require_sparse(model))
+    modules = _require_sparse(model)
+    states = _states(modules)
     for state in states:
         restore(state.fast_linears)
-        if state.guard is not None:
-            state.guard.detach()
+    for guard in _guards(modules):
+        guard.detach()
     with torch.inference_mode(False), torch.no_grad():
         for owner in list(owners(model)):
             unpatch(owner)
@@ -301,10 +302,12 @@ def cost_report(model: nn.Module) -> CostReport:
         NotSparseError: the model holds no sparse FFN.
     """
     modules = _require_sparse(model)
-    report, guard = count_cost(modules), modules[0].state.guard
-    if guard is None:
-        return report
-    return replace(report, audited_prompts=guard.audited, guarded_prompts=guard.dense)
+    guards = _guards(modules)
+    return replace(
+        count_cost(modules),
+        audited_prompts=sum(guard.audited for guard in guards),
+        guarded_prompts=sum(guard.dense for guard in guards),
+    )
 
 
 def reset_cost(model: nn.Module) -> None:
@@ -316,8 +319,8 @@ def reset_cost(model: nn.Module) -> None:
     modules = _require_sparse(model)
     for module in modules:
         module.reset_counts()
-    if modules[0].state.guard is not None:
-        modules[0].state.guard.reset()
+    for guard in _guards(modules):
+        guard.reset()
 
 
 def sparse_modules(model: nn.Module) -> list[SparseFFN]:
@@ -327,6 +330,10 @@ def sparse_modules(model: nn.Module) -> list[SparseFFN]:
         NotSparseError: the model holds no sparse FFN.
     """
     return _require_sparse(model)
+
+
+def _guards(modules: Iterable[SparseFFN]) -> list[Guard]:
+    return [state.guard for state in _states(modules) if state.guard is not None]
 
 
 def _states(modules: Iterable[SparseFFN]) -> list[ModelState]:
