@@ -25,6 +25,7 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.format import WORK_FOLDER
 from sparse_runtime.clusters.awc import Clustering
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.context import BuildContext, timed
@@ -110,7 +111,8 @@ def build_clusters(
         )
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
-    _check_in_memory(layers)
+    if settings.weights is not None:
+        _check_in_memory(layers)
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     text = calibration_windows(
         expand_recipes(data).sources,
@@ -164,8 +166,9 @@ def _check_in_memory(layers: list[FFNLayer]) -> None:
     for layer in layers:
         if any(weight.device.type == "meta" for weight in layer.weights):
             raise ModelError(
-                f"{layer.name} has no weights in memory: they are offloaded. A build reads every "
-                "FFN's weights; load the model without offloading (device_map='cpu')"
+                f"{layer.name} has no weights in memory: they are offloaded. A build for planes packs "
+                "the whole model in memory; load it without offloading (device_map='cpu'), or build "
+                "for float weights"
             )
 
 
@@ -251,20 +254,15 @@ class _Build:
             rank = choose_router(context)
         with timed(self.times, "layers"):
             fitted = _fit_layers(context, rank)
-        clusters = ClusterSet(
-            layers={
-                layer.index: uncut_layer(
-                    layer,
-                    settings,
-                    one,
+        uncut = {}
+        for position, one in enumerate(fitted):
+            with context.weights_of(position) as layer:
+                error, weights = (
                     context.base_error(position),
                     _cluster_weights(context, position, one),
                 )
-                for position, (layer, one) in enumerate(zip(context.layers, fitted, strict=True))
-            },
-            fingerprint=fingerprint,
-            budget=settings.budget,
-        )
+                uncut[layer.index] = uncut_layer(layer, settings, one, error, weights)
+        clusters = ClusterSet(uncut, fingerprint, settings.budget)
         if settings.allocation == "global":
             clusters, figures_in_loop = cut_in_loop(context, clusters)
             record |= figures_in_loop
@@ -287,7 +285,10 @@ class _Build:
             windows = self.text.windows
             count = max(1, min(self.num_fit, settings.fisher_tokens) // windows.shape[1])
             try:
-                found = fisher_weights(self.model, windows[:count], progress=self.progress)
+                buffers = Buffers(settings.memory_mib, work / "sweep")
+                found = fisher_weights(
+                    self.model, windows[:count], buffers=buffers, progress=self.progress
+                )
             except NoBackwardPassError as error:
                 warnings.warn(
                     f"importance 'fisher' falls back to 'norm', and layers are not weighed and "
@@ -381,11 +382,12 @@ def _score_layers(
 ) -> None:
     """Add to each layer's figures how its final sets fit held-out tokens."""
     with context.progress.task("scores", len(fitted)) as advance:
-        for position, (layer, one) in enumerate(zip(context.layers, fitted, strict=True)):
+        for position, one in enumerate(fitted):
             held_out = context.states.layer(position, context.num_fit)
-            one.figures["held_out"] = held_out_scores(
-                held_out, layer, clusters.layers[layer.index], one.router
-            )
+            with context.weights_of(position) as layer:
+                one.figures["held_out"] = held_out_scores(
+                    held_out, layer, clusters.layers[layer.index], one.router
+                )
             advance(1)
 
 

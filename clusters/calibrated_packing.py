@@ -14,14 +14,15 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import not_finite
+from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.errors import ConfigError, UnsupportedArchitectureError
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.ffn.plane_restoring import Packing
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.models.ffn_layers import decoder_layers
-from sparse_runtime.models.output_head import swapped_forwards
 from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -87,7 +88,7 @@ class _ByLayer:
         self._full, self._advance = full, advance
         self._groups: list[dict[str, tuple[nn.Module, ...]]] = []
         self._measures: dict[str, list[_Measure]] = {}
-        self._replay: _Replay | None = None
+        self._sweep: Sweep | None = None
 
     def expect(self, inputs: Mapping[str, tuple[nn.Module, ...]]) -> None:
         """See :class:`sparse_runtime.ffn.plane_packing.Statistics`."""
@@ -99,25 +100,45 @@ class _ByLayer:
     def take(self, name: str) -> list[InputStatistics | None]:
         """See :class:`sparse_runtime.ffn.plane_packing.Statistics`."""
         with torch.inference_mode():
-            if self._replay is None:
-                self._replay = _Replay(self._model, self._layers, self._windows)
+            if self._sweep is None:
+                self._sweep = _sweep(self._model, self._windows)
             while name not in self._measures:
-                self._measure_next(self._replay)
+                self._measure_next(self._sweep)
             return [measure.statistics() for measure in self._measures.pop(name)]
 
-    def _measure_next(self, replay: _Replay) -> None:
+    def _measure_next(self, sweep: Sweep) -> None:
         number = len(self._layers) + 1 - len(self._groups)
         if number > 0:
             for window in range(len(self._windows)):
-                replay.step(number - 1, window)
+                sweep.step(number - 1, window)
         group = self._groups.pop(0)
         with _measured(self._model, group, self._full) as self._measures:
             for window in range(len(self._windows)):
                 if group and number < len(self._layers):
-                    replay.run(number, window)
+                    sweep.run(number, window)
                 elif group:
-                    replay.finish(window)
+                    self._finish(sweep, window)
                 self._advance(1)
+
+    def _finish(self, sweep: Sweep, window: int) -> None:
+        """Run what comes after the layers, up to the output head's input."""
+        head = self._model.get_output_embeddings()
+        handle = head.register_forward_pre_hook(_stop)
+        try:
+            with suppress(_Stop):
+                head(sweep.final(window))
+        finally:
+            handle.remove()
+
+
+def _sweep(model: Any, windows: Tensor) -> Sweep:
+    sweep = Sweep(model, windows, Buffers())
+    if sweep.whole:
+        raise UnsupportedArchitectureError(
+            f"the decoder of this {type(model).__name__} is more than the sequence of its layers, so "
+            "that calibration text cannot go one layer at a time; pack it without calibration text"
+        )
+    return sweep
 
 
 class _Measure:
@@ -183,67 +204,6 @@ def _measured(
 
 class _Stop(Exception):
     """Ends a forward pass whose rest is not needed."""
-
-
-class _Replay:
-    """Runs windows through a decoder one layer at a time.
-
-    Windows of one length get the same masks and positions, so that those of the first one serve all.
-    """
-
-    def __init__(self, model: Any, layers: Sequence[nn.Module], windows: Tensor) -> None:
-        self._model, self._layers = model, layers
-        self._windows = windows[:, None].to(model.device)
-        self._states: list[Tensor] = []
-        self._arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        self._tuples = False
-
-        def keep(layer: nn.Module, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-            if not arguments:
-                raise UnsupportedArchitectureError(
-                    f"the decoder layers of this {type(model).__name__} take hidden states by name, so "
-                    "that calibration text cannot go one layer at a time; pack it without calibration "
-                    "text"
-                )
-            if layer is layers[0]:
-                self._states.append(arguments[0])
-            if len(self._arguments) == len(layers):
-                raise _Stop
-            self._arguments.append((arguments[1:], options))
-
-        handles = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in layers]
-        try:
-            for window in self._windows:
-                with suppress(_Stop):
-                    model.get_decoder()(input_ids=window, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def run(self, number: int, window: int) -> Tensor:
-        """What a layer makes of a window's hidden states [1, window, H]."""
-        arguments, options = self._arguments[number]
-        output = self._layers[number](self._states[window], *arguments, **options)
-        self._tuples = isinstance(output, tuple)
-        states: Tensor = output[0] if self._tuples else output
-        return states
-
-    def step(self, number: int, window: int) -> None:
-        """Go on to the layer's outputs."""
-        self._states[window] = self.run(number, window)
-
-    def finish(self, window: int) -> None:
-        """Run what comes after the layers, up to the output head's input."""
-        states = self._states[window]
-        last = (states,) if self._tuples else states
-        head = self._model.get_output_embeddings()
-        with swapped_forwards(dict.fromkeys(self._layers, lambda *_, **__: last)):
-            handle = head.register_forward_pre_hook(_stop)
-            try:
-                with suppress(_Stop):
-                    self._model(input_ids=self._windows[window], use_cache=False)
-            finally:
-                handle.remove()
 
 
 def _stop(*_: Any) -> None:

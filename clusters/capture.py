@@ -10,25 +10,33 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 
+from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, OutputFolderError
 from sparse_runtime.files import write_json, write_tensors
-from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 _INDEX_FILE = "index.json"
 _DTYPE = torch.bfloat16
-_FINAL = "final"
+_FINAL, _BETWEEN, _STATES = "final", "between", "states"
+# Seconds after which it is noted how far a capture is.
+_NOTE_EVERY = 60.0
 
 
 class HiddenStates:
@@ -42,9 +50,9 @@ class HiddenStates:
     def __init__(self, folder: Path) -> None:
         index = json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8"))
         self._folder = folder
-        self._shard_tokens: list[int] = index["shard_tokens"]
+        self._shard_tokens: int = index["shard_tokens"]
         self.num_layers: int = index["num_layers"]
-        self.num_tokens = sum(self._shard_tokens)
+        self.num_tokens: int = index["num_tokens"]
         self.hidden_size: int = index["hidden_size"]
 
     def layer(
@@ -60,7 +68,7 @@ class HiddenStates:
         """
         rows = range(self.num_tokens)[start:stop]
         states = torch.empty(len(rows), self.hidden_size, dtype=dtype)
-        for first, part in self._parts(str(position), rows):
+        for first, part in self._parts(_ffn(position), rows):
             states[first : first + len(part)] = part
         return states
 
@@ -81,13 +89,13 @@ class HiddenStates:
 
     def _parts(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
         """What each shard has of some tokens, and where it goes."""
-        first = 0
-        for number, tokens in enumerate(self._shard_tokens):
-            low, high = max(rows.start, first), min(rows.stop, first + tokens)
-            if low < high:
-                with safe_open(_shard_file(self._folder, number), framework="pt") as shard:
-                    yield low - rows.start, shard.get_slice(name)[low - first : high - first]
-            first += tokens
+        size = self._shard_tokens
+        for number in range(rows.start // size, -(-rows.stop // size)):
+            first = number * size
+            low, high = max(rows.start, first), min(rows.stop, first + size)
+            with safe_open(_shard_file(self._folder, name, number), framework="pt") as shard:
+                part = shard.get_slice(_STATES)[low - first : high - first]
+            yield low - rows.start, part
 
 
 def capture_hidden_states(
@@ -95,22 +103,22 @@ def capture_hidden_states(
     windows: Tensor,
     folder: Path,
     *,
-    batch_windows: int = 1,
     memory_mib: int = 512,
     progress: ProgressReporter | None = None,
 ) -> HiddenStates:
     """Run a model over windows of text and keep the input of every FFN, and the last hidden states.
 
-    A shard is written whenever its buffers would exceed ``memory_mib``. A second call with the same
-    model and windows goes on after the last whole shard; any other shards are discarded.
+    One decoder layer at a time (:class:`Sweep`), whose weights alone must be in memory. A second call
+    with the same model and windows goes on after the last layer that was noted: about every minute;
+    any other shards are discarded.
 
     Args:
         model: a dense causal language model.
         windows: token ids [W, window] int64.
         folder: where the shards go.
-        batch_windows: windows in one forward pass, more for a GPU.
-        memory_mib: bound on the buffers, in MiB; at least one window is held whatever the bound.
-        progress: reports one unit per window.
+        memory_mib: bound, each, on the buffers of shards and on hidden states between layers, in MiB;
+            at least one window is held whatever the bound.
+        progress: reports one unit per window and decoder layer.
 
     Raises:
         ModelError: hidden states hold infinities or NaN.
@@ -118,55 +126,139 @@ def capture_hidden_states(
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     layers = find_ffn_layers(model)
-    num_windows, window = windows.shape
-    hidden_size = layers[0].hidden_size
-    values_per_window = window * hidden_size
-    bytes_per_window = values_per_window * (2 * len(layers) + element_size(model.dtype))
-    # The hooks hold one shard, and writing it makes one more copy.
-    shard_windows = max(1, memory_mib * 2**20 // (2 * bytes_per_window))
     folder.mkdir(parents=True, exist_ok=True)
-    index = _load_index(folder, _key(model, windows))
-    index |= {"num_layers": len(layers), "hidden_size": hidden_size}
-    done = sum(index["shard_tokens"]) // window
-    _check_space(folder, (num_windows - done) * bytes_per_window)
-    captured: dict[str, list[Tensor]] = {str(position): [] for position in range(len(layers))}
-    captured[_FINAL] = []
+    with Buffers(memory_mib, folder / "sweep") as buffers:
+        sweep = Sweep(model, windows, buffers)
+        capture = _Capture(model, layers, sweep, windows, folder, memory_mib)
+        reporter = progress or SilentProgress()
+        with reporter.task("capture", sweep.steps) as advance, torch.inference_mode():
+            advance(capture.first * len(windows))
+            if not capture.finished:
+                sweep.forward(capture.around, first=capture.first, ran=capture.ran, advance=advance)
+                capture.finish()
+    return HiddenStates(folder)
 
-    def keep(position: int) -> Any:
+
+class _Capture:
+    """Writes what a sweep's FFNs get, and where it stands.
+
+    Attributes:
+        first: part of the sweep to go on with.
+        finished: whether nothing is left to do.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        layers: Sequence[FFNLayer],
+        sweep: Sweep,
+        windows: Tensor,
+        folder: Path,
+        memory_mib: int,
+    ) -> None:
+        self._model, self._layers, self._sweep, self._folder = model, layers, sweep, folder
+        self._ffns = [ffn_module(layer) for layer in layers]
+        self._owned = sweep.owners(layers)
+        num_windows, window = windows.shape
+        width = layers[0].hidden_size
+        self._windows = num_windows
+        # What one window adds to the buffers; writing a shard makes one more copy.
+        bytes_held = 2 * window * width * max(2 * max(map(len, self._owned)), 4)
+        self._shard_windows = max(1, memory_mib * 2**20 // (2 * bytes_held))
+        self._index = _load_index(folder, _key(model, windows))
+        self._index |= {
+            "num_layers": len(layers),
+            "hidden_size": width,
+            "num_tokens": windows.numel(),
+        }
+        self._shard_windows = self._index.setdefault("shard_windows", self._shard_windows)
+        self._index["shard_tokens"] = self._shard_windows * window
+        self.first: int = self._index.setdefault("parts", 0)
+        self.finished = bool(self._index.get("finished"))
+        self._captured: dict[str, list[Tensor]] = {}
+        self._noted = time.monotonic()
+        if self.finished:
+            self.first = len(sweep.parts)
+            return
+        left = sum(len(owned) for owned in self._owned[self.first :])
+        # What goes between layers is noted anew before the note before is dropped.
+        kept = 2 * left + 3 * element_size(model.dtype)
+        _check_space(folder, windows.numel() * width * kept)
+        if self.first:
+            self._restore()
+
+    @contextmanager
+    def around(self, number: int) -> Iterator[None]:
+        """Watch the FFNs of a part of the sweep; what it is done with is on the disk."""
+        own = self._owned[number]
+        ffns = [self._ffns[position] for position in own]
+        handles = [
+            ffn.register_forward_pre_hook(self._keep(position))
+            for position, ffn in zip(own, ffns, strict=True)
+        ]
+        try:
+            with calling([self._layers[position] for position in own], ffns):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
+        if time.monotonic() - self._noted > _NOTE_EVERY:
+            self._note(number + 1)
+
+    def ran(self, number: int, window: int) -> None:
+        """Write a shard when it is full."""
+        if (window + 1) % self._shard_windows == 0 or window + 1 == self._windows:
+            self._write(window // self._shard_windows)
+
+    def finish(self) -> None:
+        """Write the last hidden states, and that everything is there."""
+        for window in range(self._windows):
+            final = self._sweep.final(window)
+            if not final.isfinite().all():
+                raise not_finite(self._model, "the decoder's last hidden state")
+            self._captured.setdefault(_FINAL, []).append(final.cpu())
+            self.ran(len(self._owned), window)
+        self._index["finished"] = True
+        write_json(self._folder / _INDEX_FILE, self._index)
+        self._drop_notes()
+
+    def _keep(self, position: int) -> Any:
         def hook(module: Any, arguments: tuple[Tensor, ...]) -> None:
-            states = arguments[0].detach().reshape(-1, hidden_size)
+            states = arguments[0].detach()
             if not states.isfinite().all():
-                raise not_finite(model, f"the input of {layers[position].name}")
-            captured[str(position)].append(states.to("cpu", _DTYPE))
+                raise not_finite(self._model, f"the input of {self._layers[position].name}")
+            states = states.reshape(-1, states.shape[-1]).to("cpu", _DTYPE)
+            self._captured.setdefault(_ffn(position), []).append(states)
 
         return hook
 
-    ffns = [ffn_module(layer) for layer in layers]
-    handles = [ffn.register_forward_pre_hook(keep(position)) for position, ffn in enumerate(ffns)]
-    # The base model leaves out the output head, a fifth of the work of a small model.
-    decoder = decoder_of(model)
-    try:
-        with (
-            calling(layers, ffns),
-            (progress or SilentProgress()).task("capture", num_windows) as advance,
-        ):
-            advance(done)
-            with torch.inference_mode():
-                while done < num_windows:
-                    shard = windows[done : done + shard_windows]
-                    for batch in shard.split(batch_windows):
-                        output = decoder(input_ids=batch.to(model.device), use_cache=False)
-                        final = output.last_hidden_state.flatten(0, -2)
-                        if not final.isfinite().all():
-                            raise not_finite(model, "the decoder's last hidden state")
-                        captured[_FINAL].append(final.cpu())
-                        advance(len(batch))
-                    _write_shard(folder, index, captured)
-                    done += len(shard)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return HiddenStates(folder)
+    def _write(self, shard: int) -> None:
+        for name, parts in self._captured.items():
+            write_tensors(_shard_file(self._folder, name, shard), {_STATES: torch.cat(parts)}, {})
+        self._captured = {}
+
+    def _note(self, parts: int) -> None:
+        """Note that so many parts are done, with the hidden states that the next one gets."""
+        name = f"{_BETWEEN}_{parts}"
+        for shard, states in enumerate(self._sweep.states.split(self._shard_windows)):
+            write_tensors(
+                _shard_file(self._folder, name, shard), {_STATES: states.contiguous()}, {}
+            )
+        self._index["parts"] = parts
+        write_json(self._folder / _INDEX_FILE, self._index)
+        self._drop_notes(but=name)
+        self._noted = time.monotonic()
+
+    def _restore(self) -> None:
+        states, size = self._sweep.states, self._shard_windows
+        for shard, own in enumerate(states.split(size)):
+            file = _shard_file(self._folder, f"{_BETWEEN}_{self.first}", shard)
+            own.copy_(load_file(file)[_STATES])
+
+    def _drop_notes(self, but: str = "") -> None:
+        for file in self._folder.glob(f"{_BETWEEN}_*"):
+            if not but or not file.name.startswith(f"{but}_"):
+                file.unlink()
 
 
 def not_finite(model: Any, where: str) -> ModelError:
@@ -186,7 +278,7 @@ def not_finite(model: Any, where: str) -> ModelError:
 def _key(model: Any, windows: Tensor) -> str:
     """Identify what is captured: the model's weights and the windows, with their shape."""
     digest = hashlib.sha256(json.dumps(model_fingerprint(model), sort_keys=True).encode())
-    digest.update(f"{_FINAL} {model.dtype}".encode())  # what shards hold
+    digest.update(f"one layer at a time {model.dtype}".encode())  # what shards hold
     digest.update(repr(tuple(windows.shape)).encode())
     digest.update(windows.numpy().tobytes())
     return digest.hexdigest()
@@ -202,17 +294,12 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
-def _write_shard(folder: Path, index: dict[str, Any], captured: dict[str, list[Tensor]]) -> None:
-    tensors = {name: torch.cat(parts) for name, parts in captured.items()}
-    write_tensors(_shard_file(folder, len(index["shard_tokens"])), tensors, {})
-    index["shard_tokens"].append(len(tensors[_FINAL]))
-    write_json(folder / _INDEX_FILE, index)
-    for parts in captured.values():
-        parts.clear()
+def _ffn(position: int) -> str:
+    return f"ffn_{position}"
 
 
-def _shard_file(folder: Path, number: int) -> Path:
-    return folder / f"shard_{number:05d}.safetensors"
+def _shard_file(folder: Path, name: str, number: int) -> Path:
+    return folder / f"{name}_{number:05d}.safetensors"
 
 
 def _load_index(folder: Path, key: str) -> dict[str, Any]:
@@ -223,6 +310,6 @@ def _load_index(folder: Path, key: str) -> dict[str, Any]:
             return index
     # The index goes first: it must never name shards that are gone.
     file.unlink(missing_ok=True)
-    for old in folder.glob("shard_*.safetensors"):
+    for old in folder.glob("*.safetensors"):
         old.unlink()
-    return {"key": key, "shard_tokens": []}
+    return {"key": key}

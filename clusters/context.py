@@ -11,11 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.fisher import LayerFisher
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
 from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.onloading import onloaded
 from sparse_runtime.progress import ProgressReporter
 
 
@@ -76,9 +78,25 @@ class BuildContext:
         """ρ² of a layer's base planes; None for float weights."""
         return None if self.base_errors is None else self.base_errors[position]
 
+    def buffers(self) -> Buffers:
+        """New buffers for one sweep's hidden states."""
+        return Buffers(self.config.memory_mib, self.work / "sweep")
+
+    @contextmanager
+    def weights_of(self, position: int) -> Iterator[FFNLayer]:
+        """A layer, its FFN's weights in memory inside the context."""
+        layer = self.layers[position]
+        with onloaded(layer.holder):
+            yield layer
+
     @contextmanager
     def layer(self, position: int) -> Iterator[LayerData]:
-        """A layer's tokens, freed when the context ends."""
+        """A layer's tokens, freed when the context ends; its weights are in memory meanwhile."""
+        with self.weights_of(position), self._tokens(position) as data:
+            yield data
+
+    @contextmanager
+    def _tokens(self, position: int) -> Iterator[LayerData]:
         data, matrix = load_layer(
             self.states,
             position,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,10 +14,13 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, SparseRuntimeError
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.output_head import output_head
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # A window's sum of squared gradients counts up to so many times the median window's.
@@ -47,7 +50,11 @@ class LayerFisher:
 
 
 def fisher_weights(
-    model: Any, windows: Tensor, *, progress: ProgressReporter | None = None
+    model: Any,
+    windows: Tensor,
+    *,
+    buffers: Buffers | None = None,
+    progress: ProgressReporter | None = None,
 ) -> list[LayerFisher]:
     """Fisher information of every layer, by one backward pass per window.
 
@@ -58,45 +65,27 @@ def fisher_weights(
     which gradients explode is left out of the mean: one token in 8,192 multiplied the early layers'
     weights by six (docs/LOG.md).
 
-    Parameters get no gradient, and decoder layers are checkpointed where a window's activations are
-    large (see :func:`checkpointed`): memory is then those of one layer, and the hidden states between
-    layers.
+    Parameters get no gradient, and one decoder layer runs at a time (:class:`Sweep`): memory is then
+    that of one layer, the windows' hidden states between layers, and one window's logits.
 
     Args:
         model: a dense causal language model.
         windows: token ids [W, window] int64.
-        progress: reports one unit per window.
+        buffers: for the hidden states; some of 1 GiB and a temporary folder if None.
+        progress: reports one unit per window and decoder layer, twice.
 
     Returns:
         Of each layer, on the CPU.
 
     Raises:
-        NoBackwardPassError: memory does not suffice, or weights are offloaded.
+        NoBackwardPassError: memory does not suffice.
         ModelError: no window has finite gradients.
+        UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     layers = find_ffn_layers(model)
-    offloaded = [name for name, parameter in model.named_parameters() if parameter.is_meta]
-    if offloaded:
-        raise NoBackwardPassError(f"weights are offloaded, {offloaded[0]} among them")
-    watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    handles = [model.get_input_embeddings().register_forward_hook(_require_grad)]
-    for layer, gradients in zip(layers, watched, strict=True):
-        module = layer.mlp if layer.experts else [*layer.own_linears().values()][-1]
-        handles.append(module.register_forward_hook(gradients.watch))
     try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with (
-            checkpointed(model, windows.shape[1]),
-            (progress or SilentProgress()).task("fisher", len(windows)) as advance,
-        ):
-            for row in windows.split(1):
-                ids = row.to(model.device)
-                logits = model(input_ids=ids, use_cache=False).logits[0].float()
-                # Summed, not averaged: each token's own loss, as the Fisher information wants.
-                F.cross_entropy(logits, _drawn(logits, row), reduction="sum").backward()
-                advance(1)
+        with without_gradients(model), buffers or Buffers() as own:
+            watched = _watched(model, layers, windows, own, progress or SilentProgress())
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -104,15 +93,46 @@ def fisher_weights(
         raise NoBackwardPassError(
             f"memory does not suffice for a backward pass ({reason})"
         ) from error
-    finally:
-        for handle in handles:
-            handle.remove()
-        for parameter in trained:
-            parameter.requires_grad_(True)
     return [
         gradients.fisher(layer.name, model.dtype)
         for layer, gradients in zip(layers, watched, strict=True)
     ]
+
+
+def _watched(
+    model: Any,
+    layers: Sequence[FFNLayer],
+    windows: Tensor,
+    buffers: Buffers,
+    progress: ProgressReporter,
+) -> list[_Gradients]:
+    """The squared gradients of every layer."""
+    sweep = Sweep(model, windows, buffers)
+    owned, head = sweep.owners(layers), output_head(model)
+    watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
+
+    @contextmanager
+    def watching(number: int) -> Iterator[None]:
+        handles = []
+        for position in owned[number]:
+            layer = layers[position]
+            module = layer.mlp if layer.experts else [*layer.own_linears().values()][-1]
+            handles.append(module.register_forward_hook(watched[position].watch))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def loss(window: int, states: Tensor) -> Tensor:
+        logits = head(states).float()
+        # Summed, not averaged: each token's own loss, as the Fisher information wants.
+        return F.cross_entropy(logits, _drawn(logits, windows[window]), reduction="sum")
+
+    with progress.task("fisher", 2 * sweep.steps) as advance:
+        sweep.forward(keep=True, advance=advance)
+        sweep.backward(loss, watching, advance=advance)
+    return watched
 
 
 class _Gradients:
@@ -155,17 +175,21 @@ class _ExpertGradients(_Gradients):
 
     def __init__(self, layer: FFNLayer) -> None:
         super().__init__()
-        self._down = layer.weights[-1].detach()  # [E, H, I]
+        self._layer = layer
+        self._lengths = torch.empty(0)
         self._counts: list[Tensor] = []
 
     def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the experts, which are called with hidden states, index and weights."""
         index = inputs[1]
+        down = self._layer.weights[-1].detach()  # [E, H, I]
+        if not self._lengths.numel():
+            self._lengths = down.float().square().sum(1)
 
         def note(gradient: Tensor) -> None:
-            sums = torch.zeros(len(self._down), self._down.shape[2], device=gradient.device)
+            sums = torch.zeros(len(down), down.shape[2], device=gradient.device)
             for expert in index.unique().tolist():
-                own = gradient[(index == expert).any(-1)] @ self._down[expert]
+                own = gradient[(index == expert).any(-1)] @ down[expert]
                 sums[expert] = own.float().square().sum(0)
             self._neurons.append(sums.flatten())
             self._counts.append(torch.bincount(index.flatten(), minlength=len(sums)))
@@ -177,7 +201,7 @@ class _ExpertGradients(_Gradients):
         """Shrunk, of an expert with few tokens, toward the layer's usual for rows of that length."""
         counts = torch.stack(self._counts)[kept].sum(0).float().unsqueeze(-1)
         sums = values[kept].sum(0).view(len(counts), -1)
-        lengths = self._down.float().square().sum(1)
+        lengths = self._lengths
         usual = lengths * (sums.sum() / (counts * lengths).sum().clamp_min(1e-30))
         return ((sums + _EXPERT_TOKENS * usual) / (counts + _EXPERT_TOKENS)).flatten()
 
@@ -205,6 +229,19 @@ def usual_windows(values: Tensor) -> Tensor:
     """
     totals = values.sum(-1)
     return totals <= _MOST_OF_MEDIAN * totals[totals.isfinite()].median()
+
+
+@contextmanager
+def without_gradients(model: Any) -> Iterator[None]:
+    """No parameter of a model needs a gradient inside the context."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    try:
+        model.requires_grad_(False)
+        yield
+    finally:
+        # By name: offloaded weights that were in memory meanwhile are parameters anew.
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained)
 
 
 @contextmanager
@@ -245,7 +282,3 @@ def _kept_bytes(model: Any, tokens: int) -> int:
     values = 6 * (getattr(config, "intermediate_size", None) or 4 * size) + 12 * size
     layers: int = config.num_hidden_layers
     return tokens * values * layers * element_size(model.dtype)
-
-
-def _require_grad(module: Any, arguments: Any, output: Tensor) -> Tensor:
-    return output.requires_grad_(True)

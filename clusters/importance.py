@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from sparse_runtime.errors import OutputFolderError
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.experts import expert_activations
 from sparse_runtime.models.ffn_layer import FFNLayer
@@ -85,66 +80,6 @@ def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> 
         biases=layer.biases,
         experts=layer.expert_weights if layer.experts else None,
     )
-
-
-class ImportanceMatrix:
-    """Importance of every neuron for every token of a layer [N, I], kept in bfloat16.
-
-    Above ``memory_mib`` the matrix lives in a file that the operating system pages in as needed.
-
-    Attributes:
-        values: [N, I] bfloat16.
-
-    Raises:
-        OutputFolderError: the disk has no room for the file.
-    """
-
-    def __init__(
-        self, num_tokens: int, num_neurons: int, *, memory_mib: int, spill_file: Path
-    ) -> None:
-        size = num_tokens * num_neurons
-        self._spill_file: Path | None = None
-        if size * 2 <= memory_mib * 2**20:
-            self.values = torch.empty(num_tokens, num_neurons, dtype=torch.bfloat16)
-        else:
-            self._spill_file = spill_file
-            _reserve(spill_file, size * 2)
-            self.values = torch.from_file(
-                str(spill_file), shared=True, size=size, dtype=torch.bfloat16
-            ).view(num_tokens, num_neurons)
-
-    def close(self) -> None:
-        """Free the matrix and remove its file, if it has one."""
-        self.values = torch.empty(0)
-        if self._spill_file is not None:
-            self._spill_file.unlink(missing_ok=True)
-
-
-def _reserve(file: Path, size: int) -> None:
-    """Make a file of ``size`` bytes that the disk has room for.
-
-    A mapped file without its space kills the process (SIGBUS) once the disk is full.
-    """
-    try:
-        with open(file, "wb") as opened:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(opened.fileno(), 0, size)
-            else:
-                _check_free(file, size)
-                opened.truncate(size)
-    except OSError as error:
-        file.unlink(missing_ok=True)
-        free = shutil.disk_usage(file.parent).free
-        raise OutputFolderError(
-            f"{file} could not be made: it needs {size} bytes, and {free} are free ({error}). Free "
-            "some space, choose another output folder, lower max_tokens, or raise memory_mib to keep "
-            "it in memory"
-        ) from error
-
-
-def _check_free(file: Path, size: int) -> None:
-    if shutil.disk_usage(file.parent).free < size:
-        raise OSError("no space left on the disk")
 
 
 def chunk_slices(num_rows: int, chunk_rows: int) -> Iterator[slice]:

@@ -8,9 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_runtime.clusters.buffers import Buffer
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
-from sparse_runtime.clusters.importance import ImportanceMatrix, chunk_slices, importance_scorer
+from sparse_runtime.clusters.importance import chunk_slices, importance_scorer
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns, percentile_threshold
 from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
@@ -108,7 +109,7 @@ def load_layer(
     num_fit: int,
     work: Path,
     fisher: Tensor | None = None,
-) -> tuple[LayerData, ImportanceMatrix]:
+) -> tuple[LayerData, Buffer]:
     """Read a layer's hidden states and score its neurons.
 
     ``fisher`` is the layer's ``fisher_weights`` [I], used for importance ``fisher``.
@@ -117,9 +118,9 @@ def load_layer(
         The data and the matrix behind its importance, to be closed after use.
     """
     hidden_states = states.layer(position)
-    matrix = ImportanceMatrix(
-        len(hidden_states),
-        layer.intermediate_size,
+    matrix = Buffer(
+        (len(hidden_states), layer.intermediate_size),
+        torch.bfloat16,
         memory_mib=config.memory_mib,
         spill_file=work / "importance.bin",
     )

@@ -22,7 +22,7 @@ from sparse_runtime.clusters.layer_build import (
     follow_router,
     uncut_layer,
 )
-from sparse_runtime.clusters.layer_data import routed_cost, set_size_for
+from sparse_runtime.clusters.layer_data import LayerData, routed_cost, set_size_for
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.cost import FFNCost
 from sparse_runtime.errors import ConfigError
@@ -30,6 +30,7 @@ from sparse_runtime.files import write_json
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.predictors import Router
 from sparse_runtime.predictors.training import route
+from sparse_runtime.progress import Advance
 
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
@@ -84,46 +85,62 @@ def choose_router(context: BuildContext) -> int | None:
     held_out: dict[int, Tensor] = {}
     with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
         for position in probes:
-            layer, fisher = layers[position], context.fisher_of(position)
             with context.layer(position) as whole:
                 data = whole.at_most(_PROBE_TOKENS)
-            # One clustering for all candidates; the sets' size follows the router's.
-            generator = layer_generator(config.seed, layer.index)
-            size = set_size_for(layer, config, candidates[0])
-            clustering = fit_clusters(data, config, size, generator)
-            for rank in candidates:
-                size = set_size_for(layer, config, rank)
-                start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
-                fits[position, rank] = follow_router(
-                    data, layer, start, config, rank, fisher, generator
-                )
-                advance(1)
+            with context.weights_of(position) as layer:
+                fitted = _probed(context, position, layer, data, candidates, advance)
+            fits |= {(position, rank): one for rank, one in fitted.items()}
             held_out[position] = data.hidden_states[data.held_out]
     loss = dict.fromkeys(candidates, 0.0)
     price = _probe_price(context, {p: fits[p, candidates[0]] for p in probes})
-    for (position, rank), fitted in fits.items():
-        layer, states = layers[position], held_out[position]
-        if price is None:
-            scorer = importance_scorer(layer, context.fisher_of(position))
-            loss[rank] += estimated_loss(states, scorer, fitted.router, fitted.sets)
-        else:
-            cost = routed_cost(layer, config, rank)
-            stages = StageCosts.of(cost, context.base_error(position) or 0.0)
-            loss[rank] += priced_loss(states, fitted, layer, cost, stages, price)
+    for position in probes:
+        with context.weights_of(position) as layer:
+            for rank in candidates:
+                states, one = held_out[position], fits[position, rank]
+                if price is None:
+                    scorer = importance_scorer(layer, context.fisher_of(position))
+                    loss[rank] += estimated_loss(states, scorer, one.router, one.sets)
+                    continue
+                cost = routed_cost(layer, config, rank)
+                stages = StageCosts.of(cost, context.base_error(position) or 0.0)
+                loss[rank] += priced_loss(states, one, layer, cost, stages, price)
     best = min(candidates, key=lambda rank: loss[rank])
     write_json(file, best)
     return best
 
 
+def _probed(
+    context: BuildContext,
+    position: int,
+    layer: FFNLayer,
+    data: LayerData,
+    candidates: Sequence[int | None],
+    advance: Advance,
+) -> dict[int | None, FittedLayer]:
+    """A layer fitted with each router, by one clustering; the sets' size follows the router's."""
+    config = context.config
+    generator = layer_generator(config.seed, layer.index)
+    size = set_size_for(layer, config, candidates[0])
+    clustering = fit_clusters(data, config, size, generator)
+    fits = {}
+    for rank in candidates:
+        size = set_size_for(layer, config, rank)
+        start = replace(clustering, active_sets=top_sets(clustering.centroids, size))
+        fisher = context.fisher_of(position)
+        fits[rank] = follow_router(data, layer, start, config, rank, fisher, generator)
+        advance(1)
+    return fits
+
+
 def _probe_price(context: BuildContext, fits: dict[int, FittedLayer]) -> float | None:
     """Price of a neuron by a few layers, given by position; None where sets are not cut at one."""
-    config, layers = context.config, context.layers
+    config = context.config
     if config.allocation != "global":
         return None
-    uncut = {
-        layers[p].index: uncut_layer(layers[p], config, fitted, context.base_error(p))
-        for p, fitted in fits.items()
-    }
+    uncut = {}
+    for position, fitted in fits.items():
+        with context.weights_of(position) as layer:
+            uncut[layer.index] = uncut_layer(layer, config, fitted, context.base_error(position))
     clusters = ClusterSet(uncut, {}, config.budget)
     return price_for(context.model, clusters, config.budget, verify=config.verify)
 

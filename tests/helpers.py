@@ -48,6 +48,22 @@ def make_tiny_model(**changes):
     return MistralForCausalLM(MistralConfig(**(fields | changes))).eval()
 
 
+def backwards(model):
+    """A Mistral whose decoder runs its layers from the last to the first."""
+    decoder, forward = model.model, model.model.forward
+
+    def turned(*args, **kwargs):
+        layers = decoder.layers
+        decoder.layers = torch.nn.ModuleList(reversed(layers))
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            decoder.layers = layers
+
+    decoder.forward = turned
+    return model
+
+
 def make_tiny_model_of(kind="mistral", **changes):
     """A tiny ``mistral``, ``llama`` or ``qwen2`` of the same sizes; biases are random, too."""
     if kind == "mistral":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
 from typing import Any
@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.api import reset_cost, sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.measured import (
     AuditLevels,
@@ -22,12 +21,20 @@ from sparse_runtime.artifact.measured import (
     audited_layers,
 )
 from sparse_runtime.artifact.recut import recut, share_range
+from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.tuning.student import DenseStates
+from sparse_runtime.config import SparseConfig
+from sparse_runtime.cost import CostReport
 from sparse_runtime.ffn.counts import count_cost
-from sparse_runtime.ffn.guard import Guard
-from sparse_runtime.models.ffn_layers import decoder_of
+from sparse_runtime.ffn.guard import audit_errors, audited_places
+from sparse_runtime.ffn.new_ffns import sparse_ffns
+from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.models.experts import chosen_experts
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.output_head import output_head
-from sparse_runtime.progress import ProgressReporter
+from sparse_runtime.progress import Advance, ProgressReporter
 
 # Neighboring tokens lose alike; means over so many are taken for independent.
 _BLOCK = 64
@@ -46,12 +53,14 @@ class HeldOutText:
         domains: number of each window's domain [V] int64.
         names: of the domains.
         dense_states: the dense model's last hidden states, by a window's number among these.
+        inputs: what an FFN gets in the dense model [window, H], by the FFN and a window's number.
     """
 
     windows: Tensor
     domains: Tensor
     names: tuple[str, ...]
     dense_states: DenseStates
+    inputs: Callable[[FFNLayer, int], Tensor]
 
     def first(self, count: int) -> HeldOutText:
         """The first ``count`` windows."""
@@ -59,29 +68,63 @@ class HeldOutText:
 
 
 def sparse_runs(
-    model: Any, cut: ClusterSet, windows: Tensor
-) -> Generator[tuple[float, Tensor], None, None]:
-    """Run text with every token sparse.
+    model: Any,
+    cut: ClusterSet,
+    windows: Tensor,
+    *,
+    buffers: Buffers | None = None,
+    visit: Callable[[FFNLayer, SparseFFN], None] | None = None,
+    advance: Advance | None = None,
+) -> Iterator[tuple[float, Tensor]]:
+    """Run text with every token sparse, one decoder layer at a time.
 
     Args:
         model: dense, or packed in planes; as it was when this ends.
         cut: for a budget.
         windows: token ids [W, window] int64.
+        buffers: as of ``fisher_weights``.
+        visit: called with each FFN, sparse and in memory, once it has run.
+        advance: told of each decoder layer's window.
 
     Yields:
         Of each window its cost share, as of bfloat16 weights, and its last hidden states [window, H].
     """
-    sparsify(model, cut, backend="reference", prefill="sparse")
-    try:
-        decoder, modules = decoder_of(model), sparse_modules(model)
-        for window in windows.split(1):
-            reset_cost(model)
+    layers = [layer for layer in find_ffn_layers(model, packed=True) if layer.index in cut.layers]
+    config = SparseConfig(backend="reference", prefill="sparse", guard=False)
+    running: list[SparseFFN] = []
+    reports: list[list[CostReport]] = [[] for _ in windows]
+    with buffers or Buffers() as own:
+        sweep = Sweep(model, windows, own)
+        owned = sweep.owners(layers)
+
+        @contextmanager
+        def sparse(number: int) -> Iterator[None]:
+            mine = [layers[position] for position in owned[number]]
+            with sparse_ffns(mine, cut.layers, config) as running[:]:
+                yield
+                for layer, ffn in zip(mine, running, strict=True):
+                    if visit is not None:
+                        visit(layer, ffn)
+            running.clear()
+
+        def count(number: int, window: int) -> None:
+            for ffn in running:
+                reports[window].append(count_cost([ffn], element_size=2))
+                ffn.reset_counts()
+
+        sweep.forward(sparse, ran=count, advance=advance)
+        for window, parts in enumerate(reports):
             with torch.no_grad():
-                states = decoder(input_ids=window.to(model.device), use_cache=False)
-            share = count_cost(modules, element_size=2).cost_share
-            yield share, states.last_hidden_state[0]
-    finally:
-        unsparsify(model)
+                states = sweep.final(window)
+            yield _share(parts), states
+
+
+def _share(reports: Sequence[CostReport]) -> float:
+    """Cost share of FFNs together."""
+    whole = sum(report.dense_bytes_of_sparse_tokens for report in reports)
+    if whole == 0:
+        return fmean(report.cost_share for report in reports)
+    return sum(report.sparse_bytes for report in reports) / whole
 
 
 @dataclass(frozen=True)
@@ -92,12 +135,14 @@ class CutMeasurer:
         model: dense, or packed in planes.
         text: to run over.
         verify: with or without a band of neurons that looks decide on.
-        progress: reports one unit per window.
+        buffers: makes new buffers for hidden states.
+        progress: reports one unit per window and decoder layer.
     """
 
     model: Any
     text: HeldOutText
     verify: bool
+    buffers: Callable[[], Buffers]
     progress: ProgressReporter
 
     def measured(self, clusters: ClusterSet) -> ClusterSet:
@@ -136,18 +181,21 @@ class CutMeasurer:
         bare = replace(clusters, measured=None)
         cut = recut(self.model, bare, budget=aim, verify=self.verify)
         shares, losses = [], []
-        head = output_head(self.model)
-        windows = self.text.windows
-        with (
-            self.progress.task("measure", len(windows)) as advance,
-            closing(sparse_runs(self.model, cut, windows)) as runs,
-        ):
+        head, windows = output_head(self.model), self.text.windows
+        audit = _Audit(self.text, cut)
+        steps = len(windows) * len(cut.layers)
+        with self.progress.task("measure", steps) as advance:
+            runs = sparse_runs(
+                *(self.model, cut, windows),
+                buffers=self.buffers(),
+                visit=audit.visit,
+                advance=advance,
+            )
             for number, (share, states) in enumerate(runs):
                 shares.append(share)
                 dense = self.text.dense_states(torch.tensor([number]))[0].to(states)
                 with torch.no_grad():
                     losses.append(_divergences(head(dense), head(states)))
-                advance(1)
         by_domain = [
             (self.text.domains == number).nonzero()[:, 0].tolist()
             for number in self.text.domains.unique().tolist()
@@ -158,28 +206,8 @@ class CutMeasurer:
             tuple(sum(shares[i] for i in own) / len(own) for own in by_domain),
             tuple(max(0.0, loss.mean().item()) for loss in of_domains),
             tuple(map(_standard_error, of_domains)),
-            self._audit(cut),
+            audit.levels(),
         )
-
-    def _audit(self, cut: ClusterSet) -> AuditLevels | None:
-        """What the guard finds on the held-out windows; None of windows too short for it."""
-        layers = dict.fromkeys(audited_layers(list(cut.layers)), 1.0)
-        errors: list[dict[int, float]] = []
-        sparsify(self.model, cut, backend="reference", guard=False)
-        try:
-            state = sparse_modules(self.model)[0].state
-            state.expect_long_calls()
-            state.guard = Guard(AuditLevels(layers, 0.0), state)
-            decoder = decoder_of(self.model)
-            state.guard.attach(decoder)
-            for window in self.text.windows.split(1):
-                with torch.no_grad():
-                    decoder(input_ids=window.to(self.model.device), use_cache=False)
-                if state.guard.errors:
-                    errors.append({layer: e[0].item() for layer, e in state.guard.errors.items()})
-        finally:
-            unsparsify(self.model)
-        return _levels(errors)
 
     def _nothing(self) -> MeasuredCuts:
         """The domains that have windows, and their tokens."""
@@ -192,16 +220,43 @@ class CutMeasurer:
         )
 
 
-def _levels(errors: list[dict[int, float]]) -> AuditLevels | None:
-    """Mean errors by layer, and how the score by them varies from window to window."""
-    if len(errors) < 2:
-        return None
-    means = {layer: fmean(one[layer] for one in errors) for layer in errors[0]}
-    kept = {layer: error for layer, error in means.items() if error > 0}
-    if not kept:
-        return None
-    scores = [fmean(one[layer] / error for layer, error in kept.items()) for one in errors]
-    return AuditLevels(kept, stdev(scores))
+class _Audit:
+    """What the guard finds on the held-out windows: prompts run dense, so it gets what is captured."""
+
+    def __init__(self, text: HeldOutText, cut: ClusterSet) -> None:
+        self._text = text
+        self._layers = audited_layers(list(cut.layers))
+        self._places = audited_places(text.windows.shape[1])
+        self._errors: dict[int, list[float]] = {}
+
+    @torch.no_grad()
+    def visit(self, layer: FFNLayer, ffn: SparseFFN) -> None:
+        """Audit a layer's sparse FFN on all windows."""
+        if self._places is None or layer.index not in self._layers:
+            return
+        errors = self._errors[layer.index] = []
+        for number in range(len(self._text.windows)):
+            states = self._text.inputs(layer, number)[self._places]
+            x = states.to(device=layer.device, dtype=layer.dtype)
+            choice: tuple[Tensor, ...] = ()
+            if layer.experts:
+                choice = chosen_experts(layer.parent, layer.attribute, x)
+            errors.append(audit_errors(ffn, x, ffn.dense(x, *choice), choice).mean().item())
+
+    def levels(self) -> AuditLevels | None:
+        """Mean errors by layer, and how the score by them varies from window to window.
+
+        None of windows too short for the guard, or too few.
+        """
+        if len(self._text.windows) < 2:
+            return None
+        ordered = {index: self._errors[index] for index in self._layers if index in self._errors}
+        kept = {index: errors for index, errors in ordered.items() if fmean(errors) > 0}
+        if not kept:
+            return None
+        means = {index: fmean(errors) for index, errors in kept.items()}
+        ratios = [[error / means[index] for error in errors] for index, errors in kept.items()]
+        return AuditLevels(means, stdev(map(fmean, zip(*ratios, strict=True))))
 
 
 def _divergences(dense: Tensor, sparse: Tensor) -> Tensor:

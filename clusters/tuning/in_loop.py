@@ -24,6 +24,7 @@ from sparse_runtime.clusters.tuning.held_out import CutMeasurer, HeldOutText
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import DenseStates
 from sparse_runtime.files import write_json
+from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
 #: Tokens that layers are weighed on, and that tell what a cut reads in the sparse model.
@@ -48,7 +49,7 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
         clusters = scaled(clusters, weights)
     text = _held_out_text(context)
     first = text.first(count)
-    measurer = CutMeasurer(model, text, config.verify, context.progress)
+    measurer = CutMeasurer(model, text, config.verify, context.buffers, context.progress)
     # Compensation fits the cut that it is tuned at.
     clusters = replace(measurer, text=first).measured_once(clusters)
     if config.distill:
@@ -71,11 +72,19 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
 
 def _held_out_text(context: BuildContext) -> HeldOutText:
     dense_states, before = _dense_states(context), len(context.fit_windows)
+    window = context.windows.shape[1]
+    positions = {layer.index: position for position, layer in enumerate(context.layers)}
+
+    def inputs(layer: FFNLayer, number: int) -> Tensor:
+        start = (number + before) * window
+        return context.states.layer(positions[layer.index], start, start + window)
+
     return HeldOutText(
         context.held_out_windows,
         context.held_out_domains,
         context.domain_names,
         lambda numbers: dense_states(numbers + before),
+        inputs,
     )
 
 
@@ -88,6 +97,7 @@ def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:
             cut,
             context.fit_windows[:count],
             dense_states=_dense_states(context),
+            buffers=context.buffers(),
             progress=context.progress,
         )
         write_json(file, {str(index): weight for index, weight in weights.items()})

@@ -14,17 +14,23 @@ through all.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import not_finite
-from sparse_runtime.clusters.fisher import checkpointed
-from sparse_runtime.clusters.tuning.student import DenseStates, divergence, students
+from sparse_runtime.clusters.fisher import without_gradients
+from sparse_runtime.clusters.sweep import Sweep
+from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
 from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.output_head import output_head
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 # No layer counts for less than this of what its Fisher weights say.
@@ -37,6 +43,7 @@ def loop_weights(
     windows: Tensor,
     *,
     dense_states: DenseStates | None = None,
+    buffers: Buffers | None = None,
     progress: ProgressReporter | None = None,
 ) -> dict[int, float]:
     """Measure r_ℓ.
@@ -46,7 +53,8 @@ def loop_weights(
         clusters: cut for a budget, with centroids.
         windows: token ids [W, window] int64; some 4,096 tokens do.
         dense_states: of ``windows``, by their numbers; if None, the dense model runs.
-        progress: reports one unit per window.
+        buffers: as of ``fisher_weights``.
+        progress: reports one unit per window and decoder layer, twice.
 
     Returns:
         Layer index -> r_ℓ of the line, at least 0.1. Without a layer that leaves something out, 1.
@@ -54,7 +62,10 @@ def loop_weights(
     Raises:
         ModelError: what is measured of a layer is not finite.
     """
-    measured = _measured(model, clusters, windows, dense_states, progress or SilentProgress())
+    with buffers or Buffers() as own:
+        measured = _measured(
+            model, clusters, windows, dense_states, progress or SilentProgress(), own
+        )
     layers = find_ffn_layers(model, packed=True)
     return _line({x.index: x.depth for x in layers if x.index in clusters.layers}, measured)
 
@@ -65,36 +76,65 @@ def _measured(
     windows: Tensor,
     dense_states: DenseStates | None,
     progress: ProgressReporter,
+    buffers: Buffers,
 ) -> dict[int, float]:
     """r_ℓ of each layer that leaves something out."""
-    with (
-        students(model, clusters.layers, 0, 0) as modules,
-        checkpointed(model, windows.shape[1]),
-        progress.task("weigh layers", len(windows)) as advance,
-    ):
-        for module in modules.values():
-            device = module.bias_shift.device
-            module.restored = torch.zeros((), requires_grad=True, device=device)
-        left_out = dict.fromkeys(modules, 0.0)
-        for number, window in zip(
-            torch.arange(len(windows)).split(1), windows.split(1), strict=True
-        ):
-            states = None if dense_states is None else dense_states(number)
-            loss = divergence(model, modules, window.to(model.device), states)
-            if loss.requires_grad:
-                loss.backward()
-            for index, module in modules.items():
-                left_out[index] += module.left_out
-            advance(1)
-        measured = {}
-        for index, module in modules.items():
-            gradient = None if module.restored is None else module.restored.grad
-            if gradient is None or left_out[index] == 0:
-                continue  # it outputs nothing, or every neuron is computed
-            measured[index] = -gradient.item() / left_out[index]
-            if not math.isfinite(measured[index]):
-                raise not_finite(model, f"the loop weight of layer {index}")
-        return measured
+    layers = [
+        layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters.layers
+    ]
+    sweep, head = Sweep(model, windows, buffers), output_head(model)
+    owned = sweep.owners(layers)
+    running: dict[int, StudentFFN] = {}
+    restored: dict[int, Tensor] = {}
+    left_out: dict[int, float] = {layer.index: 0.0 for layer in layers}
+
+    @contextmanager
+    def sparse(number: int) -> Iterator[None]:
+        own = [layers[position] for position in owned[number]]
+        with students_of(own, clusters.layers) as modules:
+            running.update(modules)
+            yield
+        running.clear()
+
+    @contextmanager
+    def given_back(number: int) -> Iterator[None]:
+        with sparse(number):
+            for index, module in running.items():
+                module.restored = restored[index] = torch.zeros(
+                    (), requires_grad=True, device=module.bias_shift.device
+                )
+            yield
+
+    def note(number: int, window: int) -> None:
+        for index, module in running.items():
+            left_out[index] += module.left_out
+
+    if dense_states is None:
+        sweep.forward()
+        finals = [sweep.final(window) for window in range(len(windows))]
+        dense_states = lambda numbers: torch.stack([finals[n] for n in numbers.tolist()])  # noqa: E731
+        sweep = Sweep(model, windows, buffers)
+    found_dense = dense_states
+
+    def loss(window: int, states: Tensor) -> Tensor:
+        with torch.no_grad():
+            expected = (
+                head(found_dense(torch.tensor([window]))[0].to(states)).float().log_softmax(-1)
+            )
+        found = head(states).float().log_softmax(-1)
+        return F.kl_div(found, expected, reduction="sum", log_target=True) / len(expected)
+
+    with without_gradients(model), progress.task("weigh layers", 2 * sweep.steps) as advance:
+        sweep.forward(sparse, keep=True, advance=advance)
+        sweep.backward(loss, given_back, ran=note, advance=advance)
+    measured = {}
+    for index, share in sorted(restored.items()):
+        if share.grad is None or left_out[index] == 0:
+            continue  # it outputs nothing, or every neuron is computed
+        measured[index] = -share.grad.item() / left_out[index]
+        if not math.isfinite(measured[index]):
+            raise not_finite(model, f"the loop weight of layer {index}")
+    return measured
 
 
 def _line(depths: dict[int, int], measured: dict[int, float]) -> dict[int, float]:

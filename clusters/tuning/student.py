@@ -8,7 +8,7 @@ computed as at run time, from their values in float: by base planes, and by full
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.clusters.fisher import without_gradients
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.operands import ExpertChoice
@@ -324,6 +325,32 @@ class _Masks:
 
 
 @contextmanager
+def students_of(
+    layers: Sequence[FFNLayer],
+    clusters: Mapping[int, LayerClusters],
+    rank: int = 0,
+    seed: int = 0,
+) -> Iterator[dict[int, StudentFFN]]:
+    """Patch FFNs whose weights are in memory with students inside the context.
+
+    Args:
+        layers: FFNs of a dense model.
+        clusters: layer index -> clusters, of these at least.
+        rank: of the correction.
+        seed: of the correction's start.
+
+    Yields:
+        Layer index -> its student.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    modules = {
+        layer.index: StudentFFN(layer, clusters[layer.index], rank, generator) for layer in layers
+    }
+    with calling(layers, [*modules.values()]):
+        yield modules
+
+
+@contextmanager
 def students(
     model: Any, clusters: Mapping[int, LayerClusters], rank: int, seed: int
 ) -> Iterator[dict[int, StudentFFN]]:
@@ -332,26 +359,14 @@ def students(
     Args:
         model: a dense causal language model.
         clusters: layer index -> clusters, for the layers to patch.
-        rank: of the correction.
-        seed: of the correction's start.
+        rank, seed: as of :func:`students_of`.
 
     Yields:
         Layer index -> its student.
     """
-    generator = torch.Generator().manual_seed(seed)
     layers = [layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters]
-    modules = {
-        layer.index: StudentFFN(layer, clusters[layer.index], rank, generator) for layer in layers
-    }
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    try:
-        for parameter in trained:
-            parameter.requires_grad_(False)
-        with calling(layers, [modules[layer.index] for layer in layers]):
-            yield modules
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
+    with without_gradients(model), students_of(layers, clusters, rank, seed) as modules:
+        yield modules
 
 
 def divergence(

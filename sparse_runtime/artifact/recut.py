@@ -17,6 +17,7 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.onloading import onloaded
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17
@@ -214,8 +215,9 @@ class _Part:
         shift, correction, left_out = self._compensation(bands)
         bias = None
         if self._clusters.cluster_bias is not None:
-            down = self._layer.down_rows()
-            bias = (bands.left_out.to(down) @ down).float().cpu()
+            with onloaded(self._layer.holder):
+                down = self._layer.down_rows()
+                bias = (bands.left_out.to(down) @ down).float().cpu()
             if shift is not None and bands.share_left_out > 0:
                 bias += shift
             bias = bias.to(torch.bfloat16)

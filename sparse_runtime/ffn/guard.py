@@ -64,18 +64,38 @@ class _Call:
             tokens = torch.arange(length)
             if isinstance(mask, Tensor) and mask.shape == (batch, mask.shape[-1]):
                 tokens = mask[number, -length:].cpu().nonzero()[:, 0]
-            if len(tokens) < _LEAST_TOKENS:
+            places = audited_places(len(tokens))
+            if places is None:
                 return None
-            count = min(AUDITED_TOKENS, len(tokens))
-            places = ((torch.arange(count) + 0.5) * len(tokens) / count).long()
             rows.append(number * length + tokens[places])
-            sequences.append(torch.full((count,), number))
+            sequences.append(torch.full((len(places),), number))
         return cls(torch.cat(rows), torch.cat(sequences), batch * length, batch)
 
     def add(self, layer: int, errors: Tensor) -> None:
         """Take a layer's errors of the audited tokens [n]."""
         sums = torch.zeros(self.batch).index_add_(0, self.sequences, errors.float().cpu())
         self.errors[layer] = sums / self.sequences.bincount(minlength=self.batch)
+
+
+def audited_places(length: int) -> Tensor | None:
+    """Which of a prompt's tokens are audited [n] int64; None if it has too few."""
+    if length < _LEAST_TOKENS:
+        return None
+    count = min(AUDITED_TOKENS, length)
+    return ((torch.arange(count) + 0.5) * length / count).long()
+
+
+def audit_errors(ffn: Any, x: Tensor, expected: Tensor, choice: Sequence[Tensor] = ()) -> Tensor:
+    """‖sparse(x) − dense(x)‖² of hidden states [n, H]: [n] float32.
+
+    Args:
+        ffn: sparse.
+        x: hidden states.
+        expected: the FFN's dense output [n, H].
+        choice: experts of each token and their weights, if there are experts.
+    """
+    found = ffn.uncounted(x, *choice)
+    return (found.float() - expected.float()).square().sum(-1)
 
 
 class _Now(threading.local):
@@ -157,8 +177,8 @@ class Guard:
         rows = call.rows.to(hidden_states.device)
         own = [part.index_select(0, rows) for part in choice]
         expected = output.reshape(-1, size).index_select(0, rows)
-        found = ffn.uncounted(hidden_states.reshape(-1, size).index_select(0, rows), *own)
-        call.add(ffn.layer_index, (found.float() - expected.float()).square().sum(-1))
+        x = hidden_states.reshape(-1, size).index_select(0, rows)
+        call.add(ffn.layer_index, audit_errors(ffn, x, expected, own))
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self._state.switch.depth > 0:

@@ -134,6 +134,11 @@ class FFNLayer:
         """The modules that are the FFN's alone, each with all that it holds."""
         return [self.mlp] if self.form.inline is None else [*self.own_linears().values()]
 
+    @property
+    def holder(self) -> nn.Module:
+        """The module that holds all its weights, and the router of experts."""
+        return self.parent if self.experts else self.mlp
+
     def down_rows(self) -> Tensor:
         """The last of :meth:`rows` alone: values of gate and up would take twice its memory again."""
         if self.packed:

@@ -17,6 +17,7 @@ from sparse_runtime.errors import ModelError
 from sparse_runtime.models.experts import ExpertRows
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.onloading import onloaded
 
 #: Weights sampled of each gate, up and down matrix: one from each of so many equal bands of rows and
 #: of columns. A change in a share p of a matrix's weights is missed with probability (1 - p)^64:
@@ -46,16 +47,20 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
     Returns:
         As JSON: ``model_type``, ``hidden_size`` (H), ``activation``, ``layers`` (the index of each
         FFN), ``intermediate_sizes`` (the I of each) and ``weights``: the samples as base64 of
-        little-endian bfloat16, by layer, then gate, up (if there is one), down; None where weights are
-        offloaded and cannot be read.
+        little-endian bfloat16, by layer, then gate, up (if there is one), down.
 
     Raises:
+        ModelError: weights are on the meta device, and nobody knows where else.
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
     """
     layers = find_ffn_layers(model)
-    samples = _samples(layers)
-    weights = None if samples is None else _encoded(samples)
-    return {**_structure(model, layers), "weights": weights}
+    samples = []
+    for first, layer in zip(first_matrices(layers), layers, strict=False):
+        with onloaded(layer.holder):
+            matrices = _matrices([layer])
+            assert matrices is not None, "float weights, and in memory"
+            samples += [_sampled(matrix, number) for number, matrix in enumerate(matrices, first)]
+    return {**_structure(model, layers), "weights": _encoded(torch.stack(samples))}
 
 
 def fingerprint_mismatch(

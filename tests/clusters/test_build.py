@@ -257,10 +257,49 @@ def test_a_budget_below_the_router_is_refused_before_the_text(
             build_clusters(model, tiny_tokenizer, [text], config)
 
 
-def test_offloaded_weights_are_refused(tiny_model, tiny_tokenizer, text):
+def offloaded(folder, tmp_path):
+    """A model of a folder with its decoder layers on the disk."""
+    places = dict.fromkeys(("embed_tokens", "norm", "rotary_emb"), "cpu") | {"layers": "disk"}
+    return AutoModelForCausalLM.from_pretrained(
+        folder,
+        device_map={f"model.{name}": place for name, place in places.items()} | {"lm_head": "cpu"},
+        offload_folder=tmp_path / "offload",
+    ).eval()
+
+
+@pytest.mark.parametrize("memory_mib", [1024, 1])
+def test_a_model_on_the_disk_gives_the_same_artifact(
+    tiny_model, tiny_tokenizer, tiny_folder, text, tmp_path, memory_mib
+):
+    config = BuildConfig(
+        **(
+            CONFIG.resolved().record()
+            | {"distill": 0, "correction_rank": 0, "memory_mib": memory_mib}
+        )
+    )
+    expected = build_clusters(tiny_model, tiny_tokenizer, [text], config)
+    model = offloaded(tiny_folder, tmp_path)
+    output = tmp_path / "clusters"
+    found = build_clusters(model, tiny_tokenizer, [text], config, output=output)
+    assert_equal(expected, found, tmp_path)
+    # Nothing of it stays in memory, and accelerate still runs it.
+    assert all(p.is_meta for p in model.model.layers.parameters())
+    assert not (output / ".build").exists()
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, tiny_model(ids).logits)
+
+
+def test_weights_that_are_nowhere_are_named(tiny_model, tiny_tokenizer, text):
     tiny_model.model.layers[1].mlp.up_proj.to("meta")
-    with pytest.raises(ModelError, match=r"layers\.1\.mlp.*offloaded"):
+    with pytest.raises(ModelError, match=r"up_proj\.weight.*meta device.*from_pretrained"):
         build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
+
+
+def test_planes_need_the_model_in_memory(tiny_tokenizer, tiny_folder, text, tmp_path):
+    model = offloaded(tiny_folder, tmp_path)
+    with pytest.raises(ModelError, match=r"layers\.0\.mlp.*offloaded.*build for float"):
+        build_clusters(model, tiny_tokenizer, [text], BuildConfig(num_clusters=6, weights=6))
 
 
 def test_work_is_kept_until_the_artifact_is_whole(

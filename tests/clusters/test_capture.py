@@ -50,40 +50,59 @@ def test_keeps_what_logits_are_made_of(tiny_model, windows, tmp_path, dtype):
         assert torch.equal(model.lm_head(part), expected[20:100])
 
 
-def test_memory_bound_makes_shards_and_they_resume(tiny_model, windows, tmp_path, monkeypatch):
-    # Three layers of 16 tokens · 32 · 2 bytes per window; a bound of 0 MiB is one window a shard.
+def ffn_calls(model):
+    """Counts calls of each layer's FFN."""
+    calls = [0] * len(model.model.layers)
+
+    def count(number):
+        def hook(*unused):
+            calls[number] += 1
+
+        return hook
+
+    for number, layer in enumerate(model.model.layers):
+        layer.mlp.register_forward_hook(count(number))
+    return calls
+
+
+def test_goes_on_after_the_layers_that_were_noted(tiny_model, windows, tmp_path, monkeypatch):
+    # A bound of 0 MiB is one window a shard: nine, and nine more with the note after each layer.
+    monkeypatch.setattr(capture, "_NOTE_EVERY", -1.0)
     written = []
     original = atomic.save_file
 
-    def fail_at_fourth(tensors, file, metadata):
-        if len(written) == 3:
+    def fail_in_third_layer(tensors, file, metadata):
+        if len(written) == 2 * 18 + 3:
             raise OSError(errno.ENOSPC, "No space left on device")
         written.append(file)
         original(tensors, file, metadata)
 
-    monkeypatch.setattr(atomic, "save_file", fail_at_fourth)
+    monkeypatch.setattr(atomic, "save_file", fail_in_third_layer)
     with pytest.raises(OutputFolderError, match="disk is full"):
         capture_hidden_states(tiny_model, windows, tmp_path, memory_mib=0)
-    assert len(list(tmp_path.glob("shard_*"))) == 3
     assert not list(tmp_path.glob(".*tmp"))
+    assert not (tmp_path / "sweep").exists()
     assert not any(layer.mlp._forward_pre_hooks for layer in tiny_model.model.layers)
+    assert {file.name[:9] for file in tmp_path.glob("between*")} == {"between_2"}
 
     monkeypatch.setattr(atomic, "save_file", original)
-    calls = []
-    handle = tiny_model.model.register_forward_pre_hook(lambda *unused: calls.append(1))
+    calls = ffn_calls(tiny_model)
     states = capture_hidden_states(tiny_model, windows, tmp_path, memory_mib=0)
-    handle.remove()
-    assert len(calls) == 6
-    assert len(list(tmp_path.glob("shard_*"))) == 9
-    expected = expected_states(tiny_model, windows, 1)
-    assert torch.equal(states.layer(1), expected.bfloat16().float())
+    assert calls == [0, 0, 9]
+    assert not list(tmp_path.glob("between*"))
+    for layer in range(3):
+        expected = expected_states(tiny_model, windows, layer)
+        assert torch.equal(states.layer(layer), expected.bfloat16().float())
+    before = list(calls)
+    assert capture_hidden_states(tiny_model, windows, tmp_path).num_tokens == 144
+    assert calls == before
 
 
 def test_other_windows_discard_old_shards(tiny_model, windows, tmp_path):
     capture_hidden_states(tiny_model, windows, tmp_path, memory_mib=0)
     states = capture_hidden_states(tiny_model, windows[:2].flip(0), tmp_path, memory_mib=0)
     assert states.num_tokens == 32
-    assert len(list(tmp_path.glob("shard_*"))) == 2
+    assert len(list(tmp_path.glob("ffn_2_*"))) == 2
     expected = expected_states(tiny_model, windows[:2].flip(0), 2)
     assert torch.equal(states.layer(2), expected.bfloat16().float())
 
@@ -109,26 +128,12 @@ def test_windows_of_another_length_discard_old_shards(tiny_model, windows, tmp_p
 def test_interruption_while_discarding(tiny_model, windows, tmp_path, monkeypatch):
     capture_hidden_states(tiny_model, windows, tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(capture, "_write_shard", lambda *unused: (_ for _ in ()).throw(OSError()))
+        patch.setattr(capture, "write_tensors", lambda *unused: (_ for _ in ()).throw(OSError()))
         with pytest.raises(OSError):  # noqa: PT011
             capture_hidden_states(tiny_model, windows.flip(0), tmp_path)
     states = capture_hidden_states(tiny_model, windows, tmp_path)
     expected = expected_states(tiny_model, windows, 0)
     assert torch.equal(states.layer(0), expected.bfloat16().float())
-
-
-def test_windows_in_batches(tiny_model, windows, tmp_path):
-    batches = []
-    handle = tiny_model.model.register_forward_pre_hook(
-        lambda module, arguments, options: batches.append(len(options["input_ids"])),
-        with_kwargs=True,
-    )
-    states = capture_hidden_states(tiny_model, windows, tmp_path, batch_windows=4)
-    handle.remove()
-    assert batches == [4, 4, 1]
-    # Batches may round differently in float32, which can tip a value to the next bfloat16.
-    expected = expected_states(tiny_model, windows, 1)
-    torch.testing.assert_close(states.layer(1), expected, rtol=2**-7, atol=1e-5)
 
 
 def test_parts_of_a_layer_across_shards(tiny_model, windows, tmp_path):
@@ -147,7 +152,8 @@ def test_parts_of_a_layer_across_shards(tiny_model, windows, tmp_path):
 def test_too_small_a_disk_fails_at_once(tiny_model, windows, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")(1000)
     monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
-    needed = 9 * 16 * 32 * (3 * 2 + 4)  # three inputs in bfloat16, the last states in float32
+    # Three inputs in bfloat16; in float32 the last states, and what is noted between two layers.
+    needed = 9 * 16 * 32 * (3 * 2 + 3 * 4)
     with pytest.raises(OutputFolderError, match=f"1000 bytes free.*need {needed} more"):
         capture_hidden_states(tiny_model, windows, tmp_path)
     assert not any(tmp_path.iterdir())

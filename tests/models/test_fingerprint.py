@@ -159,7 +159,6 @@ def test_structure_is_always_compared(tiny_model, fields, message, weights):
 def test_offloaded_weights_are_not_compared(tiny_model):
     fingerprint = model_fingerprint(tiny_model)
     tiny_model.model.layers[1].mlp.up_proj.to("meta")
-    assert model_fingerprint(tiny_model)["weights"] is None
     assert fingerprint_mismatch(tiny_model, fingerprint) is None
     del tiny_model.model.layers[2]
     assert "2 FFN layers" in fingerprint_mismatch(tiny_model, fingerprint)

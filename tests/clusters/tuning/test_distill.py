@@ -9,6 +9,7 @@ from helpers import make_tiny_model, random_centroids, random_cluster_set
 
 from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
 from sparse_runtime.clusters import tuning_line
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.tuning import distill as distillation
 from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
@@ -119,9 +120,9 @@ def test_states_of_the_dense_model_spare_its_runs(tiny_model, clusters, windows)
     fit, held_out = windows[:10], windows[10:]
     expected, history = distill(tiny_model, cut, fit, held_out, settings)
     weights = loop_weights(tiny_model, cut, windows[:2])
-    # Steps, two looks at two held-out windows, and the weighing, each with the dense model's.
-    spared = 5 + 2 * 2 + 2
-    assert len(runs) == 2 * spared
+    # Steps, and two looks at two held-out windows, each with the dense model's; one tries the head.
+    spared = 5 + 2 * 2
+    assert len(runs) == 2 * spared + 1
     found, same = distill(
         tiny_model, cut, fit, held_out, settings, dense_states=lambda numbers: states[numbers]
     )
@@ -129,7 +130,6 @@ def test_states_of_the_dense_model_spare_its_runs(tiny_model, clusters, windows)
         tiny_model, cut, windows[:2], dense_states=lambda numbers: states[numbers]
     ) == pytest.approx(weights, rel=1e-3)
     handle.remove()
-    # One more tries what the output head is.
     assert len(runs) == 3 * spared + 1
     assert same.divergence == pytest.approx(history.divergence, rel=1e-4)
     assert same.held_out == pytest.approx(history.held_out, rel=1e-4)
@@ -265,7 +265,7 @@ def test_the_correction_is_added(tiny_model, clusters):
 def test_loop_weights_are_what_restoring_a_layer_is_worth(tiny_model, clusters, windows):
     """Against differences of the runtime's own outputs, with a hundredth of a layer given back."""
     cut = recut(tiny_model, clusters, budget=0.85, verify=False)
-    found = _measured(tiny_model, cut, windows, None, SilentProgress())
+    found = _measured(tiny_model, cut, windows, None, SilentProgress(), Buffers())
 
     layers = {layer.index: layer for layer in find_ffn_layers(tiny_model)}
     with torch.inference_mode():

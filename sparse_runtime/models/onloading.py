@@ -1,0 +1,70 @@
+"""Weights that accelerate keeps out of memory (``device_map`` with ``disk``), module by module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+from sparse_runtime.errors import ModelError
+
+# What accelerate leaves on a module that it dispatched.
+_DISPATCHED = ("forward", "_old_forward", "_hf_hook")
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether weights somewhere in a module are not in memory."""
+    return any(parameter.is_meta for parameter in module.parameters())
+
+
+@contextmanager
+def onloaded(module: nn.Module) -> Iterator[None]:
+    """Have all weights of a module in memory inside the context, as if none had been offloaded.
+
+    They are loaded once, where accelerate's own hooks load them in every call, and these hooks do
+    not run inside the context: the modules may be patched as any others. Of a module in memory, and of
+    one that a context around this one has loaded, nothing changes.
+
+    Args:
+        module: a decoder layer, or an FFN.
+
+    Raises:
+        ModelError: some weights are nowhere.
+    """
+    if not is_offloaded(module):
+        yield
+        return
+    dispatched = [part for part in module.modules() if "_hf_hook" in part.__dict__]
+    loaded: list[tuple[nn.Module, Any]] = []
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for part in dispatched:
+            hook = part.__dict__["_hf_hook"]
+            if any(
+                parameter.is_meta
+                for parameter in part._parameters.values()
+                if parameter is not None
+            ):
+                loaded.append((part, hook))
+                hook.pre_forward(part)
+            before.append(
+                (part, {n: part.__dict__.pop(n) for n in _DISPATCHED if n in part.__dict__})
+            )
+            own = before[-1][1].get("_old_forward")
+            if getattr(own, "__func__", None) is not type(part).forward:
+                part.__dict__["forward"] = own
+        if is_offloaded(module):
+            name = next(name for name, weight in module.named_parameters() if weight.is_meta)
+            raise ModelError(
+                f"{name} of a {type(module).__name__} has no values: it is on the meta device, and "
+                "accelerate does not know where they are; load the model with from_pretrained"
+            )
+        yield
+    finally:
+        for part, state in before:
+            part.__dict__.pop("forward", None)
+            part.__dict__.update(state)
+        for part, hook in loaded:
+            hook.post_forward(part, None)
