@@ -10,16 +10,20 @@ objective, the mean coverage, so the alternation converges and needs no balance 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from sparse_runtime.clusters.importance import chunk_slices, normalized
+from sparse_runtime.clusters.importance import (
+    chunk_rows,
+    chunk_slices,
+    normalized,
+    product_dtype,
+)
 from sparse_runtime.progress import ProgressReporter, SilentProgress
 
-_CHUNK_TOKENS = 4096
 # Weight, in tokens, of all tokens' mean where only those of a cluster count that have an expert.
 _EXPERT_SHRINKAGE = 8.0
 
@@ -48,6 +52,32 @@ def top_sets(centroids: Tensor, set_size: int) -> Tensor:
     return torch.zeros_like(centroids, dtype=torch.bool).scatter_(-1, top, True)
 
 
+class Coverage:
+    """Coverage of tokens by given sets, one matrix product for many of them.
+
+    Sets mostly agree, so what is multiplied is by what each differs from the majority: −1, 0 or 1,
+    which bfloat16 holds exactly, and its rounding of a difference is far below what tells clusters
+    apart.
+
+    Args:
+        active_sets: bool [K, I].
+        dtype: of the importance that comes.
+    """
+
+    def __init__(self, active_sets: Tensor, dtype: torch.dtype) -> None:
+        dtype = product_dtype(active_sets.device, dtype)
+        self._usual = active_sets.float().mean(0) > 0.5
+        self._others = (active_sets.to(dtype) - self._usual.to(dtype)).t().contiguous()
+
+    def __call__(self, importance: Tensor) -> Tensor:
+        """Σ_{i ∈ S_k} ē(t, i) of importance [n, I], any scale per token: [n, K] float32."""
+        differences = importance.to(self._others.dtype) @ self._others
+        values = importance.float()
+        total = values.sum(-1, keepdim=True).clamp_min(1e-20)
+        usual = (values @ self._usual.float()).unsqueeze(-1)
+        return differences.float().add_(usual).div_(total)
+
+
 def coverage_matrix(
     importance: Tensor, active_sets: Tensor, dtype: torch.dtype = torch.float32
 ) -> Tensor:
@@ -61,10 +91,10 @@ def coverage_matrix(
     Returns:
         Σ_{i ∈ S_k} ē(t, i), [N, K].
     """
-    sets = active_sets.t().to(torch.float32)
+    of = Coverage(active_sets, importance.dtype)
     coverage = importance.new_empty(importance.shape[0], active_sets.shape[0], dtype=dtype)
-    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
-        coverage[rows] = normalized(importance[rows]) @ sets
+    for rows in _chunks(importance):
+        coverage[rows] = of(importance[rows])
     return coverage
 
 
@@ -73,12 +103,17 @@ def best_sets(importance: Tensor, active_sets: Tensor) -> tuple[Tensor, Tensor]:
 
     Ties go to the lowest cluster. Never holds the whole [N, K] matrix.
     """
-    sets = active_sets.t().to(torch.float32)
+    of = Coverage(active_sets, importance.dtype)
     best = torch.empty(importance.shape[0], device=importance.device)
     ids = torch.empty(importance.shape[0], dtype=torch.int64, device=importance.device)
-    for rows in chunk_slices(importance.shape[0], _CHUNK_TOKENS):
-        torch.max(normalized(importance[rows]) @ sets, dim=-1, out=(best[rows], ids[rows]))
+    for rows in _chunks(importance):
+        torch.max(of(importance[rows]), dim=-1, out=(best[rows], ids[rows]))
     return best, ids
+
+
+def _chunks(values: Tensor, width: int | None = None) -> Iterator[slice]:
+    """Rows of values [N, C], some at a time."""
+    return chunk_slices(values.shape[0], chunk_rows(width or values.shape[1], values.device))
 
 
 def cluster_means(
@@ -88,6 +123,7 @@ def cluster_means(
     shrinkage: float = 0.0,
     transform: Callable[[Tensor], Tensor] = normalized,
     present: Tensor | None = None,
+    width: int | None = None,
 ) -> Tensor:
     """Mean over each cluster's tokens of their normalized importance, float32 [K, ..., I].
 
@@ -102,9 +138,10 @@ def cluster_means(
             other, 0 where a token does not have them. Means are over a cluster's tokens that have the
             expert, those over all tokens likewise, and shrunk in turn toward the mean over all experts'
             neurons.
+        width: C of what ``transform`` computes with, for the number of rows at a time.
     """
     sums: Tensor | None = None
-    for rows in chunk_slices(values.shape[0], _CHUNK_TOKENS):
+    for rows in _chunks(values, width):
         chunk = transform(values[rows])
         if sums is None:
             sums = torch.zeros(num_clusters, *chunk.shape[1:], device=chunk.device)

@@ -57,6 +57,7 @@ from sparse_runtime.files import atomic_folder, check_new_folder, write_json, wr
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
+from sparse_runtime.models.onloading import is_offloaded
 from sparse_runtime.predictors.training import route
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
 from sparse_runtime.version import __version__
@@ -115,7 +116,7 @@ def build_clusters(
         _check_in_memory(layers)
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     text = calibration_windows(
-        expand_recipes(data).sources,
+        expand_recipes(data, sampled=not is_offloaded(model)).sources,
         tokenizer,
         max_tokens=settings.max_tokens,
         window=settings.window,

@@ -40,9 +40,13 @@ class BuildConfig:
         loop_weights: weigh layers by what they leave out of the sparse model, see
             ``clusters/tuning/loop_weights.py``; needs, and is the default with, allocation
             ``global``.
-        distill: steps that tune biases, and a correction, against the dense model's predictions, 0
-            for none; what does not help held-out text is not kept. Needs allocation
-            ``global`` and cluster biases, and is 60 with them.
+        tune_tokens: calibration tokens on which biases are tuned in the sparse model, layer by layer
+            (``clusters/tuning/local.py``), 0 for none; what does not help held-out text is not kept.
+            Needs allocation ``global`` and cluster biases, and is 16,384 with them.
+        distill: steps that tune biases, and a correction, against the dense model's predictions, after
+            that; what does not help held-out text is not kept. Needs allocation ``global`` and cluster
+            biases, and a model in memory; a step takes some six seconds for the demo model (default
+            0: none).
         correction_rank: of a low-rank correction that is tuned beside the biases; its bytes come out
             of the budget, and in small models it is not worth them (default 0: none; docs/LOG.md).
             Needs ``distill``.
@@ -62,7 +66,7 @@ class BuildConfig:
         window: tokens per calibration window.
         held_out_share: share of the windows kept from fitting, for early stop and the figures.
         clustering_tokens: at most this many tokens take part in the clustering's iterations (default
-            65,536); the final sets and routers use all of them. ``awc`` only.
+            32,768); the final sets and routers use all of them. ``awc`` only.
         seed: of windows, initialization and training, below 2³².
         memory_mib: bound, each, on the capture's buffers and on one layer's importance matrix; above
             it both go through files.
@@ -83,6 +87,7 @@ class BuildConfig:
     verify: bool | None = None
     fisher_tokens: int | None = None
     loop_weights: bool | None = None
+    tune_tokens: int | None = None
     distill: int | None = None
     correction_rank: int | None = None
     cluster_bias: bool | None = None
@@ -142,7 +147,7 @@ class BuildConfig:
         settle("allocation", "global", awc, method, "uniform")
         settle("cluster_bias", True, awc, method, False)
         settle("router_rounds", 1, awc, method, 0)
-        settle("clustering_tokens", 65_536, awc, method)
+        settle("clustering_tokens", 32_768, awc, method)
         settle("paper_init", "random", not awc, method)
         settle("paper_pooled", False, not awc, method, False)
         importance = f"importance {values['importance']!r}"
@@ -159,7 +164,8 @@ class BuildConfig:
         if values["budget"] is None:
             bits = values["weights"]
             values["budget"] = 0.5 if bits is None else (bits + 0.25) / 16 * _PLANES_SHARE
-        settle("distill", 60, cuts and values["cluster_bias"], reason, 0)
+        settle("tune_tokens", 16_384, cuts and values["cluster_bias"], reason, 0)
+        settle("distill", 0, cuts and values["cluster_bias"], reason, 0)
         settle("correction_rank", 0, values["distill"] > 0, f"distill {values['distill']}", 0)
         return BuildSettings(**values)
 
@@ -174,6 +180,7 @@ class BuildSettings:
     verify: bool
     fisher_tokens: int | None
     loop_weights: bool
+    tune_tokens: int
     distill: int
     correction_rank: int
     cluster_bias: bool
@@ -256,6 +263,7 @@ def _ranges(config: BuildConfig) -> dict[str, tuple[bool, str]]:
         ),
         "held_out_share": (0 < config.held_out_share < 1, "a share between 0 and 1"),
         "fisher_tokens": at_least("fisher_tokens", 1, "1 or more"),
+        "tune_tokens": at_least("tune_tokens", 0, "0 or more"),
         "distill": at_least("distill", 0, "0 or more steps"),
         "correction_rank": at_least("correction_rank", 0, "0 or more"),
         "clustering_tokens": at_least("clustering_tokens", 1, "1 or more"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from sparse_runtime.kernels.reference import activations
@@ -22,8 +23,9 @@ class ImportanceScorer:
     """Scores the neurons of one FFN for given hidden states.
 
     Attributes:
-        gate: gate projection [I, H] float32.
-        up: up projection [I, H] float32, or None of an FFN without a gate.
+        gate: gate projection [I, H] in the dtype that is computed in: float32, or bfloat16 as the
+            model.
+        up: up projection [I, H], or None of an FFN without a gate.
         neuron_weights: weight of each neuron's |h| [I] float32.
         activation: kernel name of the activation.
         biases: of gate and up [I], or None.
@@ -44,9 +46,9 @@ class ImportanceScorer:
 
     def activations(self, hidden_states: Tensor) -> Tensor:
         """h of hidden states [n, H], float32 [n, I]; of experts times what they count, 0 of others."""
-        x = hidden_states.float()
+        x = hidden_states.to(self.gate.dtype)
         if self.experts is None:
-            return activations(x, self.gate, self.up, self.activation, *self.biases)
+            return activations(x, self.gate, self.up, self.activation, *self.biases).float()
         counts = self.experts(hidden_states)
         neurons = len(self.gate) // counts.shape[1]
 
@@ -72,9 +74,10 @@ def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> 
     gate, up, down_t = layer.rows()
     if neuron_weights is None:
         neuron_weights = down_t.float().norm(dim=1)
+    dtype = product_dtype(layer.device, layer.dtype)
     return ImportanceScorer(
-        gate=gate.float(),
-        up=None if up is None else up.float(),
+        gate=gate.to(dtype),
+        up=None if up is None else up.to(dtype),
         neuron_weights=neuron_weights.to(layer.device),
         activation=layer.activation,
         biases=layer.biases,
@@ -82,10 +85,23 @@ def importance_scorer(layer: FFNLayer, neuron_weights: Tensor | None = None) -> 
     )
 
 
+def product_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
+    """What products of matrices of a dtype are computed in: bfloat16 if it is that, and the device has
+    units for it, else float32."""
+    native = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if native and dtype == torch.bfloat16 else torch.float32
+
+
 def chunk_slices(num_rows: int, chunk_rows: int) -> Iterator[slice]:
     """Cut [0, num_rows) into slices of at most ``chunk_rows``."""
     for start in range(0, num_rows, chunk_rows):
         yield slice(start, min(start + chunk_rows, num_rows))
+
+
+def chunk_rows(width: int, device: torch.device | None = None) -> int:
+    """Rows of so many values to work on at a time: they stay in a CPU's cache, or fill a GPU."""
+    values = 1 << 20 if device is None or device.type == "cpu" else 1 << 25
+    return max(64, values // width)
 
 
 def normalized(importance: Tensor) -> Tensor:

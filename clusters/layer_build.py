@@ -24,6 +24,7 @@ from sparse_runtime.clusters.awc import (
 )
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import (
+    chunk_rows,
     chunk_slices,
     importance_scorer,
 )
@@ -42,7 +43,8 @@ from sparse_runtime.predictors.training import (
     train_router,
 )
 
-_CHUNK_TOKENS = 4096
+# That tell how large a token's Σ e² is.
+_SAMPLED_TOKENS = 4096
 # Weight, in tokens, of the layer's mean pattern in a recomputed centroid (docs/LOG.md).
 _SHRINKAGE = 8.0
 # Likewise, of the mean gradient in a cluster's.
@@ -218,7 +220,7 @@ def layer_centroids(
     """
     states = data.hidden_states[data.fit]
     scorer = importance_scorer(layer, fisher)
-    sample = scorer(states[:: max(1, len(states) // _CHUNK_TOKENS)]).square_().sum(-1)
+    sample = scorer(states[:: max(1, len(states) // _SAMPLED_TOKENS)]).square_().sum(-1)
     if fisher is None:
         scale = sample.mean().clamp_min(1e-30)
         scorer = replace(scorer, neuron_weights=scorer.neuron_weights / scale.sqrt())
@@ -233,7 +235,10 @@ def layer_centroids(
         return torch.stack([squares * clip, magnitudes * clip.sqrt(), activations], dim=1)
 
     present = data.present_in_fit
-    means = cluster_means(states, assignment, num_clusters, _SHRINKAGE, moments, present)
+    width = 3 * layer.intermediate_size
+    means = cluster_means(
+        states, assignment, num_clusters, _SHRINKAGE, moments, present, width=width
+    )
     squares, magnitudes, activations = (part.contiguous().cpu() for part in means.unbind(1))
     shares = torch.bincount(assignment, minlength=num_clusters) / len(assignment)
     weights = scorer.neuron_weights.cpu()
@@ -316,7 +321,7 @@ def held_out_scores(
     neurons = layer.intermediate_size
     set_scorer = SetScorer(unpack_bits(sets, neurons), unpack_bits(clusters.static_set, neurons))
     scorer, ids = importance_scorer(layer), route(router, hidden_states)
-    for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+    for rows in chunk_slices(len(hidden_states), chunk_rows(neurons)):
         set_scorer.add(scorer(hidden_states[rows].to(scorer.gate.device)).cpu(), ids[rows])
     return set_scorer.scores()
 

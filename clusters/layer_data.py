@@ -11,15 +11,13 @@ from torch import Tensor
 from sparse_runtime.clusters.buffers import Buffer
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
-from sparse_runtime.clusters.importance import chunk_slices, importance_scorer
+from sparse_runtime.clusters.importance import chunk_rows, chunk_slices, importance_scorer
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns, percentile_threshold
 from sparse_runtime.cost import FFNCost, router_parameter_count
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
-
-_CHUNK_TOKENS = 4096
 
 
 @dataclass
@@ -127,14 +125,15 @@ def load_layer(
     scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
     device = layer.device
     present = []
-    for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+    rows_at_once = chunk_rows(layer.intermediate_size, device)
+    for rows in chunk_slices(len(hidden_states), rows_at_once):
         chunk = hidden_states[rows].to(device)
         matrix.values[rows] = scorer(chunk).to("cpu", torch.bfloat16)
         present.append(scorer.present(chunk))
     if config.percentile is not None:
-        chunks = (matrix.values[r] for r in chunk_slices(num_fit, _CHUNK_TOKENS))
+        chunks = (matrix.values[r] for r in chunk_slices(num_fit, rows_at_once))
         threshold = percentile_threshold(chunks, config.percentile)
-        for rows in chunk_slices(len(hidden_states), _CHUNK_TOKENS):
+        for rows in chunk_slices(len(hidden_states), rows_at_once):
             matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
     known = (
         torch.cat([part.cpu() for part in present if part is not None]) if layer.experts else None
@@ -144,5 +143,6 @@ def load_layer(
 
 def packed_patterns(importance: Tensor) -> PackedPatterns:
     """Bit-pack binary importance [N, I]."""
-    bits = [pack_bits(importance[r] > 0) for r in chunk_slices(len(importance), _CHUNK_TOKENS)]
+    rows_at_once = chunk_rows(importance.shape[1])
+    bits = [pack_bits(importance[r] > 0) for r in chunk_slices(len(importance), rows_at_once)]
     return PackedPatterns(torch.cat(bits), importance.shape[1])

@@ -15,7 +15,12 @@ from sparse_runtime.artifact.recut import price_for
 from sparse_runtime.clusters.awc import top_sets
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.context import BuildContext
-from sparse_runtime.clusters.importance import ImportanceScorer, chunk_slices, importance_scorer
+from sparse_runtime.clusters.importance import (
+    ImportanceScorer,
+    chunk_rows,
+    chunk_slices,
+    importance_scorer,
+)
 from sparse_runtime.clusters.layer_build import (
     FittedLayer,
     fit_clusters,
@@ -37,7 +42,6 @@ ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
 # Tokens that routers are compared on.
 _PROBE_TOKENS = 16_384
-_CHUNK_TOKENS = 4096
 
 
 def router_candidates(layers: Sequence[FFNLayer], config: BuildSettings) -> list[int | None]:
@@ -174,7 +178,7 @@ def priced_loss(
     scorer = importance_scorer(layer, centroids.neuron_weights)
     ids = route(fitted.router, states)
     loss, num_computed, num_looked, num_refined = 0.0, 0, 0, 0
-    for rows in chunk_slices(len(states), _CHUNK_TOKENS):
+    for rows in chunk_slices(len(states), chunk_rows(layer.intermediate_size)):
         chunk = states[rows].to(scorer.gate.device)
         squares, present = scorer(chunk).square_().cpu(), scorer.present(chunk)
         sure, looked = bands.sure[ids[rows]], maybe[ids[rows]]
@@ -201,6 +205,6 @@ def estimated_loss(states: Tensor, scorer: ImportanceScorer, router: Router, set
     ids = route(router, states)
     left_out = [
         (scorer(states[rows]).square_() * ~sets[ids[rows]]).sum(-1)
-        for rows in chunk_slices(len(states), _CHUNK_TOKENS)
+        for rows in chunk_slices(len(states), chunk_rows(sets.shape[1]))
     ]
     return 0.5 * torch.cat(left_out).mean().item()

@@ -51,9 +51,7 @@ class _Kind:
     name: str | None
     outputs: int
 
-    def split(
-        self, arguments: tuple[Any, ...], options: dict[str, Any]
-    ) -> tuple[Tensor, _Call]:
+    def split(self, arguments: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, _Call]:
         """The hidden states of a layer's call, and the rest of it."""
         if self.name is None:
             return arguments[0], _Call(arguments[1:], options)
@@ -189,7 +187,7 @@ class Sweep:
         for number in range(first, len(self.parts)):
             if keep and not self.whole:
                 self._inputs[number] = self.states
-            with self._entered(number, around):
+            with self.entered(number, around):
                 for window in range(len(self._windows)):
                     self.step(number, window)
                     if ran is not None:
@@ -233,11 +231,11 @@ class Sweep:
         gradients = self._buffers.new(self.states.shape, self.states.dtype)
         for window in range(len(self._windows)):
             leaf = self.states[window].to(self._windows.device, copy=True).requires_grad_()
-            loss(window, self.final(window, leaf)).backward()  # type: ignore[no-untyped-call]
+            loss(window, self.final(window, leaf)).backward()
             assert leaf.grad is not None
             gradients[window] = leaf.grad
         for number in reversed(range(len(self.parts))):
-            with self._entered(number, around), self._embedding_gradients():
+            with self.entered(number, around), self._embedding_gradients():
                 for window in range(len(self._windows)):
                     x = (
                         None
@@ -295,7 +293,8 @@ class Sweep:
         return first[0], calls
 
     @contextmanager
-    def _entered(self, number: int, around: Around | None) -> Iterator[None]:
+    def entered(self, number: int, around: Around | None = None) -> Iterator[None]:
+        """Have a part in memory inside the context, and run it inside of ``around``."""
         with onloaded(self.parts[number]), around(number) if around else nullcontext():
             yield
 

@@ -28,9 +28,10 @@ from sparse_runtime.ffn.counts import count_cost
 from sparse_runtime.ffn.fast_linear import restore, slow_linears, swap
 from sparse_runtime.ffn.guard import Guard
 from sparse_runtime.ffn.model_state import ModelState
-from sparse_runtime.ffn.new_ffns import new_ffns
 from sparse_runtime.ffn.patch import owners, patch, sparse_ffn_of, unpatch
+from sparse_runtime.ffn.sparse_experts import SparseExperts, SparsePlaneExperts
 from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.ffn.sparse_planes import SparsePlaneFFN
 from sparse_runtime.kernels import resolve_backend
 from sparse_runtime.kernels.linear import runs_own_forward
 from sparse_runtime.models.ffn_layer import FFNLayer
@@ -101,7 +102,12 @@ def sparsify(
             kept = {layer.index for layer in matched}
             matched = [layer for layer in layers if layer.index in kept]
         _note_other_bits(artifact, matched)
-        ffns = new_ffns(matched, artifact.layers, config, state)
+        ffns = [
+            _kind(layer)(
+                layer, artifact.layers[layer.index], config, state, first=layer is matched[0]
+            )
+            for layer in matched
+        ]
         linears = []
         if config.fast_linear:
             linears = slow_linears(model, [part for layer in layers for part in layer.parts])
@@ -135,6 +141,12 @@ def _attach_guard(
         return
     state.guard = Guard(levels, state)
     state.guard.attach(decoder)
+
+
+def _kind(layer: FFNLayer) -> type[SparseFFN]:
+    if layer.experts:
+        return SparsePlaneExperts if layer.packed else SparseExperts
+    return SparsePlaneFFN if layer.packed else SparseFFN
 
 
 def _pack(model: nn.Module, config: SparseConfig) -> Packing | None:

@@ -278,3 +278,22 @@ def test_unexpected_error_is_one_line(run, monkeypatch, tmp_path):
     assert code == 1
     assert "ZeroDivisionError: somewhere deep" in err
     assert "Traceback" not in err
+
+
+def test_build_of_a_model_on_the_disk(run, tiny_folder, text, tmp_path):
+    """The same artifact, tensors and all, as of one in memory."""
+    folders = [tmp_path / name for name in ("memory", "disk")]
+    command = ["--data", text, "--clusters", 8, "--window", 64, "--router", 2, "--budget", 0.7]
+    for folder, offload in zip(folders, ("--no-offload", "--offload"), strict=True):
+        code, out, err = run("build", tiny_folder, "-o", folder, *command, offload)
+        assert code == 0, err
+        assert "tuning, layer by layer" in out
+    for name in ("clusters.safetensors", "centroids.safetensors", "config.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes()
+    command[1] = "self"
+    code, _, err = run("build", tiny_folder, "-o", tmp_path / "x", *command, "--offload")
+    assert code != 0
+    assert "'self' samples text from the model" in err
+    code, _, err = run("build", "demo", "-o", tmp_path / "x", "--offload")
+    assert code != 0
+    assert "neither for 'demo'" in err

@@ -37,11 +37,12 @@ class Recipe:
     note: str | None = None
 
 
-def expand_recipes(sources: Sequence[DataSource | str]) -> Recipe:
+def expand_recipes(sources: Sequence[DataSource | str], *, sampled: bool = True) -> Recipe:
     """Put a recipe's sources in its place, their weights parts of its own.
 
     Args:
         sources: parsed, or as written on the command line.
+        sampled: with the text that a recipe has sampled from the model.
 
     Raises:
         ConfigError, DataError: see ``parse_source``.
@@ -55,6 +56,8 @@ def expand_recipes(sources: Sequence[DataSource | str]) -> Recipe:
             continue
         reason = why_unreachable()
         parts = [parse_source(spec) for spec in (_OFFLINE if reason else _FROM_HUB)]
+        if not sampled:
+            parts = [part for part in parts if part.name != "self"]
         whole = sum(part.weight for part in parts)
         expanded += [replace(p, weight=source.weight * p.weight / whole) for p in parts]
         names = ", ".join(f"{part.name} {part.weight / whole:.0%}" for part in parts)

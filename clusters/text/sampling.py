@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.models.onloading import is_offloaded
 
 _SEQUENCE = 256
 # Of those, at most this many for what a user says.
@@ -60,12 +61,17 @@ def sampled_tokens(
         Token ids [max_tokens] int64.
 
     Raises:
-        ConfigError: no model, or no ``max_tokens``.
+        ConfigError: no model, or one whose weights are offloaded, or no ``max_tokens``.
     """
     if model is None:
         raise ConfigError("data source 'self' needs the model to sample from; pass model")
     if max_tokens is None:
         raise ConfigError("data source 'self' needs a number of tokens to sample; set max_tokens")
+    if is_offloaded(model):
+        raise ConfigError(
+            "data source 'self' samples text from the model, whose weights would be read from the disk "
+            "for every token; expected other sources, or a model in memory (--no-offload)"
+        )
     sampler = _Sampler(model, tokenizer, min(_SEQUENCE, max_tokens))
     opening = _opening(tokenizer)
     sequences: list[Tensor] = []

@@ -24,6 +24,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
 from sparse_runtime.clusters.tuning.student import (
@@ -141,7 +142,7 @@ def distill(
         layers = {
             index: replace(
                 clusters.layers[index],
-                bias_shift=_cpu(module.bias_shift),
+                bias_shift=_cpu(module.bias_shift) + _shift(clusters.layers[index]),
                 correction_down=_cpu(module.correction_down) if config.rank else None,
                 correction_up=_cpu(module.correction_up) if config.rank else None,
             )
@@ -317,6 +318,11 @@ def reserved(clusters: ClusterSet, rank: int) -> ClusterSet:
         for index, layer in clusters.layers.items()
     }
     return replace(clusters, layers=layers)
+
+
+def _shift(layer: LayerClusters) -> Tensor | float:
+    """What a layer's biases have been shifted by before."""
+    return 0.0 if layer.bias_shift is None else layer.bias_shift.float()
 
 
 def _cpu(parameter: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -23,13 +23,8 @@ from sparse_runtime.artifact.measured import (
 from sparse_runtime.artifact.recut import recut, share_range
 from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.sweep import Sweep
-from sparse_runtime.clusters.tuning.student import DenseStates
-from sparse_runtime.config import SparseConfig
-from sparse_runtime.cost import CostReport
-from sparse_runtime.ffn.counts import count_cost
-from sparse_runtime.ffn.guard import audit_errors, audited_places
-from sparse_runtime.ffn.new_ffns import sparse_ffns
-from sparse_runtime.ffn.sparse_ffn import SparseFFN
+from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
+from sparse_runtime.ffn.guard import audited_places
 from sparse_runtime.models.experts import chosen_experts
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -73,7 +68,7 @@ def sparse_runs(
     windows: Tensor,
     *,
     buffers: Buffers | None = None,
-    visit: Callable[[FFNLayer, SparseFFN], None] | None = None,
+    visit: Callable[[FFNLayer, StudentFFN], None] | None = None,
     advance: Advance | None = None,
 ) -> Iterator[tuple[float, Tensor]]:
     """Run text with every token sparse, one decoder layer at a time.
@@ -83,16 +78,15 @@ def sparse_runs(
         cut: for a budget.
         windows: token ids [W, window] int64.
         buffers: as of ``fisher_weights``.
-        visit: called with each FFN, sparse and in memory, once it has run.
+        visit: called with each FFN and its sparse student, in memory, once it has run.
         advance: told of each decoder layer's window.
 
     Yields:
         Of each window its cost share, as of bfloat16 weights, and its last hidden states [window, H].
     """
     layers = [layer for layer in find_ffn_layers(model, packed=True) if layer.index in cut.layers]
-    config = SparseConfig(backend="reference", prefill="sparse", guard=False)
-    running: list[SparseFFN] = []
-    reports: list[list[CostReport]] = [[] for _ in windows]
+    running: dict[int, StudentFFN] = {}
+    read = torch.zeros(len(windows), 2, dtype=torch.float64)
     with buffers or Buffers() as own:
         sweep = Sweep(model, windows, own)
         owned = sweep.owners(layers)
@@ -100,31 +94,24 @@ def sparse_runs(
         @contextmanager
         def sparse(number: int) -> Iterator[None]:
             mine = [layers[position] for position in owned[number]]
-            with sparse_ffns(mine, cut.layers, config) as running[:]:
+            with students_of(mine, cut.layers) as modules:
+                running.update(modules)
                 yield
-                for layer, ffn in zip(mine, running, strict=True):
-                    if visit is not None:
-                        visit(layer, ffn)
+                if visit is not None:
+                    for layer in mine:
+                        visit(layer, modules[layer.index])
             running.clear()
 
         def count(number: int, window: int) -> None:
-            for ffn in running:
-                reports[window].append(count_cost([ffn], element_size=2))
-                ffn.reset_counts()
+            for student in running.values():
+                read[window] += torch.tensor(student.bytes_read, dtype=torch.float64)
+                student.read = [0, 0, 0, 0]
 
         sweep.forward(sparse, ran=count, advance=advance)
-        for window, parts in enumerate(reports):
+        for window, (sparse_bytes, dense_bytes) in enumerate(read.tolist()):
             with torch.no_grad():
                 states = sweep.final(window)
-            yield _share(parts), states
-
-
-def _share(reports: Sequence[CostReport]) -> float:
-    """Cost share of FFNs together."""
-    whole = sum(report.dense_bytes_of_sparse_tokens for report in reports)
-    if whole == 0:
-        return fmean(report.cost_share for report in reports)
-    return sum(report.sparse_bytes for report in reports) / whole
+            yield sparse_bytes / dense_bytes, states
 
 
 @dataclass(frozen=True)
@@ -230,8 +217,8 @@ class _Audit:
         self._errors: dict[int, list[float]] = {}
 
     @torch.no_grad()
-    def visit(self, layer: FFNLayer, ffn: SparseFFN) -> None:
-        """Audit a layer's sparse FFN on all windows."""
+    def visit(self, layer: FFNLayer, student: StudentFFN) -> None:
+        """Audit a layer on all windows."""
         if self._places is None or layer.index not in self._layers:
             return
         errors = self._errors[layer.index] = []
@@ -241,7 +228,7 @@ class _Audit:
             choice: tuple[Tensor, ...] = ()
             if layer.experts:
                 choice = chosen_experts(layer.parent, layer.attribute, x)
-            errors.append(audit_errors(ffn, x, ffn.dense(x, *choice), choice).mean().item())
+            errors.append(student.compared(x, *choice)[2].square().sum(-1).mean().item())
 
     def levels(self) -> AuditLevels | None:
         """Mean errors by layer, and how the score by them varies from window to window.

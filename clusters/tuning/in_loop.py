@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
@@ -21,9 +22,10 @@ from sparse_runtime.clusters.tuning.distill import (
     reserved,
 )
 from sparse_runtime.clusters.tuning.held_out import CutMeasurer, HeldOutText
+from sparse_runtime.clusters.tuning.local import shifted, tune_locally
 from sparse_runtime.clusters.tuning.loop_weights import loop_weights, scaled
 from sparse_runtime.clusters.tuning.student import DenseStates
-from sparse_runtime.files import write_json
+from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.progress import ProgressReporter
 
@@ -35,8 +37,8 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
     """Cut an artifact's sets for its budget with the whole sparse model in view.
 
     Returns:
-        The artifact; and figures: ``loop_weights`` (layer index -> weight) and ``tuning`` (of
-        :func:`tune`), where these were asked for.
+        The artifact; and figures: ``loop_weights`` (layer index -> weight), ``local_tuning`` and
+        ``tuning`` (of :func:`tune`), where these were asked for.
     """
     model, config = context.model, context.config
     figures: dict[str, Any] = {}
@@ -50,8 +52,12 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
     text = _held_out_text(context)
     first = text.first(count)
     measurer = CutMeasurer(model, text, config.verify, context.buffers, context.progress)
+    first_cuts = replace(measurer, text=first)
     # Compensation fits the cut that it is tuned at.
-    clusters = replace(measurer, text=first).measured_once(clusters)
+    clusters = first_cuts.measured_once(clusters)
+    if config.tune_tokens:
+        with timed(context.times, "tune"):
+            clusters, figures["local_tuning"] = _tuned_locally(context, clusters, first_cuts)
     if config.distill:
         with timed(context.times, "distill"):
             clusters, figures["tuning"] = tune(
@@ -68,6 +74,47 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
     with timed(context.times, "measure"):
         clusters = measurer.measured(clusters)
     return recut(model, clusters, **options), figures
+
+
+def _tuned_locally(
+    context: BuildContext, clusters: ClusterSet, measurer: CutMeasurer
+) -> tuple[ClusterSet, dict[str, Any]]:
+    """The artifact with biases tuned layer by layer if that helps, and a record of it.
+
+    The record: ``kept``; ``held_out_before`` and ``held_out_after``, KL(dense ‖ sparse) in nats per
+    token of held-out windows, at equal prices; ``held_out_tokens``; ``tokens``.
+    """
+    config, text = context.config, measurer.text
+    count = max(1, config.tune_tokens // context.windows.shape[1])
+    order = torch.randperm(
+        len(context.fit_windows), generator=torch.Generator().manual_seed(config.seed)
+    )
+    windows = context.fit_windows[order[:count].sort().values]
+    file = context.work / "shifts.safetensors"
+    cut = recut(context.model, clusters, budget=config.budget, verify=config.verify)
+    if not file.exists():
+        options: dict[str, Any] = {"buffers": context.buffers(), "progress": context.progress}
+        shifts = tune_locally(context.model, cut, windows, **options)
+        write_tensors(file, {str(index): shift for index, shift in shifts.items()}, {})
+    shifts = {int(index): shift for index, shift in load_file(file).items()}
+    tuned = shifted(cut, shifts)
+    assert clusters.measured is not None
+    before = clusters.measured.cuts[0]
+    after = measurer.cut(tuned, before.aim)
+    counts = torch.bincount(text.domains, minlength=len(text.names))
+    tokens = counts[counts > 0].tolist()
+    losses = [
+        sum(one * n for one, n in zip(cut.kl or (), tokens, strict=True)) / sum(tokens)
+        for cut in (before, after)
+    ]
+    record = {
+        "kept": losses[1] < losses[0],
+        "held_out_before": losses[0],
+        "held_out_after": losses[1],
+        "held_out_tokens": text.windows.numel(),
+        "tokens": windows.numel(),
+    }
+    return (tuned if record["kept"] else clusters), record
 
 
 def _held_out_text(context: BuildContext) -> HeldOutText:
@@ -170,16 +217,25 @@ def tune(
     return (found if kept else clusters), record
 
 
-def tuning_line(record: dict[str, Any]) -> str:
-    """What tuning brought, in one line, from the record of :func:`tune`."""
+def tuning_lines(record: Mapping[str, Any]) -> list[str]:
+    """What tuning brought, a line each, from the record of a build."""
+    return [
+        _tuning_line(how, record[key])
+        for key, how in (("local_tuning", "layer by layer"), ("tuning", "distillation"))
+        if key in record
+    ]
+
+
+def _tuning_line(how: str, record: Mapping[str, Any]) -> str:
     before, after = record["held_out_before"], record["held_out_after"]
     what = f"KL to the dense model on {record['held_out_tokens']} held-out tokens"
+    if "steps" in record:
+        where = f"step {record['best_step']} of {record['steps']}"
+    else:
+        where = f"on {record['tokens']} tokens"
     if record["kept"]:
-        return (
-            f"tuning: {what} {before:.4f} → {after:.4f} (step {record['best_step']} of "
-            f"{record['steps']})"
-        )
+        return f"tuning, {how}: {what} {before:.4f} → {after:.4f} ({where})"
     return (
-        f"tuning: not kept, as it did not help: {what} {before:.4f} without it, {after:.4f} at best "
-        f"in {record['steps']} steps"
+        f"tuning, {how}: not kept, as it did not help: {what} {before:.4f} without it, {after:.4f} at "
+        f"best ({where})"
     )

@@ -1,8 +1,9 @@
 """A sparse model that can be differentiated: what distillation trains.
 
-Each FFN is computed in full and masked, so nothing is saved; the masks are those of the run time, but
-that over float weights looks see the exact activation instead of its look record. Over planes all is
-computed as at run time, from their values in float: by base planes, and by full values where refined.
+Each FFN is computed in full and masked, so nothing is saved, by products of whole matrices in the
+model's dtype, which is faster than the run time's own paths where calls are long. The masks are those
+of the run time, from the values of look records; over planes all is computed as at run time, from their
+values in float: by base planes, and by full values where refined.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.clusters.fisher import without_gradients
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
+from sparse_runtime.kernels.looks import look_records
 from sparse_runtime.kernels.operands import ExpertChoice
+from sparse_runtime.kernels.planes import LOOK_FORMAT, unpack_look
 from sparse_runtime.kernels.reference import activations
-from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 from sparse_runtime.models.ffn_layers import decoder_of, find_ffn_layers
 from sparse_runtime.models.inline_calls import calling, ffn_module
 from sparse_runtime.models.output_head import output_head
@@ -45,6 +48,7 @@ class StudentFFN(nn.Module):
             At zero, its gradient tells what restoring the layer is worth.
         left_out: with ``restored``, the mean over the last call's tokens of Σ e² over the neurons
             left out.
+        read: neurons computed, looked at and refined by calls without gradients, and their tokens.
         common: shift of all clusters' biases [H] float32.
         shift: of each cluster's bias beside it [K, H] float32.
         down: of the correction [c, H] float32.
@@ -62,6 +66,8 @@ class StudentFFN(nn.Module):
         self.enabled = True
         self.restored: Tensor | None = None
         self.left_out = 0.0
+        self.read = [0, 0, 0, 0]
+        self._with_full = False
         self.output_scale = self.input_scale = 1.0
         #: Of each token, while scales are measured.
         self.measured: list[tuple[Tensor, Tensor]] | None = None
@@ -72,8 +78,19 @@ class StudentFFN(nn.Module):
         self.common = nn.Parameter(torch.zeros(hidden_size))
         self.shift = nn.Parameter(torch.zeros(clusters.num_clusters, hidden_size))
         self.to(layer.device)
+        own = clusters.collapsed(layer.intermediate_size)
+        self._cost = layer_cost(layer, own.extra_elements, verified=own.maybe_sets is not None)
         self._masks = _Masks(clusters, layer)
-        self._rows = _Rows.of(layer)
+        self._rows = _Rows.of(layer, looked_at=self._masks.looks)
+
+    @property
+    def bytes_read(self) -> tuple[float, float]:
+        """Bytes of :attr:`read`, as of bfloat16 weights, and those that a dense FFN would have read."""
+        computed, looked, refined, tokens = self.read
+        if tokens == 0:
+            return 0.0, 0.0
+        each = self._cost.sparse_bytes(computed / tokens, looked / tokens, refined / tokens)
+        return tokens * each, float(tokens * self._cost.dense_bytes)
 
     @property
     def bias_shift(self) -> Tensor:
@@ -102,10 +119,11 @@ class StudentFFN(nn.Module):
             output: Tensor = self._dense[0](hidden_states, *choice)
             return output
         x = hidden_states.reshape(-1, layer.hidden_size)
-        constant = 0.0 if layer.down_bias is None else layer.down_bias
+        if not torch.is_grad_enabled():
+            self.read[3] += len(x)
         if not self.enabled or masks.everything:
             found = self._neurons(x, None, choice)
-            return (found.output + constant).reshape(hidden_states.shape)
+            return self.with_constant(found.output).reshape(hidden_states.shape)
         with torch.no_grad():
             ids = masks.route(x)
         found = self._neurons(x, ids, choice)
@@ -120,7 +138,32 @@ class StudentFFN(nn.Module):
             y = y + self.restored.to(x.dtype) * missing
         y = y + bias
         correction = F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
-        return (y + correction + constant).reshape(hidden_states.shape)
+        return self.with_constant(y + correction).reshape(hidden_states.shape)
+
+    @torch.no_grad()
+    def compared(self, x: Tensor, *choice: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Clusters [n], sparse output and what that lacks of the dense one, of hidden states [n, H].
+
+        The latter two are float32 [n, H], without the bias of the down projection.
+        """
+        masks, read = self._masks, list(self.read)
+        if masks.everything:
+            output = self._neurons(x, None, choice).output.float()
+            found = x.new_zeros(len(x), dtype=torch.int64), output, torch.zeros_like(output)
+        else:
+            self._with_full, ids = True, masks.route(x)
+            both = self._neurons(x, ids, choice)
+            self._with_full = False
+            output = both.output.float() + (masks.cluster_bias + self.bias_shift)[ids]
+            output += F.linear(x, self.correction_down.to(x.dtype)) @ self.correction_up.to(x.dtype)
+            found = ids, output, both.full.float() - output
+        self.read = read
+        return found
+
+    def with_constant(self, output: Tensor) -> Tensor:
+        """An output with the bias of the down projection, if there is one."""
+        constant = self._layer[0].down_bias
+        return output if constant is None else output + constant
 
     def _neurons(self, x: Tensor, ids: Tensor | None, choice: tuple[Tensor, ...]) -> _Found:
         """What the neurons of hidden states [n, H] put out under the masks of clusters [n], or all."""
@@ -140,7 +183,7 @@ class StudentFFN(nn.Module):
 
     def _part(self, x: Tensor, ids: Tensor | None, neurons: slice, counts: Tensor | None) -> _Found:
         """Of some neurons, whose h counts so many times [n, 1]."""
-        rows, masks = self._rows.some(neurons), self._masks
+        layer, rows, masks = self._layer[0], self._rows.some(neurons), self._masks
 
         def activations_of(rows: _Rows) -> Tensor:
             h = rows.activations(x)
@@ -149,11 +192,15 @@ class StudentFFN(nn.Module):
         full = activations_of(rows)
         whole = full @ rows.down_t if ids is None or self._looks_at_full else full
         if ids is None:
+            every = torch.ones_like(full, dtype=torch.bool)
+            self._count(every, every if layer.packed else None, every)
             return _Found(whole, whole, 0.0)
         h = full if rows.base is None else activations_of(rows.base)
         with torch.no_grad():
-            chosen = masks.chosen(ids, h, neurons)
-            refined = masks.refined(chosen, ids, h, neurons)
+            look = h if rows.look is None else activations_of(rows.look)
+            chosen, looked_at = masks.chosen(ids, look, neurons)
+            refined = masks.refined(chosen, ids, look, neurons)
+            self._count(chosen, looked_at, refined)
         if rows.base is None:
             y = (h * chosen) @ rows.down_t
         else:
@@ -166,10 +213,18 @@ class StudentFFN(nn.Module):
             left_out = masks.left_out(chosen, refined, ids, full.detach(), neurons)
         return _Found(y, whole, left_out)
 
+    def _count(self, computed: Tensor, looked_at: Tensor | None, refined: Tensor) -> None:
+        """Count masks [n, i] of a call without gradients; float weights have nothing to refine."""
+        if torch.is_grad_enabled():
+            return
+        self.read[0] += int(computed.sum())
+        self.read[1] += 0 if looked_at is None else int(looked_at.sum())
+        self.read[2] += int(refined.sum()) if self._layer[0].packed else 0
+
     @property
     def _looks_at_full(self) -> bool:
         """Whether what all neurons put out is asked for as well."""
-        return self.restored is not None or self.measured is not None
+        return self._with_full or self.restored is not None or self.measured is not None
 
 
 @dataclass(frozen=True)
@@ -196,6 +251,7 @@ class _Rows:
         activation: by the kernels' name.
         biases: of gate and up [I], or None.
         base: by base planes; None where nothing is refined.
+        look: by look records, without down; None where nothing float is looked at.
     """
 
     gate: Tensor
@@ -204,17 +260,23 @@ class _Rows:
     activation: str
     biases: tuple[Tensor | None, Tensor | None]
     base: _Rows | None = None
+    look: _Rows | None = None
 
     @classmethod
-    def of(cls, layer: FFNLayer) -> _Rows:
-        def rows(base: bool, coarse: _Rows | None = None) -> _Rows:
-            gate, up, down_t = layer.rows(base=base)
+    def of(cls, layer: FFNLayer, *, looked_at: bool) -> _Rows:
+        def rows(gate: Tensor, up: Tensor | None, down_t: Tensor) -> _Rows:
             up = None if up is None else up.to(layer.dtype)
             weights = gate.to(layer.dtype), up, down_t.to(layer.dtype)
-            return cls(*weights, layer.activation, layer.biases, coarse)
+            return cls(*weights, layer.activation, layer.biases)
 
-        has_base = layer.format is not None and layer.format.residual > 0
-        return rows(False, rows(True) if has_base else None)
+        gate, up, down_t = layer.rows()
+        whole = rows(gate, up, down_t)
+        if layer.format is not None and layer.format.residual > 0:
+            return replace(whole, base=rows(*layer.rows(base=True)))
+        if layer.packed or not looked_at:
+            return whole
+        values = unpack_look(look_records(gate, up), LOOK_FORMAT, layer.hidden_size)
+        return replace(whole, look=rows(*values, whole.down_t))
 
     def some(self, neurons: slice) -> _Rows:
         """Of some of the neurons; views."""
@@ -226,6 +288,7 @@ class _Rows:
             up=None if self.up is None else self.up[neurons],
             down_t=self.down_t[neurons],
             base=None if self.base is None else self.base.some(neurons),
+            look=None if self.look is None else self.look.some(neurons),
         )
 
     def activations(self, x: Tensor) -> Tensor:
@@ -272,6 +335,7 @@ class _Masks:
         self._sure = unpack_bits(clusters.active_sets.to(weight.device), neurons)
         self._maybe, self._factors = None, None
         self._tau = math.inf if clusters.tau is None else clusters.tau
+        self._packed = layer.packed
         if clusters.maybe_sets is not None and clusters.factors is not None:
             self._maybe = unpack_bits(clusters.maybe_sets.to(weight.device), neurons)
             self._factors = clusters.factors.to(weight.device)
@@ -290,18 +354,25 @@ class _Masks:
         """Cluster ids [n] of hidden states [n, H]."""
         return router_logits(x, self._down, self._up, self._bias).argmax(-1)
 
-    def chosen(self, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
-        """Neurons that are computed, bool [n, i], from cluster ids [n] and activations [n, i].
+    @property
+    def looks(self) -> bool:
+        """Whether some neurons are left to a look."""
+        return self._maybe is not None and self._factors is not None
+
+    def chosen(self, ids: Tensor, h: Tensor, neurons: slice) -> tuple[Tensor, Tensor | None]:
+        """Neurons that are computed and looked at, bool [n, i], None of the latter if there are none.
 
         Args:
-            ids: [n] int64.
-            h: activations of some neurons.
+            ids: clusters [n] int64.
+            h: activations of some neurons [n, i], as looks see them.
             neurons: which of them.
         """
-        chosen = self._sure[:, neurons][ids]
+        sure = self._sure[:, neurons][ids]
         if self._maybe is None or self._factors is None:
-            return chosen
-        return chosen | (self._maybe[:, neurons][ids] & (self._evidence(ids, h, neurons) > 1))
+            return sure, sure if self._packed else None
+        maybe = self._maybe[:, neurons][ids] & ~sure
+        computed = sure | (maybe & ~(self._evidence(ids, h, neurons) <= 1))
+        return computed, sure | maybe if self._packed else maybe
 
     def refined(self, chosen: Tensor, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
         """Neurons that residual planes are read of, bool [n, i], out of the chosen ones."""

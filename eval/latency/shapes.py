@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -60,13 +61,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 
 
-def random_model(
-    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+def empty_model(
+    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
 ) -> nn.Module:
-    """Make a model of a known shape with random weights, in eval mode.
-
-    Weights repeat one random block of a million values: latency does not depend on them, and drawing
-    seven billion takes minutes.
+    """Make a model of a known shape on the meta device, in eval mode.
 
     Raises:
         ConfigError: the shape is not known, or ``layers`` is out of range.
@@ -80,20 +78,47 @@ def random_model(
         fields["num_hidden_layers"] = layers
     with torch.device("meta"):
         config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-        model = AutoModelForCausalLM.from_config(config).to(dtype)
-    model = model.to_empty(device="cpu").eval()
+        model: nn.Module = AutoModelForCausalLM.from_config(config).to(dtype).eval()
+    return model
+
+
+def random_values(dtype: torch.dtype, *, seed: int = 0) -> Callable[[str, Sequence[int]], Tensor]:
+    """Make weights by their names and shapes; norms are ones.
+
+    They repeat one random block of a million values: latency does not depend on them, and drawing
+    seven billion takes minutes.
+    """
+    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))
+
+    def values(name: str, shape: Sequence[int]) -> Tensor:
+        tensor = torch.empty(*shape, dtype=dtype)
+        if name.endswith("norm.weight"):
+            return tensor.fill_(1.0)
+        _fill(tensor, (block * shape[-1] ** -0.5).to(dtype))
+        return tensor
+
+    return values
+
+
+def random_model(
+    shape: str, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16, seed: int = 0
+) -> nn.Module:
+    """Make a model of a known shape with random weights (:func:`random_values`), in eval mode.
+
+    Raises:
+        ConfigError: the shape is not known, or ``layers`` is out of range.
+    """
+    model: Any = empty_model(shape, layers=layers, dtype=dtype)
+    model = model.to_empty(device="cpu")
     model.tie_weights()
     # to_empty leaves buffers unset too; the rotary frequencies are recomputed from the config.
     model.model.rotary_emb = type(model.model.rotary_emb)(model.config)
-    block = torch.randn(1_000_003, generator=torch.Generator().manual_seed(seed))
+    values = random_values(dtype, seed=seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("norm.weight"):
-                parameter.fill_(1.0)
-                continue
-            scale = parameter.shape[-1] ** -0.5
-            _fill(parameter, (block * scale).to(dtype))
-    return model
+            parameter.copy_(values(name, parameter.shape))
+    made: nn.Module = model
+    return made
 
 
 def random_clusters(

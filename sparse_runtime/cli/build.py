@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,7 @@ import typer
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.folders import check_output_folder as check_holds_artifact
-from sparse_runtime.cli.console import err, fail, out
+from sparse_runtime.cli.console import err, fail, note, out
 from sparse_runtime.cli.figures import check_output_folder, peak_memory_mib, write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -29,6 +30,7 @@ from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSI
 from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
+from sparse_runtime.models.onloading import is_offloaded
 
 if TYPE_CHECKING:
     from sparse_runtime.clusters import BuildConfig
@@ -77,11 +79,18 @@ _LoopWeights = Annotated[
     bool | None,
     typer.Option(help="Weigh layers by what they leave out in the loop; default if global."),
 ]
+_TuneTokens = Annotated[
+    int | None,
+    typer.Option(
+        callback=NOT_NEGATIVE.callback,
+        help="Tokens on which biases are tuned layer by layer; 0: none. 16384 if global.",
+    ),
+]
 _Distill = Annotated[
     int | None,
     typer.Option(
         callback=NOT_NEGATIVE.callback,
-        help="Steps that tune biases and corrections; 0: none. 60 if global.",
+        help="Steps of distillation that tune biases, and a correction, further; none by default.",
     ),
 ]
 _CorrectionRank = Annotated[
@@ -104,6 +113,25 @@ _PaperPooled = Annotated[
 ]
 
 
+_Offload = Annotated[
+    bool | None,
+    typer.Option(
+        "--offload/--no-offload",
+        help="Leave the decoder layers on the disk and load one at a time; by default where the model "
+        "takes more than half of the free memory.",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class _Loading:
+    """How the model is loaded; as of ``load_model``."""
+
+    dtype: str
+    device: str | None
+    offload: bool | None
+
+
 def build(
     model: ModelArgument,
     output: _Output,
@@ -113,6 +141,7 @@ def build(
     allocation: _Allocation = None,
     verify: _Verify = None,
     loop_weights: _LoopWeights = None,
+    tune_tokens: _TuneTokens = None,
     distill: _Distill = None,
     correction_rank: _CorrectionRank = None,
     clusters: Annotated[
@@ -133,6 +162,7 @@ def build(
     paper_pooled: _PaperPooled = None,
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
+    offload: _Offload = None,
     json_file: JsonOption = None,
 ) -> None:
     """Build clusters and routers for a model from calibration text; resumable."""
@@ -144,6 +174,7 @@ def build(
         allocation=allocation,  # type: ignore[arg-type]
         verify=verify,
         loop_weights=loop_weights,
+        tune_tokens=tune_tokens,
         distill=distill,
         correction_rank=correction_rank,
         num_clusters=clusters,
@@ -158,7 +189,7 @@ def build(
         paper_init=paper_init,  # type: ignore[arg-type]
         paper_pooled=paper_pooled,
     )
-    summary = _build(model, output, data, config, packed, dtype, device)
+    summary = _build(model, output, data, config, packed, _Loading(dtype, device, offload))
     write_figures(json_file, summary)
 
 
@@ -168,16 +199,21 @@ def _build(
     data: list[str] | None,
     config: BuildConfig,
     packed: Path | None,
-    dtype: str,
-    device: str | None,
+    loading: _Loading,
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
-    from sparse_runtime.clusters import build_clusters, tuning_line
+    from sparse_runtime.clusters import build_clusters, tuning_lines
 
     check_holds_artifact(output)
-    sources = fit_sources(data, default="general")
+    sources = fit_sources(data, default="general", sampled=not loading.offload)
     started, times = time.perf_counter(), dict[str, float]()
-    loaded, tokenizer = load_model(model, dtype=resolve_dtype(dtype, device), device=device)
+    dtype = resolve_dtype(loading.dtype, loading.device)
+    loaded, tokenizer = load_model(
+        model, dtype=dtype, device=loading.device, offload=loading.offload
+    )
+    if is_offloaded(loaded) and loading.offload is None:
+        note("the model takes more than half of the free memory: its layers stay on the disk")
+        sources = fit_sources(data, default="general", sampled=False)
     try:
         artifact = build_clusters(
             loaded,
@@ -195,8 +231,8 @@ def _build(
     seconds, peak = time.perf_counter() - started, peak_memory_mib()
     summary = artifact_summary(artifact)
     print_summary(str(output), summary)
-    if "tuning" in artifact.build:
-        out.print(tuning_line(artifact.build["tuning"]))
+    for line in tuning_lines(artifact.build):
+        out.print(line)
     memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
     out.print(f"{seconds:.0f} s in all{memory}")
     return summary | {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}

@@ -15,19 +15,22 @@ if TYPE_CHECKING:
     from sparse_runtime.clusters.text import CalibrationText, DataSource
 
 
-def fit_sources(specs: list[str] | None, default: str = "wikitext2") -> list[DataSource]:
+def fit_sources(
+    specs: list[str] | None, default: str = "wikitext2", *, sampled: bool = True
+) -> list[DataSource]:
     """Sources to calibrate on; what cannot be there is refused unread.
 
     Args:
         specs: as given, recipes among them; says which sources these stand for.
         default: where none is given.
+        sampled: as of ``expand_recipes``.
 
     Raises:
         ConfigError, DataError: see ``parse_source`` and ``check_source``.
     """
     from sparse_runtime.clusters.text import check_source, expand_recipes
 
-    recipe = expand_recipes(specs or [default])
+    recipe = expand_recipes(specs or [default], sampled=sampled)
     for source in recipe.sources:
         check_source(source)
     if recipe.note:

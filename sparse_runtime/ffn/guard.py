@@ -85,19 +85,6 @@ def audited_places(length: int) -> Tensor | None:
     return ((torch.arange(count) + 0.5) * length / count).long()
 
 
-def audit_errors(ffn: Any, x: Tensor, expected: Tensor, choice: Sequence[Tensor] = ()) -> Tensor:
-    """‖sparse(x) − dense(x)‖² of hidden states [n, H]: [n] float32.
-
-    Args:
-        ffn: sparse.
-        x: hidden states.
-        expected: the FFN's dense output [n, H].
-        choice: experts of each token and their weights, if there are experts.
-    """
-    found = ffn.uncounted(x, *choice)
-    return (found.float() - expected.float()).square().sum(-1)
-
-
 class _Now(threading.local):
     """What the current thread's forward of the decoder is about."""
 
@@ -177,8 +164,8 @@ class Guard:
         rows = call.rows.to(hidden_states.device)
         own = [part.index_select(0, rows) for part in choice]
         expected = output.reshape(-1, size).index_select(0, rows)
-        x = hidden_states.reshape(-1, size).index_select(0, rows)
-        call.add(ffn.layer_index, audit_errors(ffn, x, expected, own))
+        found = ffn.uncounted(hidden_states.reshape(-1, size).index_select(0, rows), *own)
+        call.add(ffn.layer_index, (found.float() - expected.float()).square().sum(-1))
 
     def _begin(self, decoder: nn.Module, args: Any, kwargs: Any) -> None:
         if torch.compiler.is_compiling() or self._state.switch.depth > 0:

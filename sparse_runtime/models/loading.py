@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import weakref
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import torch
 
-from sparse_runtime.errors import ConfigError, ModelError
+from sparse_runtime.errors import ConfigError, ModelError, SparseRuntimeError
 from sparse_runtime.hub import hub_failure, why_a_path
 from sparse_runtime.models.checkpoint import check_loaded
+from sparse_runtime.models.onloading import is_offloaded, layers_on_disk, size_in_memory
 from sparse_runtime.printable import printable
 
 # transformers is imported where a model is loaded: that takes seconds, and telling models apart
@@ -19,6 +23,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DEMO = "demo"
+# A build keeps statistics beside the weights.
+_MOST_OF_FREE = 0.5
 _DTYPES = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
@@ -46,6 +52,7 @@ def load_model(
     dtype: torch.dtype = torch.bfloat16,
     device: str | None = None,
     device_map: str | None = None,
+    offload: bool | None = False,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model, in eval mode, and its tokenizer.
 
@@ -58,6 +65,8 @@ def load_model(
         dtype: of the weights.
         device: where to put the model; the CPU if None.
         device_map: handed to accelerate instead of ``device``; not for ``demo``.
+        offload: leave the decoder layers on the disk, from where each call loads them one after the
+            other; None: where the model would take more than half of the free memory. Not for ``demo``.
 
     Returns:
         Model and tokenizer.
@@ -72,14 +81,19 @@ def load_model(
             f"device_map is {device_map!r} beside device {device!r} and model {name!r}; expected "
             "either device or device_map, and device alone for 'demo', which fits on any one"
         )
+    if offload and (device_map is not None or name == DEMO):
+        raise ConfigError(
+            f"offload is True beside device_map {device_map!r} and model {name!r}; expected either "
+            "offload or device_map, and neither for 'demo', which fits on any machine"
+        )
     target = _device(device)
     if name == DEMO:
         from sparse_runtime.models.demo_model import load_demo
 
         model, tokenizer = load_demo(dtype)
     else:
-        model, tokenizer = _load_pretrained(name, dtype, device_map)
-    if device_map is None:
+        model, tokenizer = _load_pretrained(name, dtype, device_map, offload, target)
+    if device_map is None and not is_offloaded(model):
         model = model.to(target)
     return model.eval(), tokenizer
 
@@ -97,7 +111,13 @@ def _device(device: str | None) -> torch.device:
     return target
 
 
-def _load_pretrained(name: str, dtype: torch.dtype, device_map: str | None) -> tuple[Any, Any]:
+def _load_pretrained(
+    name: str,
+    dtype: torch.dtype,
+    device_map: str | None,
+    offload: bool | None,
+    device: torch.device,
+) -> tuple[Any, Any]:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     path = Path(os.path.expanduser(name))
@@ -117,14 +137,24 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map: str | None) -> t
         # Asked for first: without a network, the tokenizer alone goes through two rounds of retries.
         config = AutoConfig.from_pretrained(source)
         tokenizer = AutoTokenizer.from_pretrained(source, config=config)
+        places: Any = device_map
+        if offload or (offload is None and device_map is None):
+            places = _offload_map(config, dtype, device, always=offload is True)
+        folder = TemporaryDirectory() if isinstance(places, dict) else None
         model, info = AutoModelForCausalLM.from_pretrained(
             source,
             config=config,
             dtype=dtype,
-            device_map=device_map,
+            device_map=places,
+            # Of layers that are not in safetensors, or whose weights are arranged anew.
+            offload_folder=None if folder is None else folder.name,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_loaded names them, transformers' error does not
         )
+        if folder is not None:
+            weakref.finalize(model, folder.cleanup)
+    except SparseRuntimeError:
+        raise
     except Exception as error:
         # transformers, huggingface_hub and httpx raise a dozen unrelated types here, ValueError and
         # OSError among them; all mean that this name gave no model.
@@ -140,3 +170,23 @@ def _load_pretrained(name: str, dtype: torch.dtype, device_map: str | None) -> t
         ) from error
     check_loaded(name, model, info)
     return model, tokenizer
+
+
+def _offload_map(
+    config: Any, dtype: torch.dtype, device: torch.device, *, always: bool
+) -> dict[str, str] | None:
+    """Where the parts of a model go whose layers stay on the disk; None if it fits in memory."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    if always or size_in_memory(model, dtype) > _MOST_OF_FREE * _free_memory(device):
+        return layers_on_disk(model, str(device))
+    return None
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes free on a device."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return int(psutil.virtual_memory().available)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
-from sparse_runtime.errors import ModelError
+from sparse_runtime.errors import ModelError, UnsupportedArchitectureError
+from sparse_runtime.models.ffn_layers import decoder_layers
 
 # What accelerate leaves on a module that it dispatched.
 _DISPATCHED = ("forward", "_old_forward", "_hf_hook")
@@ -68,3 +70,43 @@ def onloaded(module: nn.Module) -> Iterator[None]:
             part.__dict__.update(state)
         for part, hook in loaded:
             hook.post_forward(part, None)
+
+
+def layers_on_disk(model: nn.Module, device: str = "cpu") -> dict[str, str]:
+    """A ``device_map`` that leaves a model's decoder layers on the disk, and all else on a device.
+
+    Args:
+        model: a causal language model, on the meta device for one.
+        device: of what is not in a decoder layer.
+
+    Raises:
+        UnsupportedArchitectureError: the model has no list of decoder layers.
+    """
+    layers = set(decoder_layers(model))
+    if not layers:
+        raise UnsupportedArchitectureError(
+            f"this {type(model).__name__} has no list of decoder layers that could stay on the disk; "
+            "load it whole (--no-offload)"
+        )
+    places: dict[str, str] = {}
+
+    def assign(module: nn.Module, name: str) -> None:
+        if module in layers:
+            places[name] = "disk"
+        elif layers.isdisjoint(module.modules()):
+            places[name] = device
+        else:
+            prefix = f"{name}." if name else ""
+            places.update(
+                {f"{prefix}{own}": device for own in (*module._parameters, *module._buffers)}
+            )
+            for child, part in module.named_children():
+                assign(part, f"{prefix}{child}")
+
+    assign(model, "")
+    return places
+
+
+def size_in_memory(model: nn.Module, dtype: torch.dtype) -> int:
+    """Bytes that a model's parameters take in a dtype."""
+    return sum(parameter.numel() for parameter in model.parameters()) * dtype.itemsize

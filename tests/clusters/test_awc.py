@@ -49,6 +49,18 @@ def test_coverage_and_means_match_a_loop():
         torch.testing.assert_close(means[k], expected)
 
 
+def test_coverage_of_bfloat16_tells_clusters_apart():
+    """Where the device has units for it, products round to it."""
+    importance = planted(2000, 300, 6)[0].bfloat16()
+    sets = top_sets(torch.rand(40, 300, generator=generator(1)), 120)
+    found, expected = (coverage_matrix(values, sets) for values in (importance, importance.float()))
+    torch.testing.assert_close(found, expected, atol=2e-3, rtol=0)
+    best, ids = best_sets(importance, sets)
+    lost = expected.max(-1).values - expected.gather(1, ids.unsqueeze(-1)).squeeze(-1)
+    assert lost.mean() < 1e-4
+    torch.testing.assert_close(best.mean(), expected.max(-1).values.mean(), atol=1e-3, rtol=0)
+
+
 def test_objective_never_falls_and_sets_have_the_size_asked_for():
     importance = torch.rand(500, 40, generator=generator()) ** 3
     result = fit_awc(

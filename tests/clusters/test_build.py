@@ -54,7 +54,7 @@ def test_equal_builds_are_equal(tiny_tokenizer, text, tmp_path):
         assert_equal(built[0], other, tmp_path)
         assert json.dumps(other.build) == json.dumps(built[0].build)
     stages = {"capture", "fisher", "router choice", "layers", "loop_weights", "distill", "measure"}
-    stages.add("scores")
+    stages |= {"tune", "scores"}
     assert all(set(taken) == stages and min(taken.values()) >= 0 for taken in times)
     assert "seconds" not in (tmp_path / "0" / "config.json").read_text()
 
@@ -248,7 +248,9 @@ def test_a_budget_below_the_router_is_refused_before_the_text(
         linear.out_features = 4
     mlp.down_proj.weight = torch.nn.Parameter(mlp.down_proj.weight[:, :4].clone())
     mlp.down_proj.in_features = 4
-    correction = BuildConfig(num_clusters=6, budget=0.4, router=router, correction_rank=30)
+    correction = BuildConfig(
+        num_clusters=6, budget=0.4, router=router, distill=1, correction_rank=30
+    )
     with pytest.raises(ConfigError, match="6 clusters with a correction of rank 30 alone costs"):
         build_clusters(models[0], tiny_tokenizer, [text], correction)
     for model, budget in zip(models, (0.03, 0.5), strict=True):

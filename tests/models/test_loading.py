@@ -4,15 +4,18 @@ import warnings
 
 import pytest
 import torch
-from helpers import make_tiny_model
+from helpers import logits, make_tiny_model
 from huggingface_hub.errors import LocalEntryNotFoundError
+from model_types import tiny_model_of_type
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import sparse_runtime.hub as hub
 import sparse_runtime.models.demo_model as demo
 from sparse_runtime.errors import ConfigError, ModelError
-from sparse_runtime.models import load_model, parse_dtype
+from sparse_runtime.models import load_model, loading, parse_dtype
+from sparse_runtime.models.ffn_layers import decoder_layers
+from sparse_runtime.models.onloading import layers_on_disk
 
 
 def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
@@ -25,9 +28,9 @@ def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     assert type(llama).__name__ == "LlamaForCausalLM"
     ids = tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
     with torch.inference_mode():
-        logits = model(ids).logits
-        assert torch.equal(logits, llama(ids).logits)
-    assert tokenizer.decode(logits[0, -1].argmax()).strip() == "Paris"
+        found = model(ids).logits
+        assert torch.equal(found, llama(ids).logits)
+    assert tokenizer.decode(found[0, -1].argmax()).strip() == "Paris"
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -285,3 +288,49 @@ def test_dtype_names():
 def test_device_that_is_not_there(device, tiny_folder):
     with pytest.raises(ConfigError, match=f"'{device}'"):
         load_model(str(tiny_folder), device=device)
+
+
+class TestOffload:
+    @pytest.fixture
+    def others(self, monkeypatch):
+        """What accelerate and the kernel say of memory."""
+
+        def free(size):
+            usage = type("Memory", (), {"available": size})()
+            monkeypatch.setattr(loading.psutil, "virtual_memory", lambda: usage)
+
+        return free
+
+    def test_layers_stay_on_the_disk(self, tiny_model, tiny_folder):
+        model, _ = load_model(str(tiny_folder), dtype=torch.float32, offload=True)
+        assert all(p.is_meta for p in model.model.layers.parameters())
+        rest = [p for name, p in model.named_parameters() if ".layers." not in name]
+        assert len(rest) == 3
+        assert not any(p.is_meta for p in rest)
+        assert torch.equal(logits(model), logits(tiny_model))
+
+    def test_where_the_model_takes_more_than_half_of_the_memory(self, tiny_folder, others):
+        size = sum(p.numel() for p in make_tiny_model().parameters()) * 2
+        for free, expected in ((2 * size - 2, True), (2 * size, False)):
+            others(free)
+            model, _ = load_model(str(tiny_folder), offload=None)
+            assert any(p.is_meta for p in model.parameters()) is expected
+            model, _ = load_model(str(tiny_folder))
+            assert not any(p.is_meta for p in model.parameters())
+
+    @pytest.mark.parametrize(
+        ("name", "options"), [("demo", {}), ("x", {"device_map": "cpu"})]
+    )
+    def test_beside_what_rules_it_out(self, name, options):
+        with pytest.raises(ConfigError, match="offload is True beside"):
+            load_model(name, offload=True, **options)
+
+
+@pytest.mark.parametrize("kind", ["mistral", "gpt2", "opt", "mixtral", "gemma2"])
+def test_every_part_of_a_model_has_its_place(kind):
+    model = make_tiny_model() if kind == "mistral" else tiny_model_of_type(kind)
+    places = layers_on_disk(model)
+    assert [places[name] for name in places].count("disk") == len(decoder_layers(model))
+    for name, _ in [*model.named_parameters(), *model.named_buffers()]:
+        owners = [place for place in places if name == place or name.startswith(f"{place}.")]
+        assert len(owners) == 1, name

@@ -8,7 +8,7 @@ import torch
 from helpers import make_tiny_model, random_centroids, random_cluster_set
 
 from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
-from sparse_runtime.clusters import tuning_line
+from sparse_runtime.clusters import tuning_lines
 from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.importance import importance_scorer
 from sparse_runtime.clusters.tuning import distill as distillation
@@ -394,7 +394,7 @@ def test_tuning_that_helps_is_kept(tiny_model, clusters, windows):
     assert record["held_out_after"] < 0.95 * record["held_out_before"]
     assert record["best_step"] > 0
     assert [record["best_step"], record["held_out_after"]] in record["held_out"]
-    assert "→" in tuning_line(record)
+    assert "→" in tuning_lines({"tuning": record})[0]
 
 
 def test_tuning_that_hurts_is_not_kept(tiny_model, clusters, windows):
@@ -409,7 +409,7 @@ def test_tuning_that_hurts_is_not_kept(tiny_model, clusters, windows):
         assert layer.correction_rank == 0
         assert torch.equal(layer.active_sets, plain.layers[index].active_sets)
         assert torch.equal(layer.cluster_bias, plain.layers[index].cluster_bias)
-    assert "not kept" in tuning_line(record)
+    assert "not kept" in tuning_lines({"tuning": record})[0]
 
 
 def test_the_best_state_is_kept(tiny_model, clusters, windows, monkeypatch):
