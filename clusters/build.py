@@ -43,6 +43,7 @@ from sparse_runtime.clusters.layer_build import (
 from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.plane_layers import base_error, packed
+from sparse_runtime.clusters.ranks import Ranks, in_order
 from sparse_runtime.clusters.router_choice import choose_router, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.text import (
@@ -115,32 +116,52 @@ def build_clusters(
     if settings.weights is not None:
         _check_in_memory(layers)
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
-    text = calibration_windows(
-        expand_recipes(data, sampled=not is_offloaded(model)).sources,
-        tokenizer,
-        max_tokens=settings.max_tokens,
-        window=settings.window,
-        split="train",
-        seed=settings.seed,
-        model=model,
+    ranks = Ranks.current()
+    text = ranks.by_first(
+        lambda: calibration_windows(
+            expand_recipes(data, sampled=not is_offloaded(model)).sources,
+            tokenizer,
+            max_tokens=settings.max_tokens,
+            window=settings.window,
+            split="train",
+            seed=settings.seed,
+            model=model,
+        )
     )
     num_fit = num_fit_tokens(text, settings)
+    _check_ranks(ranks, text, settings)
     build = _Build(
-        model, layers, text, num_fit, settings, model_name, progress, {} if times is None else times
+        model,
+        layers,
+        text,
+        num_fit,
+        settings,
+        model_name,
+        progress,
+        {} if times is None else times,
+        ranks,
     )
     if packed_output is not None:
         build.packed_output = _PackedOutput(tokenizer, Path(packed_output))
     if output is None:
         with TemporaryDirectory() as work:
-            return build.run(Path(work))
+            shared = Path(ranks.by_first(lambda: work))
+            clusters = build.run(shared)
+            ranks.wait()
+            return clusters
     folder = Path(output)
     check_output_folder(folder)
     work_folder = folder / WORK_FOLDER
     work_folder.mkdir(parents=True, exist_ok=True)
     clusters = build.run(work_folder)
-    # What has been worked out goes last: saving may fail, for lack of room say.
-    clusters.save_pretrained(folder, centroids=settings.save_centroids)
-    shutil.rmtree(work_folder)
+
+    def save() -> None:
+        # What has been worked out goes last: saving may fail, for lack of room say.
+        clusters.save_pretrained(folder, centroids=settings.save_centroids)
+        shutil.rmtree(work_folder)
+
+    ranks.wait()
+    ranks.by_first(save)
     return clusters
 
 
@@ -161,6 +182,25 @@ def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -
             "max_tokens or lower the number of clusters"
         )
     return num_fit
+
+
+def _check_ranks(ranks: Ranks, text: CalibrationText, settings: BuildSettings) -> None:
+    """That processes have the same settings, and windows for each of them."""
+    others = ranks.gather(settings.record())
+    for rank, other in enumerate(others):
+        changed = [name for name, value in other.items() if value != others[0][name]]
+        if changed:
+            raise ConfigError(
+                f"{changed[0]} is {other[changed[0]]!r} in process {rank} and "
+                f"{others[0][changed[0]]!r} in the first; expected the same settings in all that "
+                "build together"
+            )
+    num_fit = num_fit_tokens(text, settings) // text.windows.shape[1]
+    if num_fit < ranks.count:
+        raise ConfigError(
+            f"{ranks.count} processes build together, but there are {num_fit} windows to fit on; "
+            "expected one for each at least. Start fewer processes, or give more text"
+        )
 
 
 def _check_in_memory(layers: list[FFNLayer]) -> None:
@@ -185,6 +225,7 @@ class _Build:
     model_name: str
     progress: ProgressReporter
     times: dict[str, float]
+    ranks: Ranks
     packed_output: _PackedOutput | None = None
 
     def run(self, work: Path) -> ClusterSet:
@@ -192,24 +233,24 @@ class _Build:
         fingerprint = model_fingerprint(self.model)
         record: dict[str, Any] = {"model": self.model_name, "data": self.text.record}
         computed_in = sorted({str(parameter.dtype) for parameter in self.model.parameters()})
-        _claim(
-            work,
-            {
-                "fingerprint": fingerprint,
-                "config": self.settings.record(),
-                "computed_in": computed_in,
-                "library_version": __version__,
-                **record,
-            },
-        )
+        key = {
+            "fingerprint": fingerprint,
+            "config": self.settings.record(),
+            "computed_in": computed_in,
+            "library_version": __version__,
+            **record,
+        }
+        self.ranks.by_first(lambda: _claim(work, key))
         if self.packed_output is not None:
-            self.packed_output.check(work)
+            output = self.packed_output
+            self.ranks.by_first(lambda: output.check(work))
         with timed(self.times, "capture"):
             states = capture_hidden_states(
                 self.model,
                 self.text.windows,
                 work / "states",
                 memory_mib=self.settings.memory_mib,
+                ranks=self.ranks,
                 progress=self.progress,
             )
         with timed(self.times, "fisher"):
@@ -231,6 +272,7 @@ class _Build:
             self.times,
             self.text.domains,
             self.text.names,
+            ranks=self.ranks,
         )
         if settings.weights is None:
             return self._fit(context, fingerprint, record)
@@ -242,7 +284,7 @@ class _Build:
                 )
                 context = _of_packed(context)
             clusters = self._fit(context, fingerprint, record)
-            if self.packed_output is not None:
+            if self.packed_output is not None and self.ranks.first:
                 self.packed_output.save(self.model, work)
             return clusters
 
@@ -282,13 +324,17 @@ class _Build:
         if settings.fisher_tokens is None:
             return None, settings, {}
         file = work / "fisher.safetensors"
-        if not file.exists():
+        if not self.ranks.by_first(file.exists):
             windows = self.text.windows
             count = max(1, min(self.num_fit, settings.fisher_tokens) // windows.shape[1])
             try:
-                buffers = Buffers(settings.memory_mib, work / "sweep")
+                buffers = Buffers(settings.memory_mib, work / f"sweep_{self.ranks.rank}")
                 found = fisher_weights(
-                    self.model, windows[:count], buffers=buffers, progress=self.progress
+                    self.model,
+                    windows[:count],
+                    buffers=buffers,
+                    ranks=self.ranks,
+                    progress=self.progress,
                 )
             except NoBackwardPassError as error:
                 warnings.warn(
@@ -300,7 +346,8 @@ class _Build:
                 )
                 return None, settings.without_backward(), {"fallback": str(error)}
             parts = [(f"{i}.", vars(layer)) for i, layer in enumerate(found)]
-            write_tensors(file, {p + name: t for p, own in parts for name, t in own.items()}, {})
+            tensors = {p + name: t for p, own in parts for name, t in own.items()}
+            self.ranks.by_first(lambda: write_tensors(file, tensors, {}))
         saved = load_file(file)
         layers = [
             LayerFisher(saved[f"{i}.neurons"], saved[f"{i}.tokens"])
@@ -348,11 +395,13 @@ def _of_packed(context: BuildContext) -> BuildContext:
 def _fit_layers(context: BuildContext, rank: int | None) -> list[FittedLayer]:
     """Clusters and router of every layer, those of an interrupted build out of its files."""
     pooled = _pooled_clusters(context, rank)
-    fitted = []
-    with context.progress.task("layers", len(context.layers)) as advance:
-        for position, layer in enumerate(context.layers):
-            file = context.work / f"layer_{layer.index}.safetensors"
-            if not file.exists():
+    files = [context.work / f"layer_{layer.index}.safetensors" for layer in context.layers]
+    mine = context.ranks.mine(range(len(files)))
+
+    def fit() -> None:
+        for position in mine:
+            layer = context.layers[position]
+            if not files[position].exists():
                 with context.layer(position) as data:
                     one = fit_layer(
                         data,
@@ -363,10 +412,12 @@ def _fit_layers(context: BuildContext, rank: int | None) -> list[FittedLayer]:
                         layer_generator(context.config.seed, layer.index),
                         pooled,
                     )
-                save_fitted(file, one)
-            fitted.append(load_fitted(file))
+                save_fitted(files[position], one)
             advance(1)
-    return fitted
+
+    with context.progress.task("layers", len(mine)) as advance:
+        context.ranks.together(fit)
+    return [*map(load_fitted, files)]
 
 
 def _cluster_weights(context: BuildContext, position: int, fitted: FittedLayer) -> Tensor | None:
@@ -382,14 +433,22 @@ def _score_layers(
     context: BuildContext, clusters: ClusterSet, fitted: Sequence[FittedLayer]
 ) -> None:
     """Add to each layer's figures how its final sets fit held-out tokens."""
-    with context.progress.task("scores", len(fitted)) as advance:
-        for position, one in enumerate(fitted):
+    mine = context.ranks.mine(range(len(fitted)))
+
+    def scores() -> list[dict[str, float]]:
+        found = []
+        for position in mine:
             held_out = context.states.layer(position, context.num_fit)
             with context.weights_of(position) as layer:
-                one.figures["held_out"] = held_out_scores(
-                    held_out, layer, clusters.layers[layer.index], one.router
-                )
+                own, router = clusters.layers[layer.index], fitted[position].router
+                found.append(held_out_scores(held_out, layer, own, router))
             advance(1)
+        return found
+
+    with context.progress.task("scores", len(mine)) as advance:
+        parts = context.ranks.together(scores)
+    for one, found in zip(fitted, in_order(parts), strict=True):
+        one.figures["held_out"] = found
 
 
 def _claim(work: Path, key: dict[str, Any]) -> None:

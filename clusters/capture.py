@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, OutputFolderError
@@ -47,13 +48,19 @@ class HiddenStates:
         num_layers: FFN layers.
     """
 
-    def __init__(self, folder: Path) -> None:
-        index = json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8"))
-        self._folder = folder
-        self._shard_tokens: int = index["shard_tokens"]
-        self.num_layers: int = index["num_layers"]
-        self.num_tokens: int = index["num_tokens"]
-        self.hidden_size: int = index["hidden_size"]
+    def __init__(self, *folders: Path) -> None:
+        indices = [
+            json.loads((folder / _INDEX_FILE).read_text(encoding="utf-8")) for folder in folders
+        ]
+        # Folder, its first token, its tokens and those of each of its shards.
+        self._folders: list[tuple[Path, int, int, int]] = []
+        self.num_tokens = 0
+        for folder, index in zip(folders, indices, strict=True):
+            tokens = index["num_tokens"]
+            self._folders.append((folder, self.num_tokens, tokens, index["shard_tokens"]))
+            self.num_tokens += tokens
+        self.num_layers: int = indices[0]["num_layers"]
+        self.hidden_size: int = indices[0]["hidden_size"]
 
     def layer(
         self,
@@ -89,13 +96,16 @@ class HiddenStates:
 
     def _parts(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
         """What each shard has of some tokens, and where it goes."""
-        size = self._shard_tokens
-        for number in range(rows.start // size, -(-rows.stop // size)):
-            first = number * size
-            low, high = max(rows.start, first), min(rows.stop, first + size)
-            with safe_open(_shard_file(self._folder, name, number), framework="pt") as shard:
-                part = shard.get_slice(_STATES)[low - first : high - first]
-            yield low - rows.start, part
+        for folder, start, tokens, size in self._folders:
+            begin, end = max(rows.start, start) - start, min(rows.stop, start + tokens) - start
+            if begin > end:
+                continue
+            for number in range(begin // size, -(-end // size)):
+                first = number * size
+                low, high = max(begin, first), min(end, first + size)
+                with safe_open(_shard_file(folder, name, number), framework="pt") as shard:
+                    part = shard.get_slice(_STATES)[low - first : high - first]
+                yield start + low - rows.start, part
 
 
 def capture_hidden_states(
@@ -104,6 +114,7 @@ def capture_hidden_states(
     folder: Path,
     *,
     memory_mib: int = 512,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> HiddenStates:
     """Run a model over windows of text and keep the input of every FFN, and the last hidden states.
@@ -118,6 +129,7 @@ def capture_hidden_states(
         folder: where the shards go.
         memory_mib: bound, each, on the buffers of shards and on hidden states between layers, in MiB;
             at least one window is held whatever the bound.
+        ranks: processes that each take a part of the windows, one or more.
         progress: reports one unit per window and decoder layer.
 
     Raises:
@@ -125,18 +137,31 @@ def capture_hidden_states(
         OutputFolderError: a shard could not be written, or the disk has no room for all of them.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
+    ranks = ranks or Ranks()
+    reporter = progress or SilentProgress()
+    if ranks.count == 1:
+        _capture(model, windows, folder, memory_mib, reporter)
+        return HiddenStates(folder)
+    folders = [folder / f"{rank}_of_{ranks.count}" for rank in range(ranks.count)]
+    mine = windows[ranks.rows(len(windows))]
+    ranks.together(lambda: _capture(model, mine, folders[ranks.rank], memory_mib, reporter))
+    return HiddenStates(*folders)
+
+
+def _capture(
+    model: Any, windows: Tensor, folder: Path, memory_mib: int, reporter: ProgressReporter
+) -> None:
+    """Capture into a folder of its own."""
     layers = find_ffn_layers(model)
     folder.mkdir(parents=True, exist_ok=True)
     with Buffers(memory_mib, folder / "sweep") as buffers:
         sweep = Sweep(model, windows, buffers)
         capture = _Capture(model, layers, sweep, windows, folder, memory_mib)
-        reporter = progress or SilentProgress()
         with reporter.task("capture", sweep.steps) as advance, torch.inference_mode():
             advance(capture.first * len(windows))
             if not capture.finished:
                 sweep.forward(capture.around, first=capture.first, ran=capture.ran, advance=advance)
                 capture.finish()
-    return HiddenStates(folder)
 
 
 class _Capture:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.fisher import LayerFisher
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.onloading import onloaded
 from sparse_runtime.progress import ProgressReporter
@@ -39,6 +40,7 @@ class BuildContext:
         progress: draws bars.
         times: seconds of each stage.
         base_errors: ρ² of each layer's base planes; None for float weights.
+        ranks: processes that build together.
     """
 
     model: Any
@@ -54,6 +56,7 @@ class BuildContext:
     domains: Tensor
     domain_names: tuple[str, ...]
     base_errors: list[float] | None = None
+    ranks: Ranks = field(default_factory=Ranks)
 
     @property
     def fit_windows(self) -> Tensor:
@@ -80,7 +83,7 @@ class BuildContext:
 
     def buffers(self) -> Buffers:
         """New buffers for one sweep's hidden states."""
-        return Buffers(self.config.memory_mib, self.work / "sweep")
+        return Buffers(self.config.memory_mib, self.work / f"sweep_{self.ranks.rank}")
 
     @contextmanager
     def weights_of(self, position: int) -> Iterator[FFNLayer]:
@@ -103,7 +106,7 @@ class BuildContext:
             self.layers[position],
             self.config,
             num_fit=self.num_fit,
-            work=self.work,
+            spill_file=self.work / f"importance_{self.ranks.rank}.bin",
             fisher=self.fisher_of(position),
         )
         try:

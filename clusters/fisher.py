@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, SparseRuntimeError
@@ -54,6 +55,7 @@ def fisher_weights(
     windows: Tensor,
     *,
     buffers: Buffers | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> list[LayerFisher]:
     """Fisher information of every layer, by one backward pass per window.
@@ -72,6 +74,7 @@ def fisher_weights(
         model: a dense causal language model.
         windows: token ids [W, window] int64.
         buffers: for the hidden states; some of 1 GiB and a temporary folder if None.
+        ranks: processes that each take a part of the windows; all get the same result.
         progress: reports one unit per window and decoder layer, twice.
 
     Returns:
@@ -82,20 +85,26 @@ def fisher_weights(
         ModelError: no window has finite gradients.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
+    ranks, reporter = ranks or Ranks(), progress or SilentProgress()
     layers = find_ffn_layers(model)
-    try:
-        with without_gradients(model), buffers or Buffers() as own:
-            watched = _watched(model, layers, windows, own, progress or SilentProgress())
-    except (MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
-            raise
-        reason = str(error).partition("\n")[0]
-        raise NoBackwardPassError(
-            f"memory does not suffice for a backward pass ({reason})"
-        ) from error
+    mine = windows[ranks.rows(len(windows))]
+
+    def watched() -> list[_Gradients]:
+        try:
+            with without_gradients(model), buffers or Buffers() as own:
+                return _watched(model, layers, mine, own, reporter)
+        except (MemoryError, RuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            reason = str(error).partition("\n")[0]
+            raise NoBackwardPassError(
+                f"memory does not suffice for a backward pass ({reason})"
+            ) from error
+
+    parts = ranks.together(watched)
     return [
-        gradients.fisher(layer.name, model.dtype)
-        for layer, gradients in zip(layers, watched, strict=True)
+        same[0].joined(same[1:]).fisher(layer.name, model.dtype)
+        for layer, same in zip(layers, zip(*parts, strict=True), strict=True)
     ]
 
 
@@ -107,6 +116,8 @@ def _watched(
     progress: ProgressReporter,
 ) -> list[_Gradients]:
     """The squared gradients of every layer."""
+    if not len(windows):
+        return [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
     sweep = Sweep(model, windows, buffers)
     owned, head = sweep.owners(layers), output_head(model)
     watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
@@ -141,6 +152,13 @@ class _Gradients:
     def __init__(self) -> None:
         self._neurons: list[Tensor] = []
         self._tokens: list[Tensor] = []
+
+    def joined(self, others: Sequence[Any]) -> _Gradients:
+        """With those of further windows."""
+        for other in others:
+            self._neurons += other._neurons
+            self._tokens += other._tokens
+        return self
 
     def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the layer's down projection."""
@@ -178,6 +196,17 @@ class _ExpertGradients(_Gradients):
         self._layer = layer
         self._lengths = torch.empty(0)
         self._counts: list[Tensor] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What goes to other processes has no use for the layer.
+        return self.__dict__ | {"_layer": None}
+
+    def joined(self, others: Sequence[Any]) -> _Gradients:
+        """With those of further windows."""
+        for other in others:
+            self._counts += other._counts
+            self._lengths = self._lengths if self._lengths.numel() else other._lengths
+        return super().joined(others)
 
     def watch(self, down: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """Hook of the experts, which are called with hidden states, index and weights."""

@@ -105,7 +105,7 @@ def load_layer(
     config: BuildSettings,
     *,
     num_fit: int,
-    work: Path,
+    spill_file: Path,
     fisher: Tensor | None = None,
 ) -> tuple[LayerData, Buffer]:
     """Read a layer's hidden states and score its neurons.
@@ -120,7 +120,7 @@ def load_layer(
         (len(hidden_states), layer.intermediate_size),
         torch.bfloat16,
         memory_mib=config.memory_mib,
-        spill_file=work / "importance.bin",
+        spill_file=spill_file,
     )
     scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
     device = layer.device

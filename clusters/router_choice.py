@@ -80,27 +80,34 @@ def choose_router(context: BuildContext) -> int | None:
     candidates = router_candidates(layers, config)
     if config.router != "auto":
         return candidates[0]
-    file = context.work / "router.json"
-    if file.exists():
+    file, ranks = context.work / "router.json", context.ranks
+    if ranks.by_first(file.exists):
         rank: int | None = json.loads(file.read_text(encoding="utf-8"))
         return rank
     probes = sorted({0, len(layers) // 4, 3 * len(layers) // 4})
     fits: dict[tuple[int, int | None], FittedLayer] = {}
-    held_out: dict[int, Tensor] = {}
-    with context.progress.task("choose router", len(probes) * len(candidates)) as advance:
-        for position in probes:
+    mine = ranks.mine(probes)
+
+    def fitted() -> dict[tuple[int, int | None], FittedLayer]:
+        found: dict[tuple[int, int | None], FittedLayer] = {}
+        for position in mine:
             with context.layer(position) as whole:
                 data = whole.at_most(_PROBE_TOKENS)
             with context.weights_of(position) as layer:
-                fitted = _probed(context, position, layer, data, candidates, advance)
-            fits |= {(position, rank): one for rank, one in fitted.items()}
-            held_out[position] = data.hidden_states[data.held_out]
+                by_rank = _probed(context, position, layer, data, candidates, advance)
+            found |= {(position, rank): one for rank, one in by_rank.items()}
+        return found
+
+    with context.progress.task("choose router", len(mine) * len(candidates)) as advance:
+        for found in ranks.together(fitted):
+            fits |= found
     loss = dict.fromkeys(candidates, 0.0)
     price = _probe_price(context, {p: fits[p, candidates[0]] for p in probes})
     for position in probes:
+        states = context.states.layer(position, context.num_fit)
         with context.weights_of(position) as layer:
             for rank in candidates:
-                states, one = held_out[position], fits[position, rank]
+                one = fits[position, rank]
                 if price is None:
                     scorer = importance_scorer(layer, context.fisher_of(position))
                     loss[rank] += estimated_loss(states, scorer, one.router, one.sets)
@@ -109,7 +116,7 @@ def choose_router(context: BuildContext) -> int | None:
                 stages = StageCosts.of(cost, context.base_error(position) or 0.0)
                 loss[rank] += priced_loss(states, one, layer, cost, stages, price)
     best = min(candidates, key=lambda rank: loss[rank])
-    write_json(file, best)
+    ranks.by_first(lambda: write_json(file, best))
     return best
 
 

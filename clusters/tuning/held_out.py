@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from statistics import fmean, stdev
@@ -22,6 +22,7 @@ from sparse_runtime.artifact.measured import (
 )
 from sparse_runtime.artifact.recut import recut, share_range
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.ranks import Ranks, joined
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
 from sparse_runtime.ffn.guard import audited_places
@@ -123,6 +124,7 @@ class CutMeasurer:
         text: to run over.
         verify: with or without a band of neurons that looks decide on.
         buffers: makes new buffers for hidden states.
+        ranks: processes that each take a part of the windows.
         progress: reports one unit per window and decoder layer.
     """
 
@@ -130,6 +132,7 @@ class CutMeasurer:
     text: HeldOutText
     verify: bool
     buffers: Callable[[], Buffers]
+    ranks: Ranks
     progress: ProgressReporter
 
     def measured(self, clusters: ClusterSet) -> ClusterSet:
@@ -167,22 +170,8 @@ class CutMeasurer:
         """Measure the cut that expects a cost share of ``aim`` of itself."""
         bare = replace(clusters, measured=None)
         cut = recut(self.model, bare, budget=aim, verify=self.verify)
-        shares, losses = [], []
-        head, windows = output_head(self.model), self.text.windows
-        audit = _Audit(self.text, cut)
-        steps = len(windows) * len(cut.layers)
-        with self.progress.task("measure", steps) as advance:
-            runs = sparse_runs(
-                *(self.model, cut, windows),
-                buffers=self.buffers(),
-                visit=audit.visit,
-                advance=advance,
-            )
-            for number, (share, states) in enumerate(runs):
-                shares.append(share)
-                dense = self.text.dense_states(torch.tensor([number]))[0].to(states)
-                with torch.no_grad():
-                    losses.append(_divergences(head(dense), head(states)))
+        runs = joined(self.ranks.together(lambda: self._runs(cut)))
+        shares, losses = [run.share for run in runs], [run.losses for run in runs]
         by_domain = [
             (self.text.domains == number).nonzero()[:, 0].tolist()
             for number in self.text.domains.unique().tolist()
@@ -193,8 +182,28 @@ class CutMeasurer:
             tuple(sum(shares[i] for i in own) / len(own) for own in by_domain),
             tuple(max(0.0, loss.mean().item()) for loss in of_domains),
             tuple(map(_standard_error, of_domains)),
-            audit.levels(),
+            _levels(cut, [run.audited for run in runs]),
         )
+
+    def _runs(self, cut: ClusterSet) -> list[_Run]:
+        """This process's windows under a cut."""
+        rows = self.ranks.rows(len(self.text.windows))
+        if not len(rows):
+            return []
+        head, audit, found = output_head(self.model), _Audit(self.text, cut, rows), []
+        with self.progress.task("measure", len(rows) * len(cut.layers)) as advance:
+            runs = sparse_runs(
+                *(self.model, cut, self.text.windows[rows]),
+                buffers=self.buffers(),
+                visit=audit.visit,
+                advance=advance,
+            )
+            for number, (share, states) in zip(rows, runs, strict=True):
+                dense = self.text.dense_states(torch.tensor([number]))[0].to(states)
+                with torch.no_grad():
+                    losses = _divergences(head(dense), head(states))
+                found.append(_Run(share, losses, audit.of(number)))
+        return found
 
     def _nothing(self) -> MeasuredCuts:
         """The domains that have windows, and their tokens."""
@@ -207,43 +216,64 @@ class CutMeasurer:
         )
 
 
+@dataclass(frozen=True)
+class _Run:
+    """A held-out window under a cut.
+
+    Attributes:
+        share: its cost share.
+        losses: KL(dense ‖ sparse) of each token [n].
+        audited: layer index -> what the guard finds there; none of windows too short for it.
+    """
+
+    share: float
+    losses: Tensor
+    audited: dict[int, float]
+
+
 class _Audit:
     """What the guard finds on the held-out windows: prompts run dense, so it gets what is captured."""
 
-    def __init__(self, text: HeldOutText, cut: ClusterSet) -> None:
-        self._text = text
+    def __init__(self, text: HeldOutText, cut: ClusterSet, rows: range) -> None:
+        self._text, self._rows = text, rows
         self._layers = audited_layers(list(cut.layers))
         self._places = audited_places(text.windows.shape[1])
-        self._errors: dict[int, list[float]] = {}
+        self._errors: dict[int, dict[int, float]] = {number: {} for number in rows}
 
     @torch.no_grad()
     def visit(self, layer: FFNLayer, student: StudentFFN) -> None:
         """Audit a layer on all windows."""
         if self._places is None or layer.index not in self._layers:
             return
-        errors = self._errors[layer.index] = []
-        for number in range(len(self._text.windows)):
+        for number in self._rows:
             states = self._text.inputs(layer, number)[self._places]
             x = states.to(device=layer.device, dtype=layer.dtype)
             choice: tuple[Tensor, ...] = ()
             if layer.experts:
                 choice = chosen_experts(layer.parent, layer.attribute, x)
-            errors.append(student.compared(x, *choice)[2].square().sum(-1).mean().item())
+            missing = student.compared(x, *choice)[2]
+            self._errors[number][layer.index] = missing.square().sum(-1).mean().item()
 
-    def levels(self) -> AuditLevels | None:
-        """Mean errors by layer, and how the score by them varies from window to window.
+    def of(self, number: int) -> dict[int, float]:
+        """A window's errors by layer."""
+        return self._errors[number]
 
-        None of windows too short for the guard, or too few.
-        """
-        if len(self._text.windows) < 2:
-            return None
-        ordered = {index: self._errors[index] for index in self._layers if index in self._errors}
-        kept = {index: errors for index, errors in ordered.items() if fmean(errors) > 0}
-        if not kept:
-            return None
-        means = {index: fmean(errors) for index, errors in kept.items()}
-        ratios = [[error / means[index] for error in errors] for index, errors in kept.items()]
-        return AuditLevels(means, stdev(map(fmean, zip(*ratios, strict=True))))
+
+def _levels(cut: ClusterSet, windows: Sequence[dict[int, float]]) -> AuditLevels | None:
+    """Mean errors by layer, and how the score by them varies from window to window.
+
+    None of windows too short for the guard, or too few.
+    """
+    if len(windows) < 2 or not windows[0]:
+        return None
+    means = {
+        index: fmean(own[index] for own in windows) for index in audited_layers(list(cut.layers))
+    }
+    kept = {index: mean for index, mean in means.items() if mean > 0}
+    if not kept:
+        return None
+    scores = [fmean(own[index] / mean for index, mean in kept.items()) for own in windows]
+    return AuditLevels(kept, stdev(scores))
 
 
 def _divergences(dense: Tensor, sparse: Tensor) -> Tensor:

@@ -51,7 +51,9 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
         clusters = scaled(clusters, weights)
     text = _held_out_text(context)
     first = text.first(count)
-    measurer = CutMeasurer(model, text, config.verify, context.buffers, context.progress)
+    measurer = CutMeasurer(
+        model, text, config.verify, context.buffers, context.ranks, context.progress
+    )
     first_cuts = replace(measurer, text=first)
     # Compensation fits the cut that it is tuned at.
     clusters = first_cuts.measured_once(clusters)
@@ -68,7 +70,7 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
                 first.windows,
                 Distillation(config.distill, config.correction_rank, seed=config.seed),
                 dense_states=_dense_states(context),
-                state_file=context.work / "distill.safetensors",
+                state_file=context.work / f"distill_{context.ranks.rank}.safetensors",
                 progress=context.progress,
             )
     with timed(context.times, "measure"):
@@ -85,17 +87,25 @@ def _tuned_locally(
     token of held-out windows, at equal prices; ``held_out_tokens``; ``tokens``.
     """
     config, text = context.config, measurer.text
-    count = max(1, config.tune_tokens // context.windows.shape[1])
+    count = max(context.ranks.count, config.tune_tokens // context.windows.shape[1])
     order = torch.randperm(
         len(context.fit_windows), generator=torch.Generator().manual_seed(config.seed)
     )
     windows = context.fit_windows[order[:count].sort().values]
     file = context.work / "shifts.safetensors"
     cut = recut(context.model, clusters, budget=config.budget, verify=config.verify)
-    if not file.exists():
-        options: dict[str, Any] = {"buffers": context.buffers(), "progress": context.progress}
-        shifts = tune_locally(context.model, cut, windows, **options)
-        write_tensors(file, {str(index): shift for index, shift in shifts.items()}, {})
+    ranks = context.ranks
+    if not ranks.by_first(file.exists):
+        shifts = tune_locally(
+            context.model,
+            cut,
+            windows,
+            buffers=context.buffers(),
+            ranks=ranks,
+            progress=context.progress,
+        )
+        tensors = {str(index): shift for index, shift in shifts.items()}
+        ranks.by_first(lambda: write_tensors(file, tensors, {}))
     shifts = {int(index): shift for index, shift in load_file(file).items()}
     tuned = shifted(cut, shifts)
     assert clusters.measured is not None
@@ -137,7 +147,7 @@ def _held_out_text(context: BuildContext) -> HeldOutText:
 
 def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:
     file = context.work / "loop_weights.json"
-    if not file.exists():
+    if not context.ranks.by_first(file.exists):
         count = max(1, LOOP_TOKENS // context.windows.shape[1])
         weights = loop_weights(
             context.model,
@@ -145,9 +155,11 @@ def _loop_weights(context: BuildContext, cut: ClusterSet) -> dict[str, float]:
             context.fit_windows[:count],
             dense_states=_dense_states(context),
             buffers=context.buffers(),
+            ranks=context.ranks,
             progress=context.progress,
         )
-        write_json(file, {str(index): weight for index, weight in weights.items()})
+        named = {str(index): weight for index, weight in weights.items()}
+        context.ranks.by_first(lambda: write_json(file, named))
     saved: dict[str, float] = json.loads(file.read_text(encoding="utf-8"))
     return saved
 

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.tuning.student import StudentFFN, students_of
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -38,6 +39,7 @@ def tune_locally(
     windows: Tensor,
     *,
     buffers: Buffers | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> dict[int, Tensor]:
     """What is missing in the sparse model, on average over a cluster's tokens, layer by layer.
@@ -47,6 +49,7 @@ def tune_locally(
         clusters: cut for the budget to tune at.
         windows: token ids [W, window] int64.
         buffers: as of ``fisher_weights``.
+        ranks: processes that each take a part of the windows, one at least; all get the same result.
         progress: reports one unit per window and decoder layer, twice.
 
     Returns:
@@ -56,6 +59,8 @@ def tune_locally(
         layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters.layers
     ]
     shifts: dict[int, Tensor] = {}
+    ranks = ranks or Ranks()
+    windows = windows[ranks.rows(len(windows))]
     with buffers or Buffers() as own:
         sweep = Sweep(model, windows, own)
         owned = sweep.owners(layers)
@@ -69,6 +74,7 @@ def tune_locally(
                             sweep.run(number, window)
                             advance(1)
                     for layer, one in zip(mine, compared, strict=True):
+                        one.add_up(ranks)
                         shifts[layer.index] = one.shift().cpu()
                     with calling(mine, [_Shifted(one) for one in compared]):
                         for window in range(len(windows)):
@@ -112,6 +118,10 @@ class _Compared(nn.Module):
         output = student.with_constant(output).to(x.dtype)
         self.calls.append((ids, output))
         return output.reshape(hidden_states.shape)
+
+    def add_up(self, ranks: Ranks) -> None:
+        """Take the other processes' tokens in."""
+        self._missing, self._tokens = ranks.total(self._missing), ranks.total(self._tokens)
 
     def shift(self) -> Tensor:
         """Of each cluster's bias [K, H] float32."""

@@ -27,6 +27,7 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import without_gradients
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -44,6 +45,7 @@ def loop_weights(
     *,
     dense_states: DenseStates | None = None,
     buffers: Buffers | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> dict[int, float]:
     """Measure r_ℓ.
@@ -53,7 +55,7 @@ def loop_weights(
         clusters: cut for a budget, with centroids.
         windows: token ids [W, window] int64; some 4,096 tokens do.
         dense_states: of ``windows``, by their numbers; if None, the dense model runs.
-        buffers: as of ``fisher_weights``.
+        buffers, ranks: as of ``fisher_weights``.
         progress: reports one unit per window and decoder layer, twice.
 
     Returns:
@@ -64,7 +66,7 @@ def loop_weights(
     """
     with buffers or Buffers() as own:
         measured = _measured(
-            model, clusters, windows, dense_states, progress or SilentProgress(), own
+            model, clusters, windows, dense_states, progress or SilentProgress(), own, ranks
         )
     layers = find_ffn_layers(model, packed=True)
     return _line({x.index: x.depth for x in layers if x.index in clusters.layers}, measured)
@@ -77,8 +79,43 @@ def _measured(
     dense_states: DenseStates | None,
     progress: ProgressReporter,
     buffers: Buffers,
+    ranks: Ranks | None = None,
 ) -> dict[int, float]:
     """r_ℓ of each layer that leaves something out."""
+    ranks = ranks or Ranks()
+    rows = ranks.rows(len(windows))
+    mine = windows[rows]
+
+    def states(numbers: Tensor) -> Tensor:
+        assert dense_states is not None
+        return dense_states(numbers + rows.start)
+
+    def sums() -> dict[int, tuple[float, float]]:
+        own = None if dense_states is None else states
+        return _sums(model, clusters, mine, own, progress, buffers) if len(mine) else {}
+
+    parts = ranks.together(sums)
+    measured = {}
+    for index in sorted({index for part in parts for index in part}):
+        found = [part[index] for part in parts if index in part]
+        gradient, left_out = (math.fsum(values) for values in zip(*found, strict=True))
+        if left_out == 0:
+            continue  # every neuron is computed
+        measured[index] = -gradient / left_out
+        if not math.isfinite(measured[index]):
+            raise not_finite(model, f"the loop weight of layer {index}")
+    return measured
+
+
+def _sums(
+    model: Any,
+    clusters: ClusterSet,
+    windows: Tensor,
+    dense_states: DenseStates | None,
+    progress: ProgressReporter,
+    buffers: Buffers,
+) -> dict[int, tuple[float, float]]:
+    """Σ over windows of ∂KL/∂α and of Σ e² left out, of each layer that has a gradient."""
     layers = [
         layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters.layers
     ]
@@ -127,14 +164,11 @@ def _measured(
     with without_gradients(model), progress.task("weigh layers", 2 * sweep.steps) as advance:
         sweep.forward(sparse, keep=True, advance=advance)
         sweep.backward(loss, given_back, ran=note, advance=advance)
-    measured = {}
-    for index, share in sorted(restored.items()):
-        if share.grad is None or left_out[index] == 0:
-            continue  # it outputs nothing, or every neuron is computed
-        measured[index] = -share.grad.item() / left_out[index]
-        if not math.isfinite(measured[index]):
-            raise not_finite(model, f"the loop weight of layer {index}")
-    return measured
+    return {
+        index: (share.grad.item(), left_out[index])
+        for index, share in restored.items()
+        if share.grad is not None
+    }
 
 
 def _line(depths: dict[int, int], measured: dict[int, float]) -> dict[int, float]:

@@ -103,7 +103,9 @@ def paper_coverage(
         with progress.task("binary clusters", len(selected) * len(fits)) as advance:
             for position, layer in selected:
                 data, matrix = load_layer(
-                    states, position, layer, config, num_fit=fit_windows.numel(), work=work
+                    *(states, position, layer, config),
+                    num_fit=fit_windows.numel(),
+                    spill_file=work / "importance.bin",
                 )
                 seen, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
                 matrix.close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from sparse_runtime.cli.tables import artifact_summary, print_summary
 from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
 from sparse_runtime.models.onloading import is_offloaded
+from sparse_runtime.progress import SilentProgress
 
 if TYPE_CHECKING:
     from sparse_runtime.clusters import BuildConfig
@@ -204,6 +206,7 @@ def _build(
     """Build and say what came of it; the same as JSON."""
     from sparse_runtime.clusters import build_clusters, tuning_lines
 
+    first = _join_processes(loading.device)
     check_holds_artifact(output)
     sources = fit_sources(data, default="general", sampled=not loading.offload)
     started, times = time.perf_counter(), dict[str, float]()
@@ -223,19 +226,36 @@ def _build(
             output=output,
             packed_output=packed,
             model_name=model,
-            progress=RichProgress(err),
+            progress=RichProgress(err) if first else SilentProgress(),
             times=times,
         )
     except KeyboardInterrupt:
         fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
     seconds, peak = time.perf_counter() - started, peak_memory_mib()
     summary = artifact_summary(artifact)
+    if not first:
+        raise typer.Exit
     print_summary(str(output), summary)
     for line in tuning_lines(artifact.build):
         out.print(line)
     memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
     out.print(f"{seconds:.0f} s in all{memory}")
     return summary | {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}
+
+
+def _join_processes(device: str | None) -> bool:
+    """Join the others that `accelerate launch` or `torchrun` has started; whether this one prints."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from accelerate import PartialState
+
+    state = PartialState(cpu=(device or "cpu").startswith("cpu"))
+    if not state.is_main_process:
+        from transformers.utils.logging import disable_progress_bar
+
+        disable_progress_bar()
+        out.quiet = err.quiet = True
+    return bool(state.is_main_process)
 
 
 def inspect(

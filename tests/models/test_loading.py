@@ -318,9 +318,7 @@ class TestOffload:
             model, _ = load_model(str(tiny_folder))
             assert not any(p.is_meta for p in model.parameters())
 
-    @pytest.mark.parametrize(
-        ("name", "options"), [("demo", {}), ("x", {"device_map": "cpu"})]
-    )
+    @pytest.mark.parametrize(("name", "options"), [("demo", {}), ("x", {"device_map": "cpu"})])
     def test_beside_what_rules_it_out(self, name, options):
         with pytest.raises(ConfigError, match="offload is True beside"):
             load_model(name, offload=True, **options)
