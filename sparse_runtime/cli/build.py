@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +29,7 @@ from sparse_runtime.cli.options import (
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSITIVE
-from sparse_runtime.cli.tables import artifact_summary, print_summary
+from sparse_runtime.cli.tables import artifact_summary, print_estimate, print_summary
 from sparse_runtime.cli.texts import fit_sources
 from sparse_runtime.models import load_model
 from sparse_runtime.models.onloading import is_offloaded
@@ -125,6 +126,12 @@ _Offload = Annotated[
 ]
 
 
+_DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Say what a build would take, from a short measurement."),
+]
+
+
 @dataclass(frozen=True)
 class _Loading:
     """How the model is loaded; as of ``load_model``."""
@@ -165,6 +172,7 @@ def build(
     dtype: AutoDtypeOption = "auto",
     device: DeviceOption = None,
     offload: _Offload = None,
+    dry_run: _DryRun = False,
     json_file: JsonOption = None,
 ) -> None:
     """Build clusters and routers for a model from calibration text; resumable."""
@@ -191,7 +199,11 @@ def build(
         paper_init=paper_init,  # type: ignore[arg-type]
         paper_pooled=paper_pooled,
     )
-    summary = _build(model, output, data, config, packed, _Loading(dtype, device, offload))
+    loading = _Loading(dtype, device, offload)
+    if dry_run:
+        write_figures(json_file, _estimated(model, output, config, loading))
+        return
+    summary = _build(model, output, data, config, packed, loading)
     write_figures(json_file, summary)
 
 
@@ -241,6 +253,19 @@ def _build(
     memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
     out.print(f"{seconds:.0f} s in all{memory}")
     return summary | {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}
+
+
+def _estimated(model: str, output: Path, config: BuildConfig, loading: _Loading) -> dict[str, Any]:
+    """Print what a build would take; the same as JSON."""
+    from sparse_runtime.clusters import estimate_build
+
+    dtype = resolve_dtype(loading.dtype, loading.device)
+    loaded, _ = load_model(model, dtype=dtype, device=loading.device, offload=loading.offload)
+    estimate = estimate_build(loaded, config)
+    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
+    free = shutil.disk_usage(existing).free
+    print_estimate(estimate.record(), free)
+    return estimate.record() | {"disk_free": free, "offloaded": is_offloaded(loaded)}
 
 
 def _join_processes(device: str | None) -> bool:

@@ -86,6 +86,28 @@ def print_summary(name: str, summary: dict[str, Any]) -> None:
         _print_measured(MeasuredCuts.from_record(summary["measured"]))
 
 
+def print_estimate(estimate: dict[str, Any], disk_free: int) -> None:
+    """Print what a build would take, stage by stage, as ``BuildEstimate.record`` says."""
+    table = Table("stage", "time", "memory, MiB", "disk, MiB")
+    for stage in estimate["stages"]:
+        sizes = (f"{stage[key] / 2**20:,.0f}" for key in ("memory", "disk"))
+        table.add_row(stage["name"], _clock(stage["seconds"]), *sizes)
+    out.print(table)
+    disk = f"{estimate['disk'] / 2**30:.1f} GiB of disk ({disk_free / 2**30:.1f} GiB are free)"
+    out.print(
+        f"{estimate['tokens']} tokens: about {_clock(estimate['seconds'])} after the text is there, "
+        f"{estimate['memory'] / 2**30:.1f} GiB of memory, of which the model takes "
+        f"{estimate['model'] / 2**30:.1f}, and {disk}. Nothing was built"
+    )
+
+
+def _clock(seconds: float) -> str:
+    """Hours, minutes and seconds."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
 def _print_measured(measured: MeasuredCuts) -> None:
     """What cuts for several budgets read and lost on each held-out text."""
     table = Table("budget", title="held-out text: cost share, KL to the dense model")

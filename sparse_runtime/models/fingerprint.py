@@ -60,7 +60,7 @@ def model_fingerprint(model: nn.Module) -> dict[str, Any]:
             matrices = _matrices([layer])
             assert matrices is not None, "float weights, and in memory"
             samples += [_sampled(matrix, number) for number, matrix in enumerate(matrices, first)]
-    return {**_structure(model, layers), "weights": _encoded(torch.stack(samples))}
+    return {**structure(model, layers), "weights": _encoded(torch.stack(samples))}
 
 
 def fingerprint_mismatch(
@@ -86,7 +86,7 @@ def fingerprint_mismatch(
         UnsupportedArchitectureError, NothingMatchedError: the model holds no supported FFN.
     """
     layers = find_ffn_layers(model, packed=True, int8=True)
-    found = _structure(model, layers)
+    found = structure(model, layers)
     for name in ("model_type", "hidden_size", "activation"):
         if found[name] != expected[name]:
             return f"{name} is {found[name]!r} in this model, {expected[name]!r} in the artifact"
@@ -161,7 +161,8 @@ def kept_fingerprint(
     return _encoded(torch.cat(rows))
 
 
-def _structure(model: nn.Module, layers: Sequence[FFNLayer]) -> dict[str, Any]:
+def structure(model: nn.Module, layers: Sequence[FFNLayer]) -> dict[str, Any]:
+    """What a fingerprint says beside weights."""
     return {
         "model_type": model.config.model_type,  # type: ignore[union-attr]
         "hidden_size": layers[0].hidden_size,

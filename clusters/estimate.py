@@ -1,0 +1,309 @@
+"""What a build will take, from a short measurement: one decoder layer, a few windows, two fits.
+
+Every stage is so many passes over so many windows through all decoder layers, or so many fits of a
+layer, whose time is a line in the number of tokens. What these take is measured on the layer in the
+middle of the decoder; the rest is counted.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import psutil
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparse_runtime.artifact.cluster_set import ClusterSet
+from sparse_runtime.artifact.recut import recut
+from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.config import BuildConfig, BuildSettings
+from sparse_runtime.clusters.fisher import without_gradients
+from sparse_runtime.clusters.importance import chunk_rows, chunk_slices, importance_scorer
+from sparse_runtime.clusters.layer_build import fit_layer, uncut_layer
+from sparse_runtime.clusters.layer_data import LayerData
+from sparse_runtime.clusters.router_choice import router_candidates
+from sparse_runtime.clusters.seeding import layer_generator
+from sparse_runtime.clusters.sweep import Sweep
+from sparse_runtime.clusters.tuning.student import students_of
+from sparse_runtime.cost import element_size
+from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.ffn_layers import find_ffn_layers
+from sparse_runtime.models.fingerprint import structure
+from sparse_runtime.models.onloading import is_offloaded
+from sparse_runtime.models.output_head import output_head
+
+# Windows that passes are timed on, and tokens of the two fits.
+_TIMED_WINDOWS = 2
+_FIT_TOKENS = (1024, 3072)
+# Cuts that are measured on held-out text: the budget's own, and others.
+_CUTS = 8
+_LOOP_TOKENS, _PROBES, _PROBE_TOKENS = 4096, 3, 16_384
+
+
+@dataclass(frozen=True)
+class StageEstimate:
+    """What a stage will take.
+
+    Attributes:
+        name: as in a build's times.
+        seconds: of it.
+        memory: bytes beside the model's weights in memory.
+        disk: bytes that it leaves in the working folder.
+    """
+
+    name: str
+    seconds: float
+    memory: int
+    disk: int
+
+
+@dataclass(frozen=True)
+class BuildEstimate:
+    """What a build will take, without the text it begins with.
+
+    Attributes:
+        stages: in their order.
+        model: bytes of the process with the model's weights in memory, one layer of offloaded ones.
+        artifact: bytes of it.
+        tokens: of calibration.
+    """
+
+    stages: tuple[StageEstimate, ...]
+    model: int
+    artifact: int
+    tokens: int
+
+    @property
+    def seconds(self) -> float:
+        """Of all stages."""
+        return sum(stage.seconds for stage in self.stages)
+
+    @property
+    def memory(self) -> int:
+        """Bytes at the peak."""
+        return self.model + max(stage.memory for stage in self.stages)
+
+    @property
+    def disk(self) -> int:
+        """Bytes at the end, before the working folder goes."""
+        return self.artifact + sum(stage.disk for stage in self.stages)
+
+    def record(self) -> dict[str, Any]:
+        """As JSON."""
+        return asdict(self) | {
+            "seconds": self.seconds,
+            "memory": self.memory,
+            "disk": self.disk,
+        }
+
+
+@dataclass(frozen=True)
+class _Times:
+    """Seconds of one window through one decoder layer, or of the head; and of a fit by tokens."""
+
+    forward: float
+    backward: float
+    sparse: float
+    sparse_backward: float
+    head: float
+    head_backward: float
+    fit_base: float
+    fit_token: float
+
+    def fit(self, tokens: int) -> float:
+        """Of fitting a layer on so many tokens."""
+        return max(0.0, self.fit_base) + tokens * self.fit_token
+
+
+def estimate_build(model: Any, config: BuildConfig | None = None) -> BuildEstimate:
+    """Measure for some seconds, and say what a build will take.
+
+    Args:
+        model: a dense causal language model, as for ``build_clusters``.
+        config: settings; all the text there is (``max_tokens`` None) is counted as 65,536 tokens.
+
+    Raises:
+        ConfigError: settings that cannot work together.
+        UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
+    """
+    settings = (config or BuildConfig()).resolved()
+    layers = find_ffn_layers(model)
+    candidates = router_candidates(layers, settings)
+    times = _measured(model, layers, settings)
+    windows = max(2, (settings.max_tokens or 65_536) // settings.window)
+    held_out = max(1, round(windows * settings.held_out_share))
+    depth = len({layer.depth for layer in layers})
+    return BuildEstimate(
+        tuple(_stages(settings, times, layers, candidates, windows, held_out, depth)),
+        _resident(model, layers),
+        _artifact_bytes(layers, settings),
+        windows * settings.window,
+    )
+
+
+def _stages(
+    settings: BuildSettings,
+    times: _Times,
+    layers: list[FFNLayer],
+    candidates: list[int | None],
+    windows: int,
+    held_out: int,
+    depth: int,
+) -> list[StageEstimate]:
+    layer, window = layers[0], settings.window
+    tokens, bound = windows * window, settings.memory_mib * 2**20
+    width, value = layer.hidden_size, element_size(layer.dtype)
+    most = max(one.intermediate_size for one in layers)
+    between = min(bound, tokens * width * value)
+    captured = tokens * width * (2 * len(layers) + value)
+    stages = [StageEstimate("capture", windows * depth * times.forward, between + bound, captured)]
+
+    def add(name: str, seconds: float, memory: int = 0, disk: int = 0) -> None:
+        stages.append(StageEstimate(name, seconds, memory, disk))
+
+    if settings.fisher_tokens is not None:
+        count = max(1, min(tokens, settings.fisher_tokens) // window)
+        each = depth * (times.forward + times.backward) + times.head_backward
+        kept = min(bound, count * window * width * value * depth)
+        add("fisher", count * each, kept + 2 * between, 4 * most * len(layers))
+    own_layer = tokens * (4 * width + 2 * settings.num_clusters) + min(bound, 2 * tokens * most)
+    spilled = 2 * tokens * most
+    if len(candidates) > 1:
+        seconds = _PROBES * len(candidates) * times.fit(min(tokens, _PROBE_TOKENS))
+        add("router choice", seconds, own_layer)
+    fitted = 13 * settings.num_clusters * most
+    disk = fitted * len(layers) + (spilled if spilled > bound else 0)
+    add("layers", len(layers) * times.fit(tokens), own_layer, disk)
+    if settings.allocation == "global":
+        loop = max(1, _LOOP_TOKENS // window)
+        each = depth * (times.sparse + times.sparse_backward) + times.head_backward
+        sparse = fitted * len(layers) + 3 * between
+        if settings.loop_weights:
+            add("loop_weights", loop * each, sparse)
+        cut = depth * times.sparse + 2 * times.head
+        if settings.tune_tokens:
+            count = max(1, settings.tune_tokens // window)
+            add("tune", count * depth * 2 * times.sparse + 2 * loop * cut, sparse)
+        if settings.distill:
+            step = 2 * (depth * times.sparse_backward + times.head_backward)
+            checks = (2 + settings.distill // 10) * loop * cut
+            add("distill", settings.distill * step + checks, sparse)
+        add("measure", _CUTS * held_out * cut, sparse)
+    add("scores", len(layers) * times.fit_token * held_out * window)
+    return stages
+
+
+def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _Times:
+    ids = torch.randint(
+        0,
+        model.get_input_embeddings().weight.shape[0],
+        (_TIMED_WINDOWS, settings.window),
+        generator=torch.Generator().manual_seed(settings.seed),
+    )
+    with Buffers() as buffers, without_gradients(model):
+        sweep = Sweep(model, ids, buffers)
+        owned = sweep.owners(layers)
+        number = len(sweep.parts) // 2
+        position = (owned[number] or [0])[0]
+        layer, share = layers[position], len({one.depth for one in layers}) / len(sweep.parts)
+        with sweep.entered(number):
+            plain = _passes(sweep, number, share)
+            fits, cut = _fits(model, layer, settings)
+            with students_of([layer], cut.layers):
+                sparse = _passes(sweep, number, share)
+    head = output_head(model)
+    states = torch.zeros(settings.window, layer.hidden_size, dtype=model.dtype, device=model.device)
+
+    def logits() -> Tensor:
+        return head(states).float().log_softmax(-1)
+
+    def with_gradients() -> None:
+        leaf = states.detach().requires_grad_()
+        found = head(leaf).float()
+        labels = torch.zeros(len(found), dtype=torch.int64, device=found.device)
+        F.cross_entropy(found, labels, reduction="sum").backward()
+
+    with torch.no_grad():
+        of_head = _seconds(logits)
+    slope = (fits[1] - fits[0]) / (_FIT_TOKENS[1] - _FIT_TOKENS[0])
+    slope = max(slope, 0.1 * fits[1] / _FIT_TOKENS[1])
+    base = fits[0] - slope * _FIT_TOKENS[0]
+    return _Times(*plain, *sparse, of_head, _seconds(with_gradients), base, slope)
+
+
+def _passes(sweep: Sweep, number: int, share: float) -> tuple[float, float]:
+    """Seconds of a window's forward, and of one with a backward pass, of a decoder layer."""
+
+    def forward() -> None:
+        with torch.no_grad():
+            sweep.run(number, 1)
+
+    def backward() -> None:
+        if sweep.whole:
+            forward()
+            return
+        x = sweep.states[1].clone().requires_grad_()
+        found = sweep.run(number, 1, x)
+        found.backward(torch.ones_like(found))
+
+    one, both = _seconds(forward), _seconds(backward)
+    # All layers at once where the decoder is the only part, whose backward takes twice its forward.
+    return (one / share, 3 * one / share) if sweep.whole else (one, both)
+
+
+def _fits(model: Any, layer: FFNLayer, settings: BuildSettings) -> tuple[list[float], ClusterSet]:
+    """Seconds of fits on the two numbers of tokens; and an artifact of the layer."""
+    generator = torch.Generator().manual_seed(0)
+    seconds: list[float] = []
+    rank = router_candidates([layer], settings)[-1]
+    fisher = torch.ones(layer.intermediate_size) if settings.fisher_tokens else None
+    for tokens in _FIT_TOKENS:
+        states = torch.randn(tokens + 256, layer.hidden_size, generator=generator)
+        started = time.perf_counter()
+        scorer = importance_scorer(layer, fisher)
+        rows = chunk_slices(len(states), chunk_rows(layer.intermediate_size, layer.device))
+        importance = torch.cat(
+            [scorer(states[own].to(layer.device)).to("cpu", torch.bfloat16) for own in rows]
+        )
+        present = scorer.present(states.to(layer.device))
+        data = LayerData(states, importance, tokens, None if present is None else present.cpu())
+        fitted = fit_layer(data, layer, settings, rank, fisher, layer_generator(0, layer.index))
+        seconds.append(time.perf_counter() - started)
+    uncut = {layer.index: uncut_layer(layer, settings, fitted)}
+    clusters = ClusterSet(uncut, structure(model, find_ffn_layers(model)), settings.budget)
+    if settings.allocation != "global":
+        return seconds, clusters
+    return seconds, recut(model, clusters, budget=settings.budget, verify=settings.verify)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    """The least of two runs."""
+    found = []
+    for _ in range(2):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        found.append(time.perf_counter() - started)
+    return min(found)
+
+
+def _resident(model: Any, layers: list[FFNLayer]) -> int:
+    """Bytes of this process, and of one layer that is still on the disk."""
+    now: int = psutil.Process().memory_info().rss
+    if not is_offloaded(model):
+        return now
+    layer = layers[0].decoder_layer or layers[0].parent
+    return now + sum(p.numel() * element_size(model.dtype) for p in layer.parameters())
+
+
+def _artifact_bytes(layers: list[FFNLayer], settings: BuildSettings) -> int:
+    clusters = settings.num_clusters
+    each = [
+        clusters * (layer.intermediate_size * 25 // 4 + 4 * layer.hidden_size) for layer in layers
+    ]
+    return sum(each)
