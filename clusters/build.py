@@ -114,7 +114,9 @@ def build_clusters(
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     if settings.weights is not None:
-        _check_in_memory(layers)
+        _check_in_memory(layers, "A build for planes packs")
+    if settings.distill:
+        _check_in_memory(layers, "Distillation runs")
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     ranks = Ranks.current()
     text = ranks.by_first(
@@ -203,13 +205,13 @@ def _check_ranks(ranks: Ranks, text: CalibrationText, settings: BuildSettings) -
         )
 
 
-def _check_in_memory(layers: list[FFNLayer]) -> None:
+def _check_in_memory(layers: list[FFNLayer], what: str) -> None:
     for layer in layers:
         if any(weight.device.type == "meta" for weight in layer.weights):
             raise ModelError(
-                f"{layer.name} has no weights in memory: they are offloaded. A build for planes packs "
-                "the whole model in memory; load it without offloading (device_map='cpu'), or build "
-                "for float weights"
+                f"{layer.name} has no weights in memory: they are offloaded. {what} the whole model "
+                "in memory; load it without offloading (device_map='cpu'), or build for float weights "
+                "with distill 0"
             )
 
 

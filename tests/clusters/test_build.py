@@ -294,14 +294,18 @@ def test_a_model_on_the_disk_gives_the_same_artifact(
 
 def test_weights_that_are_nowhere_are_named(tiny_model, tiny_tokenizer, text):
     tiny_model.model.layers[1].mlp.up_proj.to("meta")
+    config = BuildConfig(num_clusters=6, budget=0.7, window=50, max_tokens=2000)
     with pytest.raises(ModelError, match=r"up_proj\.weight.*meta device.*from_pretrained"):
-        build_clusters(tiny_model, tiny_tokenizer, [text], CONFIG)
+        build_clusters(tiny_model, tiny_tokenizer, [text], config)
 
 
-def test_planes_need_the_model_in_memory(tiny_tokenizer, tiny_folder, text, tmp_path):
+@pytest.mark.parametrize(
+    ("options", "what"), [({"weights": 6}, "A build for planes"), ({"distill": 2}, "Distillation")]
+)
+def test_what_needs_the_model_in_memory(tiny_tokenizer, tiny_folder, text, tmp_path, options, what):
     model = offloaded(tiny_folder, tmp_path)
-    with pytest.raises(ModelError, match=r"layers\.0\.mlp.*offloaded.*build for float"):
-        build_clusters(model, tiny_tokenizer, [text], BuildConfig(num_clusters=6, weights=6))
+    with pytest.raises(ModelError, match=rf"layers\.0\.mlp.*offloaded\. {what}.*distill 0"):
+        build_clusters(model, tiny_tokenizer, [text], BuildConfig(num_clusters=6, **options))
 
 
 def test_work_is_kept_until_the_artifact_is_whole(
