@@ -26,6 +26,7 @@ from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.format import WORK_FOLDER
 from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.build_checks import check_in_memory, check_ranks, num_fit_tokens
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.context import BuildContext, timed
@@ -53,7 +54,7 @@ from sparse_runtime.clusters.text import (
     expand_recipes,
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
-from sparse_runtime.errors import ConfigError, DataError, ModelError
+from sparse_runtime.errors import ConfigError
 from sparse_runtime.files import atomic_folder, check_new_folder, write_json, write_tensors
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -105,7 +106,10 @@ def build_clusters(
         OutputFolderError: ``output`` holds something else, or could not be written.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
-    settings = (config or BuildConfig()).resolved()
+    config = config or BuildConfig()
+    if is_offloaded(model) and config.distill is None:
+        config = replace(config, distill=0)
+    settings = config.resolved()
     if packed_output is not None and settings.weights is None:
         raise ConfigError(
             f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
@@ -114,24 +118,14 @@ def build_clusters(
     progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     if settings.weights is not None:
-        _check_in_memory(layers, "A build for planes packs")
+        check_in_memory(layers, "A build for planes packs")
     if settings.distill:
-        _check_in_memory(layers, "Distillation runs")
+        check_in_memory(layers, "Distillation runs")
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     ranks = Ranks.current()
-    text = ranks.by_first(
-        lambda: calibration_windows(
-            expand_recipes(data, sampled=not is_offloaded(model)).sources,
-            tokenizer,
-            max_tokens=settings.max_tokens,
-            window=settings.window,
-            split="train",
-            seed=settings.seed,
-            model=model,
-        )
-    )
+    text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings))
     num_fit = num_fit_tokens(text, settings)
-    _check_ranks(ranks, text, settings)
+    check_ranks(ranks, text, settings)
     build = _Build(
         model,
         layers,
@@ -147,72 +141,41 @@ def build_clusters(
         build.packed_output = _PackedOutput(tokenizer, Path(packed_output))
     if output is None:
         with TemporaryDirectory() as work:
-            shared = Path(ranks.by_first(lambda: work))
-            clusters = build.run(shared)
+            clusters = build.run(Path(ranks.by_first(lambda: work)))
             ranks.wait()
             return clusters
-    folder = Path(output)
+    return _built_into(Path(output), build)
+
+
+def _calibration_text(
+    model: Any, tokenizer: Any, data: Sequence[str | DataSource], settings: BuildSettings
+) -> CalibrationText:
+    return calibration_windows(
+        expand_recipes(data, sampled=not is_offloaded(model)).sources,
+        tokenizer,
+        max_tokens=settings.max_tokens,
+        window=settings.window,
+        split="train",
+        seed=settings.seed,
+        model=model,
+    )
+
+
+def _built_into(folder: Path, build: _Build) -> ClusterSet:
+    """Build, and write the artifact to a folder; what has been worked out stays there until then."""
     check_output_folder(folder)
-    work_folder = folder / WORK_FOLDER
-    work_folder.mkdir(parents=True, exist_ok=True)
-    clusters = build.run(work_folder)
+    work = folder / WORK_FOLDER
+    work.mkdir(parents=True, exist_ok=True)
+    clusters = build.run(work)
 
     def save() -> None:
         # What has been worked out goes last: saving may fail, for lack of room say.
-        clusters.save_pretrained(folder, centroids=settings.save_centroids)
-        shutil.rmtree(work_folder)
+        clusters.save_pretrained(folder, centroids=build.settings.save_centroids)
+        shutil.rmtree(work)
 
-    ranks.wait()
-    ranks.by_first(save)
+    build.ranks.wait()
+    build.ranks.by_first(save)
     return clusters
-
-
-def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -> int:
-    """Tokens of the windows that are fitted on; the windows after them are held out."""
-    num_windows, window = text.windows.shape
-    held_out = max(1, round(num_windows * config.held_out_share))
-    if num_windows < 2:
-        raise DataError(
-            f"the calibration text gives {num_windows} window of {window} tokens; expected 2 or "
-            "more, as one is held out. Give more text, raise max_tokens or lower the window"
-        )
-    num_fit = (num_windows - held_out) * window
-    if config.num_clusters > num_fit:
-        raise DataError(
-            f"{config.num_clusters} clusters were asked for, but only {num_fit} calibration tokens "
-            f"are there to fit them ({held_out * window} more are held out); give more text, raise "
-            "max_tokens or lower the number of clusters"
-        )
-    return num_fit
-
-
-def _check_ranks(ranks: Ranks, text: CalibrationText, settings: BuildSettings) -> None:
-    """That processes have the same settings, and windows for each of them."""
-    others = ranks.gather(settings.record())
-    for rank, other in enumerate(others):
-        changed = [name for name, value in other.items() if value != others[0][name]]
-        if changed:
-            raise ConfigError(
-                f"{changed[0]} is {other[changed[0]]!r} in process {rank} and "
-                f"{others[0][changed[0]]!r} in the first; expected the same settings in all that "
-                "build together"
-            )
-    num_fit = num_fit_tokens(text, settings) // text.windows.shape[1]
-    if num_fit < ranks.count:
-        raise ConfigError(
-            f"{ranks.count} processes build together, but there are {num_fit} windows to fit on; "
-            "expected one for each at least. Start fewer processes, or give more text"
-        )
-
-
-def _check_in_memory(layers: list[FFNLayer], what: str) -> None:
-    for layer in layers:
-        if any(weight.device.type == "meta" for weight in layer.weights):
-            raise ModelError(
-                f"{layer.name} has no weights in memory: they are offloaded. {what} the whole model "
-                "in memory; load it without offloading (device_map='cpu'), or build for float weights "
-                "with distill 0"
-            )
 
 
 @dataclass

@@ -45,8 +45,7 @@ class BuildConfig:
             Needs allocation ``global`` and cluster biases, and is 16,384 with them.
         distill: steps that tune biases, and a correction, against the dense model's predictions, after
             that; what does not help held-out text is not kept. Needs allocation ``global`` and cluster
-            biases, and a model in memory; a step takes some six seconds for the demo model (default
-            0: none).
+            biases, and is 20 with them, but none of a model whose weights are offloaded.
         correction_rank: of a low-rank correction that is tuned beside the biases; its bytes come out
             of the budget, and in small models it is not worth them (default 0: none; docs/LOG.md).
             Needs ``distill``.
@@ -165,7 +164,7 @@ class BuildConfig:
             bits = values["weights"]
             values["budget"] = 0.5 if bits is None else (bits + 0.25) / 16 * _PLANES_SHARE
         settle("tune_tokens", 16_384, cuts and values["cluster_bias"], reason, 0)
-        settle("distill", 0, cuts and values["cluster_bias"], reason, 0)
+        settle("distill", 20, cuts and values["cluster_bias"], reason, 0)
         settle("correction_rank", 0, values["distill"] > 0, f"distill {values['distill']}", 0)
         return BuildSettings(**values)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -130,7 +130,10 @@ def estimate_build(model: Any, config: BuildConfig | None = None) -> BuildEstima
         ConfigError: settings that cannot work together.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
-    settings = (config or BuildConfig()).resolved()
+    config = config or BuildConfig()
+    if is_offloaded(model) and config.distill is None:
+        config = replace(config, distill=0)
+    settings = config.resolved()
     layers = find_ffn_layers(model)
     candidates = router_candidates(layers, settings)
     times = _measured(model, layers, settings)

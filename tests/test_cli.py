@@ -284,6 +284,7 @@ def test_build_of_a_model_on_the_disk(run, tiny_folder, text, tmp_path):
     """The same artifact, tensors and all, as of one in memory."""
     folders = [tmp_path / name for name in ("memory", "disk")]
     command = ["--data", text, "--clusters", 8, "--window", 64, "--router", 2, "--budget", 0.7]
+    command += ["--distill", 0]
     for folder, offload in zip(folders, ("--no-offload", "--offload"), strict=True):
         code, out, err = run("build", tiny_folder, "-o", folder, *command, offload)
         assert code == 0, err

@@ -16,7 +16,8 @@ from torch import Tensor
 from sparse_runtime.api import sparse_modules, sparsify, unsparsify
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.clusters.build import build_clusters, num_fit_tokens
+from sparse_runtime.clusters.build import build_clusters
+from sparse_runtime.clusters.build_checks import num_fit_tokens
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.text import DataSource, calibration_windows
 from sparse_runtime.clusters.tuning.distill import Distillation
@@ -144,7 +145,7 @@ class _Base:
         step_tokens: int,
         progress: ProgressReporter | None,
     ) -> _Base:
-        bare = replace(config, loop_weights=False, distill=0, correction_rank=None)
+        bare = replace(config, loop_weights=False, tune_tokens=0, distill=0, correction_rank=None)
         clusters = build_clusters(model, tokenizer, data, bare, progress=progress)
         text = calibration_windows(
             data,

@@ -55,7 +55,7 @@ def test_what_follows_from_the_method():
         "fisher", "global", 8192,
     )  # fmt: skip
     assert settings.verify is settings.loop_weights is settings.cluster_bias is True
-    assert (settings.tune_tokens, settings.distill) == (16_384, 0)
+    assert (settings.tune_tokens, settings.distill) == (16_384, 20)
     assert (settings.percentile, settings.paper_init) == (None, None)
     paper = BuildConfig(method="awc-paper").resolved()
     assert (paper.importance, paper.allocation, paper.percentile) == ("binary", "uniform", 50.0)

@@ -34,7 +34,7 @@ def test_demo_is_a_mistral_with_the_llamas_logits(demo_model, tmp_path):
     model.save_pretrained(tmp_path)
     reloaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
     with torch.inference_mode():
-        assert torch.equal(reloaded(ids).logits, logits)
+        assert torch.equal(reloaded(ids).logits, found)
 
 
 def test_mistral_in_bfloat16_keeps_the_llamas_rotary_frequencies():
