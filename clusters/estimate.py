@@ -189,7 +189,7 @@ def _stages(
             add("loop_weights", loop * each, sparse)
         cut = depth * times.sparse + 2 * times.head
         if settings.tune_tokens:
-            count = max(1, settings.tune_tokens // window)
+            count = min(max(1, settings.tune_tokens // window), windows - held_out)
             add("tune", count * depth * 2 * times.sparse + 2 * loop * cut, sparse)
         if settings.distill:
             step = 2 * (depth * times.sparse_backward + times.head_backward)

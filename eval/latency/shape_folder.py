@@ -1,6 +1,6 @@
 """A model folder of a known shape with random weights, written without ever holding the model.
 
-python -m sparse_runtime.eval.latency.shape_folder mistral-7b FOLDER
+python -m sparse_runtime.eval.latency.shape_folder mistral-7b FOLDER [LAYERS]
 """
 
 from __future__ import annotations
@@ -19,20 +19,23 @@ from sparse_runtime.eval.latency.shapes import empty_model, random_values
 from sparse_runtime.files import atomic_folder, check_new_folder, write_json
 
 
-def write_shape_folder(shape: str, folder: Path, *, dtype: torch.dtype = torch.bfloat16) -> None:
+def write_shape_folder(
+    shape: str, folder: Path, *, layers: int | None = None, dtype: torch.dtype = torch.bfloat16
+) -> None:
     """Write config, a tokenizer of bytes, and one shard of weights for each decoder layer.
 
     Args:
         shape: of ``SHAPES``.
         folder: new.
+        layers: as many of its decoder layers; all if None.
         dtype: of the weights.
 
     Raises:
-        ConfigError: the shape is not known.
+        ConfigError: the shape is not known, or ``layers`` is out of range.
         OutputFolderError: there is something at ``folder``.
     """
     check_new_folder(folder)
-    model: Any = empty_model(shape, dtype=dtype)
+    model: Any = empty_model(shape, layers=layers, dtype=dtype)
     shards: dict[str, dict[str, Tensor]] = {}
     for name, tensor in model.state_dict().items():
         parts = name.split(".")
@@ -67,4 +70,5 @@ def _byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 if __name__ == "__main__":
-    write_shape_folder(sys.argv[1], Path(sys.argv[2]))
+    count = int(sys.argv[3]) if len(sys.argv) > 3 else None
+    write_shape_folder(sys.argv[1], Path(sys.argv[2]), layers=count)
