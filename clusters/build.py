@@ -26,7 +26,12 @@ from sparse_runtime.artifact.folders import check_output_folder
 from sparse_runtime.artifact.format import WORK_FOLDER
 from sparse_runtime.clusters.awc import Clustering
 from sparse_runtime.clusters.buffers import Buffers
-from sparse_runtime.clusters.build_checks import check_in_memory, check_ranks, num_fit_tokens
+from sparse_runtime.clusters.build_checks import (
+    check_in_memory,
+    check_ranks,
+    num_fit_tokens,
+    settings_for,
+)
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.context import BuildContext, timed
@@ -106,10 +111,7 @@ def build_clusters(
         OutputFolderError: ``output`` holds something else, or could not be written.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
-    config = config or BuildConfig()
-    if is_offloaded(model) and config.distill is None:
-        config = replace(config, distill=0)
-    settings = config.resolved()
+    settings = settings_for(model, config)
     if packed_output is not None and settings.weights is None:
         raise ConfigError(
             f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "

@@ -2,11 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.text import CalibrationText
 from sparse_runtime.errors import ConfigError, DataError, ModelError
 from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.onloading import is_offloaded
+
+
+def settings_for(model: Any, config: BuildConfig | None) -> BuildSettings:
+    """What a build of a model runs: nothing is distilled unasked where weights are offloaded."""
+    config = config or BuildConfig()
+    if is_offloaded(model) and config.distill is None:
+        config = replace(config, distill=0)
+    return config.resolved()
 
 
 def num_fit_tokens(text: CalibrationText, config: BuildConfig | BuildSettings) -> int:

@@ -67,13 +67,13 @@ def pack_calibrated(
         )
     layers = decoder_layers(model)
     total = (len(layers) + (linears is not None)) * len(windows)
-    with (progress or SilentProgress()).task("pack", total) as advance:
+    with Buffers() as buffers, (progress or SilentProgress()).task("pack", total) as advance:
         return pack_model(
             model,
             bits,
             linears=linears,
             modules_to_not_convert=modules_to_not_convert,
-            statistics=_ByLayer(model, layers, windows, compensate, advance),
+            statistics=_ByLayer(model, layers, windows, compensate, buffers, advance),
             packing=packing,
         )
 
@@ -82,8 +82,15 @@ class _ByLayer:
     """Measures a layer when its first module is to be packed, and what is outside of layers last."""
 
     def __init__(
-        self, model: Any, layers: Sequence[nn.Module], windows: Tensor, full: bool, advance: Advance
+        self,
+        model: Any,
+        layers: Sequence[nn.Module],
+        windows: Tensor,
+        full: bool,
+        buffers: Buffers,
+        advance: Advance,
     ) -> None:
+        self._buffers = buffers
         self._model, self._layers, self._windows = model, layers, windows
         self._full, self._advance = full, advance
         self._groups: list[dict[str, tuple[nn.Module, ...]]] = []
@@ -101,7 +108,7 @@ class _ByLayer:
         """See :class:`sparse_runtime.ffn.plane_packing.Statistics`."""
         with torch.inference_mode():
             if self._sweep is None:
-                self._sweep = _sweep(self._model, self._windows)
+                self._sweep = _sweep(self._model, self._windows, self._buffers)
             while name not in self._measures:
                 self._measure_next(self._sweep)
             return [measure.statistics() for measure in self._measures.pop(name)]
@@ -131,8 +138,8 @@ class _ByLayer:
             handle.remove()
 
 
-def _sweep(model: Any, windows: Tensor) -> Sweep:
-    sweep = Sweep(model, windows, Buffers())
+def _sweep(model: Any, windows: Tensor, buffers: Buffers) -> Sweep:
+    sweep = Sweep(model, windows, buffers)
     if sweep.whole:
         raise UnsupportedArchitectureError(
             f"the decoder of this {type(model).__name__} is more than the sequence of its layers, so "

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import psutil
@@ -20,14 +20,16 @@ from torch import Tensor
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.build_checks import settings_for
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.fisher import without_gradients
 from sparse_runtime.clusters.importance import chunk_rows, chunk_slices, importance_scorer
 from sparse_runtime.clusters.layer_build import fit_layer, uncut_layer
 from sparse_runtime.clusters.layer_data import LayerData
-from sparse_runtime.clusters.router_choice import router_candidates
+from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
+from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.student import students_of
 from sparse_runtime.cost import element_size
 from sparse_runtime.models.ffn_layer import FFNLayer
@@ -41,7 +43,8 @@ _TIMED_WINDOWS = 2
 _FIT_TOKENS = (1024, 3072)
 # Cuts that are measured on held-out text: the budget's own, and others.
 _CUTS = 8
-_LOOP_TOKENS, _PROBES, _PROBE_TOKENS = 4096, 3, 16_384
+# Layers that routers are tried on.
+_PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -130,10 +133,7 @@ def estimate_build(model: Any, config: BuildConfig | None = None) -> BuildEstima
         ConfigError: settings that cannot work together.
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
-    config = config or BuildConfig()
-    if is_offloaded(model) and config.distill is None:
-        config = replace(config, distill=0)
-    settings = config.resolved()
+    settings = settings_for(model, config)
     layers = find_ffn_layers(model)
     candidates = router_candidates(layers, settings)
     times = _measured(model, layers, settings)
@@ -176,13 +176,13 @@ def _stages(
     own_layer = tokens * (4 * width + 2 * settings.num_clusters) + min(bound, 2 * tokens * most)
     spilled = 2 * tokens * most
     if len(candidates) > 1:
-        seconds = _PROBES * len(candidates) * times.fit(min(tokens, _PROBE_TOKENS))
+        seconds = _PROBES * len(candidates) * times.fit(min(tokens, PROBE_TOKENS))
         add("router choice", seconds, own_layer)
     fitted = 13 * settings.num_clusters * most
     disk = fitted * len(layers) + (spilled if spilled > bound else 0)
     add("layers", len(layers) * times.fit(tokens), own_layer, disk)
     if settings.allocation == "global":
-        loop = max(1, _LOOP_TOKENS // window)
+        loop = max(1, LOOP_TOKENS // window)
         each = depth * (times.sparse + times.sparse_backward) + times.head_backward
         sparse = fitted * len(layers) + 3 * between
         if settings.loop_weights:

@@ -116,11 +116,11 @@ def _watched(
     progress: ProgressReporter,
 ) -> list[_Gradients]:
     """The squared gradients of every layer."""
+    watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
     if not len(windows):
-        return [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
+        return watched
     sweep = Sweep(model, windows, buffers)
     owned, head = sweep.owners(layers), output_head(model)
-    watched = [_ExpertGradients(layer) if layer.experts else _Gradients() for layer in layers]
 
     @contextmanager
     def watching(number: int) -> Iterator[None]:

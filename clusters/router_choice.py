@@ -40,8 +40,8 @@ from sparse_runtime.progress import Advance
 #: Routers that ``router="auto"`` compares: ranks, and None for the linear one.
 ROUTER_CANDIDATES: tuple[int | None, ...] = (None, 128, 64, 32, 16)
 
-# Tokens that routers are compared on.
-_PROBE_TOKENS = 16_384
+#: Tokens that routers are compared on.
+PROBE_TOKENS = 16_384
 
 
 def router_candidates(layers: Sequence[FFNLayer], config: BuildSettings) -> list[int | None]:
@@ -92,7 +92,7 @@ def choose_router(context: BuildContext) -> int | None:
         found: dict[tuple[int, int | None], FittedLayer] = {}
         for position in mine:
             with context.layer(position) as whole:
-                data = whole.at_most(_PROBE_TOKENS)
+                data = whole.at_most(PROBE_TOKENS)
             with context.weights_of(position) as layer:
                 by_rank = _probed(context, position, layer, data, candidates, advance)
             found |= {(position, rank): one for rank, one in by_rank.items()}

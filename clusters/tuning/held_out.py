@@ -24,7 +24,7 @@ from sparse_runtime.artifact.recut import recut, share_range
 from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.ranks import Ranks, joined
 from sparse_runtime.clusters.sweep import Sweep
-from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
+from sparse_runtime.clusters.tuning.student import DenseStates, SparseParts, StudentFFN
 from sparse_runtime.ffn.guard import audited_places
 from sparse_runtime.models.experts import chosen_experts
 from sparse_runtime.models.ffn_layer import FFNLayer
@@ -86,29 +86,25 @@ def sparse_runs(
         Of each window its cost share, as of bfloat16 weights, and its last hidden states [window, H].
     """
     layers = [layer for layer in find_ffn_layers(model, packed=True) if layer.index in cut.layers]
-    running: dict[int, StudentFFN] = {}
     read = torch.zeros(len(windows), 2, dtype=torch.float64)
     with buffers or Buffers() as own:
         sweep = Sweep(model, windows, own)
-        owned = sweep.owners(layers)
+        parts = SparseParts(sweep, layers, cut.layers)
 
         @contextmanager
-        def sparse(number: int) -> Iterator[None]:
-            mine = [layers[position] for position in owned[number]]
-            with students_of(mine, cut.layers) as modules:
-                running.update(modules)
+        def visited(number: int) -> Iterator[None]:
+            with parts(number) as own:
                 yield
                 if visit is not None:
-                    for layer in mine:
-                        visit(layer, modules[layer.index])
-            running.clear()
+                    for layer in own:
+                        visit(layer, parts.running[layer.index])
 
         def count(number: int, window: int) -> None:
-            for student in running.values():
+            for student in parts.running.values():
                 read[window] += torch.tensor(student.bytes_read, dtype=torch.float64)
                 student.read = [0, 0, 0, 0]
 
-        sweep.forward(sparse, ran=count, advance=advance)
+        sweep.forward(visited, ran=count, advance=advance)
         for window, (sparse_bytes, dense_bytes) in enumerate(read.tolist()):
             with torch.no_grad():
                 states = sweep.final(window)

@@ -29,7 +29,7 @@ from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import without_gradients
 from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
-from sparse_runtime.clusters.tuning.student import DenseStates, StudentFFN, students_of
+from sparse_runtime.clusters.tuning.student import DenseStates, SparseParts
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.output_head import output_head
 from sparse_runtime.progress import ProgressReporter, SilentProgress
@@ -120,30 +120,21 @@ def _sums(
         layer for layer in find_ffn_layers(model, packed=True) if layer.index in clusters.layers
     ]
     sweep, head = Sweep(model, windows, buffers), output_head(model)
-    owned = sweep.owners(layers)
-    running: dict[int, StudentFFN] = {}
+    sparse = SparseParts(sweep, layers, clusters.layers)
     restored: dict[int, Tensor] = {}
     left_out: dict[int, float] = {layer.index: 0.0 for layer in layers}
 
     @contextmanager
-    def sparse(number: int) -> Iterator[None]:
-        own = [layers[position] for position in owned[number]]
-        with students_of(own, clusters.layers) as modules:
-            running.update(modules)
-            yield
-        running.clear()
-
-    @contextmanager
     def given_back(number: int) -> Iterator[None]:
         with sparse(number):
-            for index, module in running.items():
+            for index, module in sparse.running.items():
                 module.restored = restored[index] = torch.zeros(
                     (), requires_grad=True, device=module.bias_shift.device
                 )
             yield
 
     def note(number: int, window: int) -> None:
-        for index, module in running.items():
+        for index, module in sparse.running.items():
             left_out[index] += module.left_out
 
     if dense_states is None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.clusters.fisher import without_gradients
+from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.tuning.masks import Masks, Rows
 from sparse_runtime.kernels.operands import ExpertChoice
 from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
@@ -284,6 +285,33 @@ def students_of(
     }
     with calling(layers, [*modules.values()]):
         yield modules
+
+
+class SparseParts:
+    """A sweep's FFNs as students, part by part; a context for :meth:`Sweep.forward` to run parts in.
+
+    Args:
+        sweep: of a dense model.
+        layers: FFNs that have clusters.
+        clusters: layer index -> clusters.
+
+    Attributes:
+        running: layer index -> student, of the part that runs.
+    """
+
+    def __init__(
+        self, sweep: Sweep, layers: Sequence[FFNLayer], clusters: Mapping[int, LayerClusters]
+    ) -> None:
+        self._layers, self._clusters, self._owned = layers, clusters, sweep.owners(layers)
+        self.running: dict[int, StudentFFN] = {}
+
+    @contextmanager
+    def __call__(self, number: int) -> Iterator[list[FFNLayer]]:
+        """Run a part's FFNs as students inside the context, which gives them."""
+        own = [self._layers[position] for position in self._owned[number]]
+        with students_of(own, self._clusters) as self.running:
+            yield own
+        self.running = {}
 
 
 @contextmanager

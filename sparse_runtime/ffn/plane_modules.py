@@ -25,14 +25,13 @@ from sparse_runtime.kernels.planes import (
 )
 from sparse_runtime.kernels.rounding import InputStatistics, round_down, round_rows
 from sparse_runtime.models.ffn_layer import FFNLayer
+from sparse_runtime.models.onloading import DISPATCHED
 
 # Rows that are packed or unpacked at a time: codes and float32 values of a whole matrix would take
 # several times its memory.
 _BLOCK_ROWS = 1024
 #: Names of parameters that stay floats.
 BIASES = ("bias", "gate_bias", "up_bias", "down_bias")
-# What accelerate leaves on a module that it dispatched; bound to that module.
-_DISPATCHED = ("forward", "_old_forward", "_hf_hook")
 
 
 class PlaneModule(nn.Module):
@@ -367,7 +366,7 @@ def shallow(module: nn.Module) -> nn.Module:
     twin = copy.copy(module)
     state = twin.__dict__
     state.update({key: value.copy() for key, value in state.items() if isinstance(value, dict)})
-    for name in _DISPATCHED:
+    for name in DISPATCHED:
         state.pop(name, None)
     return twin
 

@@ -12,8 +12,8 @@ from torch import nn
 from sparse_runtime.errors import ModelError, UnsupportedArchitectureError
 from sparse_runtime.models.ffn_layers import decoder_layers
 
-# What accelerate leaves on a module that it dispatched.
-_DISPATCHED = ("forward", "_old_forward", "_hf_hook")
+#: What accelerate leaves on a module that it dispatched; bound to that module.
+DISPATCHED = ("forward", "_old_forward", "_hf_hook")
 
 
 def is_offloaded(module: nn.Module) -> bool:
@@ -44,15 +44,11 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     try:
         for part in dispatched:
             hook = part.__dict__["_hf_hook"]
-            if any(
-                parameter.is_meta
-                for parameter in part._parameters.values()
-                if parameter is not None
-            ):
+            if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
                 loaded.append((part, hook))
                 hook.pre_forward(part)
             before.append(
-                (part, {n: part.__dict__.pop(n) for n in _DISPATCHED if n in part.__dict__})
+                (part, {n: part.__dict__.pop(n) for n in DISPATCHED if n in part.__dict__})
             )
             own = before[-1][1].get("_old_forward")
             if getattr(own, "__func__", None) is not type(part).forward:
