@@ -34,7 +34,8 @@ from sparse_runtime.clusters.build_checks import (
 )
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
-from sparse_runtime.clusters.context import BuildContext, timed
+from sparse_runtime.clusters.context import BuildContext
+from sparse_runtime.clusters.estimate import BuildEstimate
 from sparse_runtime.clusters.fisher import LayerFisher, NoBackwardPassError, fisher_weights
 from sparse_runtime.clusters.layer_build import (
     FittedLayer,
@@ -47,11 +48,13 @@ from sparse_runtime.clusters.layer_build import (
     uncut_layer,
 )
 from sparse_runtime.clusters.layer_data import packed_patterns, set_size_for
+from sparse_runtime.clusters.packed_output import PackedOutput
 from sparse_runtime.clusters.paper.binary_patterns import PackedPatterns
 from sparse_runtime.clusters.plane_layers import base_error, packed
 from sparse_runtime.clusters.ranks import Ranks, in_order
 from sparse_runtime.clusters.router_choice import choose_router, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
+from sparse_runtime.clusters.stages import Stages
 from sparse_runtime.clusters.text import (
     CalibrationText,
     DataSource,
@@ -60,7 +63,7 @@ from sparse_runtime.clusters.text import (
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.files import atomic_folder, check_new_folder, write_json, write_tensors
+from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
@@ -81,6 +84,7 @@ def build_clusters(
     model_name: str = "",
     progress: ProgressReporter | None = None,
     times: dict[str, float] | None = None,
+    estimate: BuildEstimate | None = None,
 ) -> ClusterSet:
     """Build clusters and routers for a model from calibration text.
 
@@ -100,6 +104,7 @@ def build_clusters(
         model_name: recorded in the artifact.
         progress: draws bars; transformers' own if None.
         times: filled with the seconds that each stage took here; they are no part of the artifact.
+        estimate: what these were expected to be, for a bar over the whole build.
 
     Returns:
         The artifact, written to ``output`` already if that was given.
@@ -117,7 +122,6 @@ def build_clusters(
             f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
             "weights as well, or leave packed_output out"
         )
-    progress = progress or TqdmProgress()
     layers = find_ffn_layers(model)
     if settings.weights is not None:
         check_in_memory(layers, "A build for planes packs")
@@ -125,28 +129,25 @@ def build_clusters(
         check_in_memory(layers, "Distillation runs")
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     ranks = Ranks.current()
-    text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings))
-    num_fit = num_fit_tokens(text, settings)
-    check_ranks(ranks, text, settings)
-    build = _Build(
-        model,
-        layers,
-        text,
-        num_fit,
-        settings,
-        model_name,
-        progress,
+    stages = Stages(
+        progress or TqdmProgress(),
         {} if times is None else times,
-        ranks,
+        {} if estimate is None else {stage.name: stage.seconds for stage in estimate.stages},
     )
-    if packed_output is not None:
-        build.packed_output = _PackedOutput(tokenizer, Path(packed_output))
-    if output is None:
+    with stages.all():
+        with stages.stage("text"):
+            text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings))
+        num_fit = num_fit_tokens(text, settings)
+        check_ranks(ranks, text, settings)
+        build = _Build(model, layers, text, num_fit, settings, model_name, stages, ranks)
+        if packed_output is not None:
+            build.packed_output = PackedOutput(tokenizer, Path(packed_output))
+        if output is not None:
+            return _built_into(Path(output), build)
         with TemporaryDirectory() as work:
             clusters = build.run(Path(ranks.by_first(lambda: work)))
             ranks.wait()
             return clusters
-    return _built_into(Path(output), build)
 
 
 def _calibration_text(
@@ -190,10 +191,9 @@ class _Build:
     num_fit: int
     settings: BuildSettings
     model_name: str
-    progress: ProgressReporter
-    times: dict[str, float]
+    progress: Stages
     ranks: Ranks
-    packed_output: _PackedOutput | None = None
+    packed_output: PackedOutput | None = None
 
     def run(self, work: Path) -> ClusterSet:
         """All stages; what they find stays in ``work``."""
@@ -211,16 +211,17 @@ class _Build:
         if self.packed_output is not None:
             output = self.packed_output
             self.ranks.by_first(lambda: output.check(work))
-        with timed(self.times, "capture"):
+        with self.progress.stage("capture"):
             states = capture_hidden_states(
                 self.model,
                 self.text.windows,
                 work / "states",
+                fingerprint=fingerprint,
                 memory_mib=self.settings.memory_mib,
                 ranks=self.ranks,
                 progress=self.progress,
             )
-        with timed(self.times, "fisher"):
+        with self.progress.stage("fisher"):
             fisher, settings, fallback = self._fisher(work)
         record |= {"config": settings.record(), **fallback}
         # Layers fitted with and without Fisher weights never mix.
@@ -236,7 +237,6 @@ class _Build:
             self.num_fit,
             own,
             self.progress,
-            self.times,
             self.text.domains,
             self.text.names,
             ranks=self.ranks,
@@ -244,7 +244,7 @@ class _Build:
         if settings.weights is None:
             return self._fit(context, fingerprint, record)
         with ExitStack() as stack:
-            with timed(self.times, "pack"):
+            with self.progress.stage("pack"):
                 fit_windows = context.fit_windows
                 stack.enter_context(
                     packed(self.model, fit_windows, settings.weights, self.progress)
@@ -260,9 +260,9 @@ class _Build:
     ) -> ClusterSet:
         """The stages after the capture."""
         settings = context.config
-        with timed(self.times, "router choice"):
+        with self.progress.stage("router choice"):
             rank = choose_router(context)
-        with timed(self.times, "layers"):
+        with self.progress.stage("layers"):
             fitted = _fit_layers(context, rank)
         uncut = {}
         for position, one in enumerate(fitted):
@@ -276,7 +276,7 @@ class _Build:
         if settings.allocation == "global":
             clusters, figures_in_loop = cut_in_loop(context, clusters)
             record |= figures_in_loop
-        with timed(self.times, "scores"):
+        with self.progress.stage("scores"):
             _score_layers(context, clusters, fitted)
         if not settings.save_centroids:
             for layer_clusters in clusters.layers.values():
@@ -321,30 +321,6 @@ class _Build:
             for i in range(len(self.layers))
         ]
         return layers, settings, {}
-
-
-@dataclass(frozen=True)
-class _PackedOutput:
-    """Where the packed model goes; a build that goes on leaves what it has saved there before."""
-
-    tokenizer: Any
-    folder: Path
-
-    def check(self, work: Path) -> None:
-        if not self._saved(work).exists():
-            check_new_folder(self.folder)
-
-    def save(self, model: Any, work: Path) -> None:
-        if self._saved(work).exists():
-            return
-        with atomic_folder(self.folder) as temporary:
-            model.save_pretrained(temporary)
-            self.tokenizer.save_pretrained(temporary)
-        self._saved(work).touch()
-
-    def _saved(self, work: Path) -> Path:
-        """There once the model is."""
-        return work / "packed"
 
 
 def _of_packed(context: BuildContext) -> BuildContext:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -26,7 +25,7 @@ from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ModelError, OutputFolderError
-from sparse_runtime.files import write_json, write_tensors
+from sparse_runtime.files import free_space, write_json, write_tensors
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import model_fingerprint
@@ -113,6 +112,7 @@ def capture_hidden_states(
     windows: Tensor,
     folder: Path,
     *,
+    fingerprint: dict[str, Any] | None = None,
     memory_mib: int = 512,
     ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
@@ -127,6 +127,7 @@ def capture_hidden_states(
         model: a dense causal language model.
         windows: token ids [W, window] int64.
         folder: where the shards go.
+        fingerprint: the model's, if it is known.
         memory_mib: bound, each, on the buffers of shards and on hidden states between layers, in MiB;
             at least one window is held whatever the bound.
         ranks: processes that each take a part of the windows, one or more.
@@ -139,24 +140,30 @@ def capture_hidden_states(
     """
     ranks = ranks or Ranks()
     reporter = progress or SilentProgress()
+    key = _key(model, windows, fingerprint or model_fingerprint(model))
     if ranks.count == 1:
-        _capture(model, windows, folder, memory_mib, reporter)
+        _capture(model, windows, folder, key, memory_mib, reporter)
         return HiddenStates(folder)
     folders = [folder / f"{rank}_of_{ranks.count}" for rank in range(ranks.count)]
     mine = windows[ranks.rows(len(windows))]
-    ranks.together(lambda: _capture(model, mine, folders[ranks.rank], memory_mib, reporter))
+    ranks.together(lambda: _capture(model, mine, folders[ranks.rank], key, memory_mib, reporter))
     return HiddenStates(*folders)
 
 
 def _capture(
-    model: Any, windows: Tensor, folder: Path, memory_mib: int, reporter: ProgressReporter
+    model: Any,
+    windows: Tensor,
+    folder: Path,
+    key: str,
+    memory_mib: int,
+    reporter: ProgressReporter,
 ) -> None:
     """Capture into a folder of its own."""
     layers = find_ffn_layers(model)
     folder.mkdir(parents=True, exist_ok=True)
     with Buffers(memory_mib, folder / "sweep") as buffers:
         sweep = Sweep(model, windows, buffers)
-        capture = _Capture(model, layers, sweep, windows, folder, memory_mib)
+        capture = _Capture(model, layers, sweep, windows, folder, key, memory_mib)
         with reporter.task("capture", sweep.steps) as advance, torch.inference_mode():
             advance(capture.first * len(windows))
             if not capture.finished:
@@ -179,6 +186,7 @@ class _Capture:
         sweep: Sweep,
         windows: Tensor,
         folder: Path,
+        key: str,
         memory_mib: int,
     ) -> None:
         self._model, self._layers, self._sweep, self._folder = model, layers, sweep, folder
@@ -190,7 +198,7 @@ class _Capture:
         # What one window adds to the buffers; writing a shard makes one more copy.
         bytes_held = 2 * window * width * max(2 * max(map(len, self._owned)), 4)
         self._shard_windows = max(1, memory_mib * 2**20 // (2 * bytes_held))
-        self._index = _load_index(folder, _key(model, windows))
+        self._index = _load_index(folder, key)
         self._index |= {
             "num_layers": len(layers),
             "hidden_size": width,
@@ -300,9 +308,9 @@ def not_finite(model: Any, where: str) -> ModelError:
     )
 
 
-def _key(model: Any, windows: Tensor) -> str:
+def _key(model: Any, windows: Tensor, fingerprint: dict[str, Any]) -> str:
     """Identify what is captured: the model's weights and the windows, with their shape."""
-    digest = hashlib.sha256(json.dumps(model_fingerprint(model), sort_keys=True).encode())
+    digest = hashlib.sha256(json.dumps(fingerprint, sort_keys=True).encode())
     digest.update(f"one layer at a time {model.dtype}".encode())  # what shards hold
     digest.update(repr(tuple(windows.shape)).encode())
     digest.update(windows.numpy().tobytes())
@@ -311,7 +319,7 @@ def _key(model: Any, windows: Tensor) -> str:
 
 def _check_space(folder: Path, needed: int) -> None:
     """Fail before hours of work rather than after them."""
-    free = shutil.disk_usage(folder).free
+    free = free_space(folder)
     if needed > free:
         raise OutputFolderError(
             f"{folder} has {free} bytes free, but the hidden states need {needed} more; free some "

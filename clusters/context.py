@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,9 +16,9 @@ from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.fisher import LayerFisher
 from sparse_runtime.clusters.layer_data import LayerData, load_layer
 from sparse_runtime.clusters.ranks import Ranks
+from sparse_runtime.clusters.stages import Stages
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.onloading import onloaded
-from sparse_runtime.progress import ProgressReporter
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ class BuildContext:
         domains: number of each window's text source [W].
         domain_names: of these sources.
         work: folder of intermediate results.
-        progress: draws bars.
-        times: seconds of each stage.
+        progress: times the stages, and draws bars.
         base_errors: ρ² of each layer's base planes; None for float weights.
         ranks: processes that build together.
     """
@@ -51,8 +49,7 @@ class BuildContext:
     config: BuildSettings
     num_fit: int
     work: Path
-    progress: ProgressReporter
-    times: dict[str, float]
+    progress: Stages
     domains: Tensor
     domain_names: tuple[str, ...]
     base_errors: list[float] | None = None
@@ -114,11 +111,3 @@ class BuildContext:
         finally:
             matrix.close()
             data.free()  # callers keep the name while the next layer loads
-
-
-@contextmanager
-def timed(times: dict[str, float], stage: str) -> Iterator[None]:
-    """Record the seconds that the block takes."""
-    started = time.perf_counter()
-    yield
-    times[stage] = time.perf_counter() - started

@@ -8,8 +8,8 @@ middle of the decoder; the rest is counted.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import psutil
@@ -29,6 +29,7 @@ from sparse_runtime.clusters.layer_data import LayerData
 from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
+from sparse_runtime.clusters.text import DataSource, sampled_tokens_of
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.student import students_of
 from sparse_runtime.cost import element_size
@@ -41,6 +42,9 @@ from sparse_runtime.models.output_head import output_head
 # Windows that passes are timed on, and tokens of the two fits.
 _TIMED_WINDOWS = 2
 _FIT_TOKENS = (1024, 3072)
+# Sequences whose sampling is timed, and steps for each token that comes of them: many end early, and
+# later steps have more to attend to.
+_SAMPLED_AT_ONCE, _STEPS_PER_TOKEN = 32, 1.3
 # Cuts that are measured on held-out text: the budget's own, and others.
 _CUTS = 8
 # Layers that routers are tried on.
@@ -66,7 +70,7 @@ class StageEstimate:
 
 @dataclass(frozen=True)
 class BuildEstimate:
-    """What a build will take, without the text it begins with.
+    """What a build will take.
 
     Attributes:
         stages: in their order.
@@ -122,12 +126,22 @@ class _Times:
         return max(0.0, self.fit_base) + tokens * self.fit_token
 
 
-def estimate_build(model: Any, config: BuildConfig | None = None) -> BuildEstimate:
+def estimate_build(
+    model: Any,
+    config: BuildConfig | None = None,
+    data: Sequence[str | DataSource] = ("general",),
+    *,
+    processes: int = 1,
+) -> BuildEstimate:
     """Measure for some seconds, and say what a build will take.
+
+    Of its text only the part that is sampled from the model counts, not what is read or fetched.
 
     Args:
         model: a dense causal language model, as for ``build_clusters``.
         config: settings; all the text there is (``max_tokens`` None) is counted as 65,536 tokens.
+        data: text sources, as for ``build_clusters``.
+        processes: that build together, each as fast as this one.
 
     Raises:
         ConfigError: settings that cannot work together.
@@ -140,12 +154,24 @@ def estimate_build(model: Any, config: BuildConfig | None = None) -> BuildEstima
     windows = max(2, (settings.max_tokens or 65_536) // settings.window)
     held_out = max(1, round(windows * settings.held_out_share))
     depth = len({layer.depth for layer in layers})
+    sampled = sampled_tokens_of(data, windows * settings.window, sampled=not is_offloaded(model))
+    text = StageEstimate("text", _sampling_seconds(model, sampled), 0, 0)
+    stages = _stages(settings, times, layers, candidates, windows, held_out, depth)
+    if processes > 1:
+        stages = [_split(stage, processes) for stage in stages]
     return BuildEstimate(
-        tuple(_stages(settings, times, layers, candidates, windows, held_out, depth)),
+        (text, *stages),
         _resident(model, layers),
         _artifact_bytes(layers, settings),
         windows * settings.window,
     )
+
+
+def _split(stage: StageEstimate, processes: int) -> StageEstimate:
+    """A stage that processes share, but for what each computes for itself."""
+    if stage.name == "distill":
+        return stage
+    return replace(stage, seconds=stage.seconds / processes)
 
 
 def _stages(
@@ -236,6 +262,21 @@ def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _T
     slope = max(slope, 0.1 * fits[1] / _FIT_TOKENS[1])
     base = fits[0] - slope * _FIT_TOKENS[0]
     return _Times(*plain, *sparse, of_head, _seconds(with_gradients), base, slope)
+
+
+def _sampling_seconds(model: Any, tokens: int) -> float:
+    """Of sampling so many tokens, by some steps of a batch."""
+    if tokens == 0:
+        return 0.0
+    ids = torch.zeros(_SAMPLED_AT_ONCE, 8, dtype=torch.int64, device=model.device)
+
+    def steps(count: int) -> float:
+        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        mask = torch.ones_like(ids)
+        return _seconds(lambda: model.generate(ids, attention_mask=mask, pad_token_id=0, **options))
+
+    step = max(0.0, steps(9) - steps(1)) / 8
+    return tokens / _SAMPLED_AT_ONCE * step * _STEPS_PER_TOKEN
 
 
 def _passes(sweep: Sweep, number: int, share: float) -> tuple[float, float]:

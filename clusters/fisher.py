@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from sparse_runtime.clusters.buffers import Buffers
+from sparse_runtime.clusters.memory import is_out_of_memory
 from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.cost import element_size
@@ -94,7 +95,7 @@ def fisher_weights(
             with without_gradients(model), buffers or Buffers() as own:
                 return _watched(model, layers, mine, own, reporter)
         except (MemoryError, RuntimeError) as error:
-            if not _out_of_memory(error):
+            if not is_out_of_memory(error):
                 raise
             reason = str(error).partition("\n")[0]
             raise NoBackwardPassError(
@@ -240,14 +241,6 @@ def _drawn(logits: Tensor, window: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(int(window.sum()))
     shares = logits.detach().softmax(-1).cpu().nan_to_num(nan=1.0)
     return torch.multinomial(shares, 1, generator=generator).squeeze(-1).to(logits.device)
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # On a CPU torch has no error type of its own for it.
-    words = str(error)
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or (
-        "DefaultCPUAllocator" in words or "not enough memory" in words
-    )
 
 
 def usual_windows(values: Tensor) -> Tensor:

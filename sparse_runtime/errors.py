@@ -55,6 +55,10 @@ class OutputFolderError(SparseRuntimeError):
     """The output folder cannot be used, or could not be written."""
 
 
+class NotEnoughMemoryError(SparseRuntimeError, MemoryError):
+    """Memory ran out during a build."""
+
+
 class BackendUnavailableError(SparseRuntimeError):
     """A kernel backend was asked for by name, or ``strict``, and cannot run here."""
 

@@ -36,6 +36,12 @@ def cache_folder() -> Path:
     return user_cache_path("sparse_runtime", appauthor=False)
 
 
+def free_space(path: Path) -> int:
+    """Bytes free where a path is, or is to be."""
+    existing = next(place for place in (path, *path.absolute().parents) if place.exists())
+    return shutil.disk_usage(existing).free
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary file beside ``path``; on leaving, flush it to disk and rename it to ``path``.

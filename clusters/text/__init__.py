@@ -1,7 +1,7 @@
 """Text for calibration and evaluation: sources → documents → tokens → windows."""
 
 from sparse_runtime.clusters.text.overlap import overlap, overlap_warning
-from sparse_runtime.clusters.text.recipes import Recipe, expand_recipes
+from sparse_runtime.clusters.text.recipes import Recipe, expand_recipes, sampled_tokens_of
 from sparse_runtime.clusters.text.sources import (
     DataSource,
     check_source,
@@ -27,5 +27,6 @@ __all__ = [
     "overlap_warning",
     "parse_source",
     "recorded_source",
+    "sampled_tokens_of",
     "token_stream",
 ]

@@ -39,6 +39,8 @@ from sparse_runtime.progress import ProgressReporter, SilentProgress
 
 #: Steps between two looks at the held-out windows; the state is written to disk then.
 CHECK_EVERY = 10
+# Tokens that scales are measured on.
+_SCALE_TOKENS = 1024
 # A gradient counts up to so many times the median of so many steps before it.
 _MOST_OF_USUAL, _USUAL_STEPS = 2.0, 20
 
@@ -107,6 +109,9 @@ def distill(
         state_file: where the state is kept, to go on from.
         progress: reports one unit per step.
 
+    Raises:
+        ModelError: held-out text's divergence is not finite.
+
     Returns:
         The artifact with correction and shifts of its biases, for :func:`recut` to add up, as they
         were at the best step (zero if that is the start); and how it went.
@@ -117,11 +122,13 @@ def distill(
     def check() -> None:
         if training.done not in training.history.held_out:
             value = _mean_divergence(model, modules, held_out, dense_states, len(windows))
+            if training.done == 0:
+                _check_finite(model, value)
             training.checked(value)
             training.save(state_file)
 
     with students(model, clusters.layers, config.rank, config.seed) as modules:
-        measure_scales(model, modules, held_out)
+        measure_scales(model, modules, held_out[: max(1, _SCALE_TOKENS // held_out.shape[1])])
         training = _Training(modules, config)
         training.load(state_file)
         with (
@@ -173,9 +180,13 @@ def held_out_divergence(
     """
     with students(model, clusters.layers, 0, 0) as modules:
         value = _mean_divergence(model, modules, windows, dense_states, first)
-    if not math.isfinite(value):
-        raise not_finite(model, "the divergence of held-out text from the dense model")
+    _check_finite(model, value)
     return value
+
+
+def _check_finite(model: Any, divergence: float) -> None:
+    if not math.isfinite(divergence):
+        raise not_finite(model, "the divergence of held-out text from the dense model")
 
 
 @torch.no_grad()

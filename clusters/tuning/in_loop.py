@@ -14,7 +14,7 @@ from torch import Tensor
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
-from sparse_runtime.clusters.context import BuildContext, timed
+from sparse_runtime.clusters.context import BuildContext
 from sparse_runtime.clusters.tuning.distill import (
     Distillation,
     distill,
@@ -45,7 +45,7 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
     options: dict[str, Any] = {"budget": config.budget, "verify": config.verify}
     count = max(1, LOOP_TOKENS // context.windows.shape[1])
     if config.loop_weights:
-        with timed(context.times, "loop_weights"):
+        with context.progress.stage("loop_weights"):
             figures["loop_weights"] = _loop_weights(context, recut(model, clusters, **options))
         weights = {int(index): weight for index, weight in figures["loop_weights"].items()}
         clusters = scaled(clusters, weights)
@@ -58,10 +58,10 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
     # Compensation fits the cut that it is tuned at.
     clusters = first_cuts.measured_once(clusters)
     if config.tune_tokens:
-        with timed(context.times, "tune"):
+        with context.progress.stage("tune"):
             clusters, figures["local_tuning"] = _tuned_locally(context, clusters, first_cuts)
     if config.distill:
-        with timed(context.times, "distill"):
+        with context.progress.stage("distill"):
             clusters, figures["tuning"] = tune(
                 model,
                 clusters,
@@ -73,7 +73,7 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
                 state_file=context.work / f"distill_{context.ranks.rank}.safetensors",
                 progress=context.progress,
             )
-    with timed(context.times, "measure"):
+    with context.progress.stage("measure"):
         clusters = measurer.measured(clusters)
     return recut(model, clusters, **options), figures
 
@@ -200,10 +200,12 @@ def tune(
         ``held_out_tokens``; ``best_step`` of ``steps``; ``divergence`` of each step's windows, and
         ``held_out`` divergence along the way, as pairs of step and value.
     """
-    before = held_out_divergence(
-        model, cut(clusters), held_out, dense_states=dense_states, first=len(windows)
-    )
-    start = cut(reserved(clusters, config.rank))
+    start, before = cut(reserved(clusters, config.rank)), None
+    if config.rank:
+        # A correction's bytes are neurons' without it.
+        before = held_out_divergence(
+            model, cut(clusters), held_out, dense_states=dense_states, first=len(windows)
+        )
     found, history = distill(
         model,
         start,
@@ -214,7 +216,7 @@ def tune(
         state_file=state_file,
         progress=progress,
     )
-    after = history.held_out[history.best_step]
+    before, after = before or history.held_out[0], history.held_out[history.best_step]
     kept = after < before
     record = {
         "kept": kept,

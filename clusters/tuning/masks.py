@@ -129,8 +129,8 @@ class Masks:
         return computed, sure | maybe if self._packed else maybe
 
     def refined(self, chosen: Tensor, ids: Tensor, h: Tensor, neurons: slice) -> Tensor:
-        """Neurons that residual planes are read of, bool [n, i], out of the chosen ones."""
-        if self._factors is None:
+        """Chosen neurons that are computed by full values, bool [n, i]; all of float weights."""
+        if self._factors is None or not self._packed:
             return chosen
         return chosen & (self._evidence(ids, h, neurons) > self._tau)
 

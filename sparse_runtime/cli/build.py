@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import psutil
 import typer
 
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.folders import check_output_folder as check_holds_artifact
-from sparse_runtime.cli.console import err, fail, note, out
+from sparse_runtime.artifact.format import WORK_FOLDER
+from sparse_runtime.cli.console import err, fail, note, out, warn
 from sparse_runtime.cli.figures import check_output_folder, peak_memory_mib, write_figures
 from sparse_runtime.cli.options import (
     AutoDtypeOption,
@@ -29,14 +30,16 @@ from sparse_runtime.cli.options import (
 )
 from sparse_runtime.cli.progress import RichProgress
 from sparse_runtime.cli.ranges import NOT_NEGATIVE, PERCENTAGE, PLANE_BITS, POSITIVE
-from sparse_runtime.cli.tables import artifact_summary, print_estimate, print_summary
+from sparse_runtime.cli.tables import artifact_summary, clock, print_estimate, print_summary
 from sparse_runtime.cli.texts import fit_sources
+from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.files import free_space
 from sparse_runtime.models import load_model
 from sparse_runtime.models.onloading import is_offloaded
 from sparse_runtime.progress import SilentProgress
 
 if TYPE_CHECKING:
-    from sparse_runtime.clusters import BuildConfig
+    from sparse_runtime.clusters import BuildConfig, BuildEstimate
 
 
 _Output = Annotated[
@@ -202,7 +205,7 @@ def build(
     )
     loading = _Loading(dtype, device, offload)
     if dry_run:
-        write_figures(json_file, _estimated(model, output, config, loading))
+        write_figures(json_file, _estimated(model, output, data, config, loading))
         return
     summary = _build(model, output, data, config, packed, loading)
     write_figures(json_file, summary)
@@ -217,7 +220,7 @@ def _build(
     loading: _Loading,
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
-    from sparse_runtime.clusters import build_clusters, tuning_lines
+    from sparse_runtime.clusters import build_clusters, estimate_build, tuning_lines
 
     first = _join_processes(loading.device)
     check_holds_artifact(output)
@@ -230,6 +233,10 @@ def _build(
     if is_offloaded(loaded) and loading.offload is None:
         note("the model takes more than half of the free memory: its layers stay on the disk")
         sources = fit_sources(data, default="general", sampled=False)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    estimate = estimate_build(loaded, config, sources, processes=processes)
+    _check_room(estimate, output)
+    note(f"about {clock(estimate.seconds)} in all; --dry-run shows the stages")
     try:
         artifact = build_clusters(
             loaded,
@@ -241,6 +248,7 @@ def _build(
             model_name=model,
             progress=RichProgress(err) if first else SilentProgress(),
             times=times,
+            estimate=estimate,
         )
     except KeyboardInterrupt:
         fail(f"interrupted; run the same command again to go on, or delete {output}", 130)
@@ -252,19 +260,46 @@ def _build(
     for line in tuning_lines(artifact.build):
         out.print(line)
     memory = "" if peak is None else f", peak memory {peak:.0f} MiB"
-    out.print(f"{seconds:.0f} s in all{memory}")
-    return summary | {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}
+    out.print(f"{seconds:.0f} s in all, {estimate.seconds:.0f} s expected{memory}")
+    figures = {"seconds": times, "seconds_total": seconds, "peak_memory_mib": peak}
+    return summary | figures | {"estimate": estimate.record()}
 
 
-def _estimated(model: str, output: Path, config: BuildConfig, loading: _Loading) -> dict[str, Any]:
+def _check_room(estimate: BuildEstimate, output: Path) -> None:
+    """Say before the work what room it will not find.
+
+    Raises:
+        OutputFolderError: the disk has too little.
+    """
+    work = output / WORK_FOLDER
+    there = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    free = free_space(output)
+    if estimate.disk > free + there:
+        raise OutputFolderError(
+            f"{output} has {free / 2**20:.0f} MiB of disk free, but the build needs about "
+            f"{(estimate.disk - there) / 2**20:.0f} for what it keeps meanwhile; free some space, "
+            "choose another output folder or lower --max-tokens"
+        )
+    memory = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+    if estimate.memory > memory:
+        warn(
+            f"the build needs about {estimate.memory / 2**30:.1f} GiB of memory, and "
+            f"{memory / 2**30:.1f} are free; lower --memory-mib, the bound on buffers, or leave the "
+            "model's layers on the disk (--offload)"
+        )
+
+
+def _estimated(
+    model: str, output: Path, data: list[str] | None, config: BuildConfig, loading: _Loading
+) -> dict[str, Any]:
     """Print what a build would take; the same as JSON."""
     from sparse_runtime.clusters import estimate_build
 
     dtype = resolve_dtype(loading.dtype, loading.device)
     loaded, _ = load_model(model, dtype=dtype, device=loading.device, offload=loading.offload)
-    estimate = estimate_build(loaded, config)
-    existing = next(path for path in (output, *output.absolute().parents) if path.exists())
-    free = shutil.disk_usage(existing).free
+    sources = fit_sources(data, default="general", sampled=not is_offloaded(loaded))
+    estimate = estimate_build(loaded, config, sources)
+    free = free_space(output)
     print_estimate(estimate.record(), free)
     return estimate.record() | {"disk_free": free, "offloaded": is_offloaded(loaded)}
 

@@ -91,17 +91,17 @@ def print_estimate(estimate: dict[str, Any], disk_free: int) -> None:
     table = Table("stage", "time", "memory, MiB", "disk, MiB")
     for stage in estimate["stages"]:
         sizes = (f"{stage[key] / 2**20:,.0f}" for key in ("memory", "disk"))
-        table.add_row(stage["name"], _clock(stage["seconds"]), *sizes)
+        table.add_row(stage["name"], clock(stage["seconds"]), *sizes)
     out.print(table)
     disk = f"{estimate['disk'] / 2**30:.1f} GiB of disk ({disk_free / 2**30:.1f} GiB are free)"
     out.print(
-        f"{estimate['tokens']} tokens: about {_clock(estimate['seconds'])} after the text is there, "
+        f"{estimate['tokens']} tokens: about {clock(estimate['seconds'])}, "
         f"{estimate['memory'] / 2**30:.1f} GiB of memory, of which the model takes "
         f"{estimate['model'] / 2**30:.1f}, and {disk}. Nothing was built"
     )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     """Hours, minutes and seconds."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)

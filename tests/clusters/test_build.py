@@ -54,7 +54,7 @@ def test_equal_builds_are_equal(tiny_tokenizer, text, tmp_path):
         assert_equal(built[0], other, tmp_path)
         assert json.dumps(other.build) == json.dumps(built[0].build)
     stages = {"capture", "fisher", "router choice", "layers", "loop_weights", "distill", "measure"}
-    stages |= {"tune", "scores"}
+    stages |= {"text", "tune", "scores"}
     assert all(set(taken) == stages and min(taken.values()) >= 0 for taken in times)
     assert "seconds" not in (tmp_path / "0" / "config.json").read_text()
 

@@ -151,7 +151,7 @@ def test_parts_of_a_layer_across_shards(tiny_model, windows, tmp_path):
 
 def test_too_small_a_disk_fails_at_once(tiny_model, windows, tmp_path, monkeypatch):
     usage = namedtuple("usage", "free")(1000)
-    monkeypatch.setattr(capture.shutil, "disk_usage", lambda folder: usage)
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: usage)
     # Three inputs in bfloat16; in float32 the last states, and what is noted between two layers.
     needed = 9 * 16 * 32 * (3 * 2 + 3 * 4)
     with pytest.raises(OutputFolderError, match=f"1000 bytes free.*need {needed} more"):

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import fields
+from itertools import count
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ import torch
 from sparse_runtime import cli
 from sparse_runtime.clusters import BuildConfig
 from sparse_runtime.clusters.text import DataSource
-from sparse_runtime.clusters.tuning import in_loop
+from sparse_runtime.clusters.tuning import distill
 from sparse_runtime.eval.studies import ingredients
 from sparse_runtime.eval.studies.ingredients import ROWS, Ingredients, measure_ingredients
 
@@ -29,7 +30,8 @@ def text(tmp_path):
 
 def test_what_an_artifact_is_made_of(tiny_model, tiny_tokenizer, text, monkeypatch):
     # Two steps on random text need not help; here they are kept all the same.
-    monkeypatch.setattr(in_loop, "held_out_divergence", lambda *unused, **options: float("inf"))
+    falling = count(1e3, -1.0)
+    monkeypatch.setattr(distill, "_mean_divergence", lambda *unused: next(falling))
     base = ingredients._Base.of_seed(
         tiny_model, tiny_tokenizer, [DataSource(str(text))], CONFIG, 64, None
     )
