@@ -18,6 +18,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -328,7 +329,9 @@ def _of_packed(context: BuildContext) -> BuildContext:
     layers = find_ffn_layers(context.model, packed=True)
     errors = [
         base_error(
-            layer, context.states.layer(position, context.num_fit), context.fisher_of(position)
+            layer,
+            context.states.layer(position, context.num_fit, dtype=torch.bfloat16),
+            context.fisher_of(position),
         )
         for position, layer in enumerate(layers)
     ]
@@ -381,7 +384,7 @@ def _score_layers(
     def scores() -> list[dict[str, float]]:
         found = []
         for position in mine:
-            held_out = context.states.layer(position, context.num_fit)
+            held_out = context.states.layer(position, context.num_fit, dtype=torch.bfloat16)
             with context.weights_of(position) as layer:
                 own, router = clusters.layers[layer.index], fitted[position].router
                 found.append(held_out_scores(held_out, layer, own, router))

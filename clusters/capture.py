@@ -86,12 +86,10 @@ class HiddenStates:
         rows = range(self.num_tokens)[start:stop]
         return torch.cat([part for _, part in self._parts(_FINAL, rows)])
 
-    def chunks(
-        self, position: int, chunk_tokens: int, dtype: torch.dtype = torch.float32
-    ) -> Iterator[Tensor]:
-        """Hidden states of one layer in pieces [≤ chunk_tokens, H], in the windows' order."""
+    def chunks(self, position: int, chunk_tokens: int) -> Iterator[Tensor]:
+        """Hidden states of one layer in pieces [≤ chunk_tokens, H] bfloat16, in the windows' order."""
         for start in range(0, self.num_tokens, chunk_tokens):
-            yield self.layer(position, start, start + chunk_tokens, dtype)
+            yield self.layer(position, start, start + chunk_tokens, _DTYPE)
 
     def _parts(self, name: str, rows: range) -> Iterator[tuple[int, Tensor]]:
         """What each shard has of some tokens, and where it goes."""

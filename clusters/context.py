@@ -78,9 +78,9 @@ class BuildContext:
         """ρ² of a layer's base planes; None for float weights."""
         return None if self.base_errors is None else self.base_errors[position]
 
-    def buffers(self) -> Buffers:
-        """New buffers for one sweep's hidden states."""
-        return Buffers(self.config.memory_mib, self.work / f"sweep_{self.ranks.rank}")
+    def buffers(self, purpose: str = "sweep") -> Buffers:
+        """New buffers, of one sweep's hidden states or for another purpose."""
+        return Buffers(self.config.memory_mib, self.work / f"{purpose}_{self.ranks.rank}")
 
     @contextmanager
     def weights_of(self, position: int) -> Iterator[FFNLayer]:
@@ -97,17 +97,17 @@ class BuildContext:
 
     @contextmanager
     def _tokens(self, position: int) -> Iterator[LayerData]:
-        data, matrix = load_layer(
-            self.states,
-            position,
-            self.layers[position],
-            self.config,
-            num_fit=self.num_fit,
-            spill_file=self.work / f"importance_{self.ranks.rank}.bin",
-            fisher=self.fisher_of(position),
-        )
-        try:
-            yield data
-        finally:
-            matrix.close()
-            data.free()  # callers keep the name while the next layer loads
+        with self.buffers("layer") as buffers:
+            data = load_layer(
+                self.states,
+                position,
+                self.layers[position],
+                self.config,
+                num_fit=self.num_fit,
+                buffers=buffers,
+                fisher=self.fisher_of(position),
+            )
+            try:
+                yield data
+            finally:
+                data.free()  # callers keep the name while the next layer loads

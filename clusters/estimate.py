@@ -23,9 +23,8 @@ from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.build_checks import settings_for
 from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.fisher import without_gradients
-from sparse_runtime.clusters.importance import chunk_rows, chunk_slices, importance_scorer
 from sparse_runtime.clusters.layer_build import fit_layer, uncut_layer
-from sparse_runtime.clusters.layer_data import LayerData
+from sparse_runtime.clusters.layer_data import scored
 from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
@@ -306,15 +305,14 @@ def _fits(model: Any, layer: FFNLayer, settings: BuildSettings) -> tuple[list[fl
     rank = router_candidates([layer], settings)[-1]
     fisher = torch.ones(layer.intermediate_size) if settings.fisher_tokens else None
     for tokens in _FIT_TOKENS:
-        states = torch.randn(tokens + 256, layer.hidden_size, generator=generator)
-        started = time.perf_counter()
-        scorer = importance_scorer(layer, fisher)
-        rows = chunk_slices(len(states), chunk_rows(layer.intermediate_size, layer.device))
-        importance = torch.cat(
-            [scorer(states[own].to(layer.device)).to("cpu", torch.bfloat16) for own in rows]
+        states = (
+            torch.randn(tokens + 256, layer.hidden_size, generator=generator)
+            .bfloat16()
+            .to(layer.device)
         )
-        present = scorer.present(states.to(layer.device))
-        data = LayerData(states, importance, tokens, None if present is None else present.cpu())
+        started = time.perf_counter()
+        scores = states.new_empty(len(states), layer.intermediate_size)
+        data = scored(states, layer, settings, num_fit=tokens, scores=scores, fisher=fisher)
         fitted = fit_layer(data, layer, settings, rank, fisher, layer_generator(0, layer.index))
         seconds.append(time.perf_counter() - started)
     uncut = {layer.index: uncut_layer(layer, settings, fitted)}

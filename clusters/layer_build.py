@@ -109,7 +109,7 @@ def fit_router(
         Router, active sets bool [K, I], held-out coverage along the training.
     """
     num_clusters = len(clustering.active_sets)
-    sets = clustering.active_sets
+    sets = clustering.active_sets.to(data.importance.device)
     importance = data.importance[data.fit]
     assignment = best_sets(importance, sets)[1]
     router = initial_router(data.hidden_states[data.fit], assignment, num_clusters, rank)
@@ -137,7 +137,7 @@ def fit_router(
 
 @dataclass
 class FittedLayer:
-    """A layer's router and what is needed to cut sets for any budget.
+    """A layer's router and what is needed to cut sets for any budget, on the CPU.
 
     Attributes:
         router: trained, rounded to bfloat16.
@@ -202,7 +202,7 @@ def follow_router(
         "unassigned": int((clustering.assignment < 0).sum()),
     }
     centroids = layer_centroids(data, layer, fisher, assignment, len(sets))
-    return FittedLayer(router, sets, centroids, figures)
+    return FittedLayer(router.cpu(), sets.cpu(), centroids, figures)
 
 
 def layer_centroids(
@@ -220,7 +220,7 @@ def layer_centroids(
     """
     states = data.hidden_states[data.fit]
     scorer = importance_scorer(layer, fisher)
-    sample = scorer(states[:: max(1, len(states) // _SAMPLED_TOKENS)]).square_().sum(-1)
+    sample = scorer(states[:: max(1, len(states) // _SAMPLED_TOKENS)].float()).square_().sum(-1)
     if fisher is None:
         scale = sample.mean().clamp_min(1e-30)
         scorer = replace(scorer, neuron_weights=scorer.neuron_weights / scale.sqrt())
@@ -228,7 +228,7 @@ def layer_centroids(
     limit = sample.quantile(0.99)
 
     def moments(chunk: Tensor) -> Tensor:
-        activations = scorer.activations(chunk)
+        activations = scorer.activations(chunk.float())
         magnitudes = activations.abs() * scorer.neuron_weights
         squares = magnitudes.square()
         clip = (limit / squares.sum(-1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
@@ -242,7 +242,7 @@ def layer_centroids(
     squares, magnitudes, activations = (part.contiguous().cpu() for part in means.unbind(1))
     shares = torch.bincount(assignment, minlength=num_clusters) / len(assignment)
     weights = scorer.neuron_weights.cpu()
-    own = None if present is None else _expert_shares(assignment, present, num_clusters)
+    own = None if present is None else _expert_shares(assignment, present, num_clusters).cpu()
     return LayerCentroids(squares, magnitudes, activations, shares.cpu(), weights, own)
 
 
@@ -312,7 +312,7 @@ def held_out_scores(
     """Scores of a layer's sets, both bands together, by norm importance and the router's ids.
 
     Args:
-        hidden_states: held-out tokens [n, H].
+        hidden_states: held-out tokens [n, H], any float dtype.
         layer: the FFN.
         clusters: the final sets.
         router: the layer's router.
@@ -322,7 +322,8 @@ def held_out_scores(
     set_scorer = SetScorer(unpack_bits(sets, neurons), unpack_bits(clusters.static_set, neurons))
     scorer, ids = importance_scorer(layer), route(router, hidden_states)
     for rows in chunk_slices(len(hidden_states), chunk_rows(neurons)):
-        set_scorer.add(scorer(hidden_states[rows].to(scorer.gate.device)).cpu(), ids[rows])
+        x = hidden_states[rows].to(scorer.gate.device).float()
+        set_scorer.add(scorer(x).cpu(), ids[rows])
     return set_scorer.scores()
 
 

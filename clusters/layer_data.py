@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from sparse_runtime.clusters.buffers import Buffer
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import HiddenStates
 from sparse_runtime.clusters.config import BuildSettings
 from sparse_runtime.clusters.importance import chunk_rows, chunk_slices, importance_scorer
@@ -19,13 +18,16 @@ from sparse_runtime.kernels.bitmaps import pack_bits
 from sparse_runtime.kernels.planes import PlaneFormat
 from sparse_runtime.models.ffn_layer import FFNLayer, layer_cost
 
+# Tokens whose states are read at a time.
+_READ_TOKENS = 8192
+
 
 @dataclass
 class LayerData:
-    """A layer's calibration tokens, the last of them held out.
+    """A layer's calibration tokens, the last of them held out, on the layer's device.
 
     Attributes:
-        hidden_states: [N, H] float32.
+        hidden_states: [N, H], any float dtype; bfloat16 as they are captured.
         importance: [N, I] bfloat16.
         num_fit: tokens to fit on; the rest are held out.
         present: of a mixture of experts, which of them each token has, bool [N, E].
@@ -105,40 +107,64 @@ def load_layer(
     config: BuildSettings,
     *,
     num_fit: int,
-    spill_file: Path,
+    buffers: Buffers,
     fisher: Tensor | None = None,
-) -> tuple[LayerData, Buffer]:
+) -> LayerData:
     """Read a layer's hidden states and score its neurons.
 
-    ``fisher`` is the layer's ``fisher_weights`` [I], used for importance ``fisher``.
-
-    Returns:
-        The data and the matrix behind its importance, to be closed after use.
+    Args:
+        states: of all layers.
+        position: of the layer among them.
+        layer: its FFN, in memory.
+        config: settings.
+        num_fit: tokens to fit on.
+        buffers: for the states and the importance of a layer on the CPU, each of which may go through
+            a file; on a GPU they are in its memory, and so clusters and router are fitted there.
+        fisher: the layer's ``fisher_weights`` [I], used for importance ``fisher``.
     """
-    hidden_states = states.layer(position)
-    matrix = Buffer(
-        (len(hidden_states), layer.intermediate_size),
-        torch.bfloat16,
-        memory_mib=config.memory_mib,
-        spill_file=spill_file,
-    )
+
+    def room(width: int) -> Tensor:
+        shape = states.num_tokens, width
+        if layer.device.type == "cpu":
+            return buffers.new(shape, torch.bfloat16)
+        return torch.empty(*shape, dtype=torch.bfloat16, device=layer.device)
+
+    own = room(layer.hidden_size)
+    for rows, part in zip(
+        own.split(_READ_TOKENS), states.chunks(position, _READ_TOKENS), strict=True
+    ):
+        rows.copy_(part)
+    scores = room(layer.intermediate_size)
+    return scored(own, layer, config, num_fit=num_fit, scores=scores, fisher=fisher)
+
+
+def scored(
+    hidden_states: Tensor,
+    layer: FFNLayer,
+    config: BuildSettings,
+    *,
+    num_fit: int,
+    scores: Tensor,
+    fisher: Tensor | None = None,
+) -> LayerData:
+    """Score a layer's neurons for its hidden states [N, H].
+
+    Other arguments as of :func:`load_layer`; ``scores`` [N, I] bfloat16 become the importance.
+    """
     scorer = importance_scorer(layer, fisher if config.importance == "fisher" else None)
-    device = layer.device
     present = []
-    rows_at_once = chunk_rows(layer.intermediate_size, device)
+    rows_at_once = chunk_rows(layer.intermediate_size, layer.device)
     for rows in chunk_slices(len(hidden_states), rows_at_once):
-        chunk = hidden_states[rows].to(device)
-        matrix.values[rows] = scorer(chunk).to("cpu", torch.bfloat16)
+        chunk = hidden_states[rows].float()
+        scores[rows] = scorer(chunk).to(torch.bfloat16)
         present.append(scorer.present(chunk))
     if config.percentile is not None:
-        chunks = (matrix.values[r] for r in chunk_slices(num_fit, rows_at_once))
+        chunks = (scores[r] for r in chunk_slices(num_fit, rows_at_once))
         threshold = percentile_threshold(chunks, config.percentile)
         for rows in chunk_slices(len(hidden_states), rows_at_once):
-            matrix.values[rows] = (matrix.values[rows] > threshold).to(torch.bfloat16)
-    known = (
-        torch.cat([part.cpu() for part in present if part is not None]) if layer.experts else None
-    )
-    return LayerData(hidden_states, matrix.values, num_fit, known), matrix
+            scores[rows] = (scores[rows] > threshold).to(torch.bfloat16)
+    known = torch.cat([part for part in present if part is not None]) if layer.experts else None
+    return LayerData(hidden_states, scores, num_fit, known)
 
 
 def packed_patterns(importance: Tensor) -> PackedPatterns:

@@ -211,7 +211,7 @@ def estimated_loss(states: Tensor, scorer: ImportanceScorer, router: Router, set
     """
     ids = route(router, states)
     left_out = [
-        (scorer(states[rows]).square_() * ~sets[ids[rows]]).sum(-1)
+        (scorer(states[rows].to(scorer.gate.device)).square_().cpu() * ~sets[ids[rows]]).sum(-1)
         for rows in chunk_slices(len(states), chunk_rows(sets.shape[1]))
     ]
     return 0.5 * torch.cat(left_out).mean().item()

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from sparse_runtime.predictors.routers import LowRankRouter, Router, new_router
 
+# Tokens whose states are in float32 at a time.
+_CHUNK_TOKENS = 8192
+
 
 @dataclass(frozen=True)
 class RouterTraining:
@@ -51,27 +54,33 @@ def initial_router(
     leading directions of the cluster means in the space that Σ whitens.
 
     Args:
-        hidden_states: [N, H] float32.
+        hidden_states: [N, H], any float dtype.
         assignment: cluster of each token, int64 [N].
         num_clusters: K.
         rank: r, or None for a linear router.
         ridge: regularization of the covariance.
     """
-    hidden_size = hidden_states.shape[1]
+    num_tokens, hidden_size = hidden_states.shape
     counts = torch.bincount(assignment, minlength=num_clusters).float()
-    sums = hidden_states.new_zeros(num_clusters, hidden_size)
-    sums.index_add_(0, assignment, hidden_states)
-    overall = hidden_states.mean(0)
+    sums = hidden_states.new_zeros(num_clusters, hidden_size, dtype=torch.float32)
+    within = hidden_states.new_zeros(hidden_size, hidden_size, dtype=torch.float32)
+    for states, own in zip(
+        hidden_states.split(_CHUNK_TOKENS), assignment.split(_CHUNK_TOKENS), strict=True
+    ):
+        x = states.float()
+        sums.index_add_(0, own, x)
+        within.addmm_(x.t(), x)
+    overall = sums.sum(0) / num_tokens
+    mean_square = within.diagonal().mean().item() / num_tokens
     # A mean over few tokens is mostly noise in H dimensions: shrink by eight tokens.
     means = (sums + 8 * overall) / (counts + 8).unsqueeze(-1)
-    within = hidden_states.t() @ hidden_states
     within -= (sums / counts.clamp_min(1).unsqueeze(-1)).t() @ sums
-    within /= len(hidden_states)
+    within /= num_tokens
     within.diagonal().add_(ridge * within.diagonal().mean())
-    factor = _cholesky(within, hidden_states.square().mean().item())
+    factor = _cholesky(within, mean_square)
     whitened = torch.linalg.solve_triangular(factor, means.t() - overall.unsqueeze(-1), upper=False)
     prior = ((counts + 1) / (counts + 1).sum()).log()
-    router = new_router(hidden_size, num_clusters, rank)
+    router = new_router(hidden_size, num_clusters, rank).to(hidden_states.device)
     with torch.no_grad():
         if isinstance(router, LowRankRouter):
             directions = torch.linalg.svd(whitened * counts.sqrt(), full_matrices=False).U
@@ -88,7 +97,7 @@ def initial_router(
             squared = whitened.square().sum(0)
             center = router.up @ overall
         router.bias.copy_(prior - 0.5 * squared - center)
-    return router.to(hidden_states.device)
+    return router
 
 
 def _cholesky(covariance: Tensor, mean_square: float) -> Tensor:
@@ -123,10 +132,10 @@ def routed_coverage(router: Router, hidden_states: Tensor, coverage: Tensor) -> 
     return coverage.gather(1, ids.unsqueeze(-1)).float().mean().item()
 
 
-def route(router: Router, hidden_states: Tensor, chunk_tokens: int = 8192) -> Tensor:
+def route(router: Router, hidden_states: Tensor) -> Tensor:
     """Cluster of each token by the router: hidden states [N, H] -> int64 [N]."""
     with torch.inference_mode():
-        chunks = [router(chunk).argmax(-1) for chunk in hidden_states.split(chunk_tokens)]
+        chunks = [router(x.float()).argmax(-1) for x in hidden_states.split(_CHUNK_TOKENS)]
     return torch.cat(chunks).clone()
 
 
@@ -144,7 +153,7 @@ def train_router(
 
     Args:
         router: start, as from :func:`initial_router`.
-        hidden_states: [N, H] float32.
+        hidden_states: [N, H], any float dtype.
         coverage: coverage of each token by each cluster's set [N, K], any float dtype.
         held_out_states: [M, H].
         held_out_coverage: [M, K].
@@ -167,7 +176,7 @@ def train_router(
         for batch in order.to(hidden_states.device).split(config.batch_tokens):
             gain = coverage[batch].float()
             gain = gain - gain.mean(-1, keepdim=True)
-            loss = -(router(hidden_states[batch]).softmax(-1) * gain).sum(-1).mean()
+            loss = -(router(hidden_states[batch].float()).softmax(-1) * gain).sum(-1).mean()
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

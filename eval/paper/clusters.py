@@ -91,15 +91,15 @@ class AwcPaper:
         threshold = percentile_threshold([importance], self.percentile)
         patterns = (importance > threshold).bfloat16()
         num_fit = len(states) - max(1, round(len(states) * _HELD_OUT_SHARE))
-        data = LayerData(states.float(), patterns, num_fit)
+        data = LayerData(states, patterns, num_fit)
         fits: list[Variants] = []
         for budget in budgets:
             generator = layer_generator(self.seed, layer.index)
             with torch.enable_grad():
                 fitted = fit_layer(data, layer, self._config(budget), self.rank, None, generator)
             predicted, oracle = (
-                PaperClusterMasks(fitted.sets, router, scorer, threshold)
-                for router in (fitted.router, None)
+                PaperClusterMasks(fitted.sets.to(layer.device), router, scorer, threshold)
+                for router in (fitted.router.to(layer.device), None)
             )
             fits.append({self.name: predicted, f"{self.name}, oracle ids": oracle})
         return fits

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparse_runtime.clusters.buffers import Buffers
 from sparse_runtime.clusters.capture import capture_hidden_states
 from sparse_runtime.clusters.config import BuildConfig
 from sparse_runtime.clusters.layer_data import load_layer, packed_patterns
@@ -102,13 +103,14 @@ def paper_coverage(
         states = capture_hidden_states(model, windows, work, progress=progress)
         with progress.task("binary clusters", len(selected) * len(fits)) as advance:
             for position, layer in selected:
-                data, matrix = load_layer(
-                    *(states, position, layer, config),
-                    num_fit=fit_windows.numel(),
-                    spill_file=work / "importance.bin",
-                )
-                seen, test = (packed_patterns(matrix.values[r]) for r in (data.fit, data.held_out))
-                matrix.close()
+                with Buffers(config.memory_mib) as buffers:
+                    data = load_layer(
+                        *(states, position, layer, config),
+                        num_fit=fit_windows.numel(),
+                        buffers=buffers,
+                    )
+                    parts = data.fit, data.held_out
+                    seen, test = (packed_patterns(data.importance[part]) for part in parts)
                 for of_layers, (row, fit) in zip(scores, fits, strict=True):
                     generator = layer_generator(seed, layer.index)
                     started = time.perf_counter()

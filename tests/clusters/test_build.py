@@ -14,6 +14,7 @@ from sparse_runtime import ClusterSet, cost_report, sparsify
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
 from sparse_runtime.cost import PlaneCost
 from sparse_runtime.errors import ConfigError, ModelError, OutputFolderError
+from sparse_runtime.kernels.bitmaps import unpack_bits
 
 CONFIG = BuildConfig(
     num_clusters=6, budget=0.7, window=50, max_tokens=2000, distill=4, correction_rank=2
@@ -325,3 +326,16 @@ def test_work_is_kept_until_the_artifact_is_whole(
     assert fits == []
     assert not (output / ".build").exists()
     assert len(ClusterSet.from_pretrained(output).layers) == 3
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_build_on_a_gpu(tiny_tokenizer, text):
+    """Clusters and routers are fitted there, and the artifact is on the CPU and runs on either."""
+    on_gpu = build_clusters(make_tiny_model().cuda(), tiny_tokenizer, [text], CONFIG)
+    on_cpu = build_clusters(make_tiny_model(), tiny_tokenizer, [text], CONFIG)
+    for index, layer in on_gpu.layers.items():
+        other = on_cpu.layers[index]
+        assert layer.active_sets.device.type == layer.router_up.device.type == "cpu"
+        assert layer.active_sets.shape == other.active_sets.shape
+        sizes = [unpack_bits(one.active_sets, 44).float().mean().item() for one in (layer, other)]
+        assert sizes[0] == pytest.approx(sizes[1], abs=0.1)
