@@ -73,6 +73,9 @@ from sparse_runtime.predictors.training import route
 from sparse_runtime.progress import ProgressReporter, TqdmProgress
 from sparse_runtime.version import __version__
 
+# In the working folder: text that was sampled from the model, which knows itself what it is.
+_SAMPLED = "sampled.safetensors"
+
 
 def build_clusters(
     model: Any,
@@ -118,6 +121,8 @@ def build_clusters(
         UnsupportedArchitectureError, NothingMatchedError: see ``find_ffn_layers``.
     """
     settings = settings_for(model, config)
+    if output is not None:
+        check_output_folder(Path(output))
     if packed_output is not None and settings.weights is None:
         raise ConfigError(
             f"packed_output is {str(packed_output)!r}, but the build is for float weights; give "
@@ -137,7 +142,8 @@ def build_clusters(
     )
     with stages.all():
         with stages.stage("text"):
-            text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings))
+            keep = None if output is None else Path(output) / WORK_FOLDER / _SAMPLED
+            text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings, keep))
         num_fit = num_fit_tokens(text, settings)
         check_ranks(ranks, text, settings)
         build = _Build(model, layers, text, num_fit, settings, model_name, stages, ranks)
@@ -152,7 +158,11 @@ def build_clusters(
 
 
 def _calibration_text(
-    model: Any, tokenizer: Any, data: Sequence[str | DataSource], settings: BuildSettings
+    model: Any,
+    tokenizer: Any,
+    data: Sequence[str | DataSource],
+    settings: BuildSettings,
+    keep: Path | None,
 ) -> CalibrationText:
     return calibration_windows(
         expand_recipes(data, sampled=not is_offloaded(model)).sources,
@@ -162,12 +172,12 @@ def _calibration_text(
         split="train",
         seed=settings.seed,
         model=model,
+        keep=keep,
     )
 
 
 def _built_into(folder: Path, build: _Build) -> ClusterSet:
     """Build, and write the artifact to a folder; what has been worked out stays there until then."""
-    check_output_folder(folder)
     work = folder / WORK_FOLDER
     work.mkdir(parents=True, exist_ok=True)
     clusters = build.run(work)
@@ -398,12 +408,14 @@ def _score_layers(
 
 
 def _claim(work: Path, key: dict[str, Any]) -> None:
-    """Keep a working folder of the same build, empty that of any other."""
+    """Keep a working folder of the same build, empty that of any other but for sampled text."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     key_file = work / "key.json"
     if key_file.exists() and json.loads(key_file.read_text(encoding="utf-8")) == digest:
         return
     for entry in work.iterdir():
+        if entry.name == _SAMPLED:
+            continue
         if entry.is_dir():
             shutil.rmtree(entry)
         else:

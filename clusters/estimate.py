@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from statistics import median
 from typing import Any
 
 import psutil
@@ -323,15 +324,15 @@ def _fits(model: Any, layer: FFNLayer, settings: BuildSettings) -> tuple[list[fl
 
 
 def _seconds(work: Callable[[], Any]) -> float:
-    """The least of two runs."""
+    """The median of three runs."""
     found = []
-    for _ in range(2):
+    for _ in range(3):
         started = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         found.append(time.perf_counter() - started)
-    return min(found)
+    return median(found)
 
 
 def _resident(model: Any, layers: list[FFNLayer]) -> int:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 from collections.abc import Sequence
 from itertools import accumulate
+from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from sparse_runtime.cost import element_size
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.files import write_tensors
+from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.models.onloading import is_offloaded
+from sparse_runtime.version import __version__
 
 _SEQUENCE = 256
 # Of those, at most this many for what a user says.
@@ -47,7 +54,13 @@ _MARK = "\ue000"
 
 
 def sampled_tokens(
-    model: Any, tokenizer: Any, max_tokens: int | None, *, split: str, seed: int
+    model: Any,
+    tokenizer: Any,
+    max_tokens: int | None,
+    *,
+    split: str,
+    seed: int,
+    keep: Path | None = None,
 ) -> Tensor:
     """Sample sequences of 256 tokens at most.
 
@@ -62,6 +75,7 @@ def sampled_tokens(
         max_tokens: as many.
         split: ``test`` samples from another seed than ``train``.
         seed: of sampling; the global random state stays as it is.
+        keep: file that they are kept in, and read from by another call for the same.
 
     Returns:
         Token ids [max_tokens] int64.
@@ -78,12 +92,33 @@ def sampled_tokens(
             "data source 'self' samples text from the model, whose weights would be read from the disk "
             "for every token; expected other sources, or a model in memory (--no-offload)"
         )
+    key = "" if keep is None else _key(model, tokenizer, max_tokens, split, seed)
+    if keep is not None and keep.exists():
+        with safe_open(keep, framework="pt") as reader:
+            if reader.metadata()["key"] == key:
+                kept: Tensor = reader.get_tensor("tokens")
+                return kept
+    tokens = _sampled(model, tokenizer, max_tokens, seed + (_TEST_SEED if split == "test" else 0))
+    if keep is not None:
+        keep.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(keep, {"tokens": tokens}, {"key": key})
+    return tokens
+
+
+def _key(model: Any, tokenizer: Any, *others: Any) -> str:
+    """Identify what is sampled: weights, their dtype, tokenizer, and the rest."""
+    template = getattr(tokenizer, "chat_template", None)
+    key = [model_fingerprint(model), str(model.dtype), tokenizer.get_vocab(), template, *others]
+    return hashlib.sha256(json.dumps([*key, __version__], sort_keys=True).encode()).hexdigest()
+
+
+def _sampled(model: Any, tokenizer: Any, max_tokens: int, seed: int) -> Tensor:
     sampler = _Sampler(model, tokenizer, min(_SEQUENCE, max_tokens))
     opening = _opening(tokenizer)
     sequences: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices), torch.inference_mode():
-        torch.manual_seed(seed + (_TEST_SEED if split == "test" else 0))
+        torch.manual_seed(seed)
         # A last few conversations would take as many steps as all before.
         near = max_tokens // 20
         while opening is not None and (missing := max_tokens // 2 - _tokens(sequences)) > near:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,6 +50,7 @@ def token_stream(
     split: str,
     seed: int = 0,
     model: Any = None,
+    keep: Path | None = None,
 ) -> Tensor:
     """Read the first tokens of a source, and no more of it than they need.
 
@@ -62,6 +64,7 @@ def token_stream(
         split: ``train`` or ``test``; local files have none.
         seed: of sampling, for ``self``.
         model: for ``self``, and to check that it knows every token.
+        keep: file for what ``self`` samples, to go on from.
 
     Returns:
         Token ids [n] int64.
@@ -73,7 +76,7 @@ def token_stream(
             source, or a split that built-in texts have not.
     """
     if source.name == "self":
-        return sampled_tokens(model, tokenizer, max_tokens, split=split, seed=seed)
+        return sampled_tokens(model, tokenizer, max_tokens, split=split, seed=seed, keep=keep)
     target = float("inf") if max_tokens is None else 8.0 * max_tokens + 4096
     parts: list[str] = []
     length = 0
@@ -138,6 +141,7 @@ def calibration_windows(
     split: str = "train",
     seed: int = 0,
     model: Any = None,
+    keep: Path | None = None,
 ) -> CalibrationText:
     """Mix sources by weight into shuffled windows.
 
@@ -150,7 +154,7 @@ def calibration_windows(
         window: tokens per window.
         split: as in :func:`token_stream`.
         seed: of the shuffle, and of sampling from the model.
-        model: as in :func:`token_stream`.
+        model, keep: as in :func:`token_stream`.
 
     Raises:
         DataError: a source cannot be read, or holds less than one window.
@@ -164,7 +168,8 @@ def calibration_windows(
     windows, records = [], []
     for source in sources:
         share = _share(source, total_weight, max_tokens, window)
-        ids = token_stream(source, tokenizer, max_tokens=share, split=split, seed=seed, model=model)
+        options: dict[str, Any] = {"split": split, "seed": seed, "model": model, "keep": keep}
+        ids = token_stream(source, tokenizer, max_tokens=share, **options)
         count = len(ids) // window
         if count == 0:
             raise DataError(

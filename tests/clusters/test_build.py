@@ -339,3 +339,20 @@ def test_a_build_on_a_gpu(tiny_tokenizer, text):
         assert layer.active_sets.shape == other.active_sets.shape
         sizes = [unpack_bits(one.active_sets, 44).float().mean().item() for one in (layer, other)]
         assert sizes[0] == pytest.approx(sizes[1], abs=0.1)
+
+
+def test_an_interrupted_build_does_not_sample_again(tiny_tokenizer, text, tmp_path, monkeypatch):
+    model = make_tiny_model()
+    data, whole = [text, "self"], tmp_path / "whole"
+    build_clusters(model, tiny_tokenizer, data, CONFIG, output=whole)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(build, "fit_layer", _interrupted)
+        build_clusters(model, tiny_tokenizer, data, CONFIG, output=tmp_path / "other")
+    monkeypatch.setattr(model, "generate", _interrupted)
+    build_clusters(model, tiny_tokenizer, data, CONFIG, output=tmp_path / "other")
+    for file in whole.iterdir():
+        assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes()
+
+
+def _interrupted(*unused, **options):
+    raise KeyboardInterrupt

@@ -224,6 +224,25 @@ def test_a_model_that_says_nothing_gives_texts(tiny_model, tiny_tokenizer):
     assert len(ids) == 300
 
 
+def test_what_was_sampled_is_kept_for_the_same_call(tiny_model, tiny_tokenizer, tmp_path):
+    keep = tmp_path / "work" / "sampled.safetensors"
+    options = {"model": tiny_model, "keep": keep}
+    first = stream("self", tiny_tokenizer, 600, **options)
+    generate, calls = tiny_model.generate, []
+    tiny_model.generate = lambda *given, **named: calls.append(1) or generate(*given, **named)
+    assert torch.equal(stream("self", tiny_tokenizer, 600, **options), first)
+    assert not calls
+    other = stream("self", tiny_tokenizer, 600, **options, seed=1)
+    assert calls
+    assert not torch.equal(other, first)
+    # Another model, another text.
+    with torch.no_grad():
+        tiny_model.model.layers[0].mlp.up_proj.weight.mul_(2)
+    calls.clear()
+    stream("self", tiny_tokenizer, 600, **options, seed=1)
+    assert calls
+
+
 def test_no_room_for_a_conversation(tiny_model, tiny_tokenizer):
     tiny_tokenizer.chat_template = _TEMPLATE
     tiny_model.config.max_position_embeddings = 16
