@@ -345,14 +345,12 @@ def test_an_interrupted_build_does_not_sample_again(tiny_tokenizer, text, tmp_pa
     model = make_tiny_model()
     data, whole = [text, "self"], tmp_path / "whole"
     build_clusters(model, tiny_tokenizer, data, CONFIG, output=whole)
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(build, "fit_layer", _interrupted)
-        build_clusters(model, tiny_tokenizer, data, CONFIG, output=tmp_path / "other")
-    monkeypatch.setattr(model, "generate", _interrupted)
+    interrupted(monkeypatch, model, tiny_tokenizer, data, CONFIG, output=tmp_path / "other")
+
+    def again(*unused, **options):
+        raise AssertionError("sampled again")
+
+    monkeypatch.setattr(model, "generate", again)
     build_clusters(model, tiny_tokenizer, data, CONFIG, output=tmp_path / "other")
     for file in whole.iterdir():
         assert (tmp_path / "other" / file.name).read_bytes() == file.read_bytes()
-
-
-def _interrupted(*unused, **options):
-    raise KeyboardInterrupt
