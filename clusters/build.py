@@ -143,7 +143,10 @@ def build_clusters(
     with stages.all():
         with stages.stage("text"):
             keep = None if output is None else Path(output) / WORK_FOLDER / _SAMPLED
-            text = ranks.by_first(lambda: _calibration_text(model, tokenizer, data, settings, keep))
+            options = {"keep": keep, "progress": stages}
+            text = ranks.by_first(
+                lambda: _calibration_text(model, tokenizer, data, settings, options)
+            )
         num_fit = num_fit_tokens(text, settings)
         check_ranks(ranks, text, settings)
         build = _Build(model, layers, text, num_fit, settings, model_name, stages, ranks)
@@ -162,7 +165,7 @@ def _calibration_text(
     tokenizer: Any,
     data: Sequence[str | DataSource],
     settings: BuildSettings,
-    keep: Path | None,
+    options: dict[str, Any],
 ) -> CalibrationText:
     return calibration_windows(
         expand_recipes(data, sampled=not is_offloaded(model)).sources,
@@ -172,7 +175,7 @@ def _calibration_text(
         split="train",
         seed=settings.seed,
         model=model,
-        keep=keep,
+        **options,
     )
 
 

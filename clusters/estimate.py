@@ -271,9 +271,11 @@ def _sampling_seconds(model: Any, tokens: int) -> float:
     ids = torch.zeros(_SAMPLED_AT_ONCE, 8, dtype=torch.int64, device=model.device)
 
     def steps(count: int) -> float:
-        options = {"max_new_tokens": count, "min_new_tokens": count, "do_sample": False}
+        options: dict[str, Any] = {"max_new_tokens": count, "min_new_tokens": count}
+        options |= {"pad_token_id": 0, "do_sample": False}
+        options |= dict.fromkeys(("temperature", "top_k", "top_p"))
         mask = torch.ones_like(ids)
-        return _seconds(lambda: model.generate(ids, attention_mask=mask, pad_token_id=0, **options))
+        return _seconds(lambda: model.generate(ids, attention_mask=mask, **options))
 
     step = max(0.0, steps(9) - steps(1)) / 8
     return tokens / _SAMPLED_AT_ONCE * step * _STEPS_PER_TOKEN

@@ -20,6 +20,7 @@ from sparse_runtime.errors import ConfigError
 from sparse_runtime.files import write_tensors
 from sparse_runtime.models.fingerprint import model_fingerprint
 from sparse_runtime.models.onloading import is_offloaded
+from sparse_runtime.progress import Advance, ProgressReporter, SilentProgress
 from sparse_runtime.version import __version__
 
 _SEQUENCE = 256
@@ -61,6 +62,7 @@ def sampled_tokens(
     split: str,
     seed: int,
     keep: Path | None = None,
+    progress: ProgressReporter | None = None,
 ) -> Tensor:
     """Sample sequences of 256 tokens at most.
 
@@ -76,6 +78,7 @@ def sampled_tokens(
         split: ``test`` samples from another seed than ``train``.
         seed: of sampling; the global random state stays as it is.
         keep: file that they are kept in, and read from by another call for the same.
+        progress: reports one unit per token.
 
     Returns:
         Token ids [max_tokens] int64.
@@ -98,7 +101,9 @@ def sampled_tokens(
             if reader.metadata()["key"] == key:
                 kept: Tensor = reader.get_tensor("tokens")
                 return kept
-    tokens = _sampled(model, tokenizer, max_tokens, seed + (_TEST_SEED if split == "test" else 0))
+    own_seed = seed + (_TEST_SEED if split == "test" else 0)
+    with (progress or SilentProgress()).task("sample text", max_tokens) as advance:
+        tokens = _sampled(model, tokenizer, max_tokens, own_seed, advance)
     if keep is not None:
         keep.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(keep, {"tokens": tokens}, {"key": key})
@@ -112,8 +117,8 @@ def _key(model: Any, tokenizer: Any, *others: Any) -> str:
     return hashlib.sha256(json.dumps([*key, __version__], sort_keys=True).encode()).hexdigest()
 
 
-def _sampled(model: Any, tokenizer: Any, max_tokens: int, seed: int) -> Tensor:
-    sampler = _Sampler(model, tokenizer, min(_SEQUENCE, max_tokens))
+def _sampled(model: Any, tokenizer: Any, max_tokens: int, seed: int, advance: Advance) -> Tensor:
+    sampler = _Sampler(model, tokenizer, min(_SEQUENCE, max_tokens), advance)
     opening = _opening(tokenizer)
     sequences: list[Tensor] = []
     devices = [model.device] if model.device.type == "cuda" else []
@@ -129,14 +134,16 @@ def _sampled(model: Any, tokenizer: Any, max_tokens: int, seed: int) -> Tensor:
             sequences += [
                 chat for chat, first in zip(chats, before, strict=False) if first < missing
             ]
+            advance(missing - max(0, max_tokens // 2 - _tokens(sequences)))
         while (missing := max_tokens - _tokens(sequences)) > 0:
             sequences += sampler.texts(missing)
+            advance(missing - max(0, max_tokens - _tokens(sequences)))
     return torch.cat(sequences)[:max_tokens].clone()
 
 
 class _Sampler:
-    def __init__(self, model: Any, tokenizer: Any, length: int) -> None:
-        self._model, self._tokenizer = model, tokenizer
+    def __init__(self, model: Any, tokenizer: Any, length: int, advance: Advance) -> None:
+        self._model, self._tokenizer, self._advance = model, tokenizer, advance
         # A tokenizer may name a token that the model lacks.
         self._rows = model.get_input_embeddings().weight.shape[0]
         known = (tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -220,7 +227,7 @@ class _Sampler:
             ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
-            logits_processor=LogitsProcessorList([_Draw(temperature)]),
+            logits_processor=LogitsProcessorList([_Draw(temperature, self._advance)]),
             temperature=None,
             top_k=None,
             top_p=None,
@@ -259,11 +266,12 @@ class _Draw(LogitsProcessor):
     the vocabulary, a third of a decode step's time of the demo model.
     """
 
-    def __init__(self, temperature: float) -> None:
-        self._temperature = temperature
+    def __init__(self, temperature: float, advance: Advance) -> None:
+        self._temperature, self._advance = temperature, advance
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Of scores [batch, V]: zero at the drawn token, and minus infinity elsewhere."""
+        self._advance(0)  # how many tokens come of a batch is known when it ends
         sums = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
         # Above zero, and at most what the sums come to: no token of probability zero.
         drawn = (1 - torch.rand(len(sums), 1, device=sums.device)) * sums[:, -1:]

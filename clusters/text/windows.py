@@ -17,6 +17,7 @@ from sparse_runtime.clusters.text.readers import text_pieces
 from sparse_runtime.clusters.text.sampling import sampled_tokens
 from sparse_runtime.clusters.text.sources import DataSource, expanded, shown
 from sparse_runtime.errors import ConfigError, DataError
+from sparse_runtime.progress import ProgressReporter
 
 # A cut text can tokenize differently from the whole only next to the cut.
 _CUT_MARGIN = 64
@@ -51,6 +52,7 @@ def token_stream(
     seed: int = 0,
     model: Any = None,
     keep: Path | None = None,
+    progress: ProgressReporter | None = None,
 ) -> Tensor:
     """Read the first tokens of a source, and no more of it than they need.
 
@@ -65,6 +67,7 @@ def token_stream(
         seed: of sampling, for ``self``.
         model: for ``self``, and to check that it knows every token.
         keep: file for what ``self`` samples, to go on from.
+        progress: reports one unit per token that ``self`` samples.
 
     Returns:
         Token ids [n] int64.
@@ -76,7 +79,8 @@ def token_stream(
             source, or a split that built-in texts have not.
     """
     if source.name == "self":
-        return sampled_tokens(model, tokenizer, max_tokens, split=split, seed=seed, keep=keep)
+        options: dict[str, Any] = {"split": split, "seed": seed, "keep": keep, "progress": progress}
+        return sampled_tokens(model, tokenizer, max_tokens, **options)
     target = float("inf") if max_tokens is None else 8.0 * max_tokens + 4096
     parts: list[str] = []
     length = 0
@@ -142,6 +146,7 @@ def calibration_windows(
     seed: int = 0,
     model: Any = None,
     keep: Path | None = None,
+    progress: ProgressReporter | None = None,
 ) -> CalibrationText:
     """Mix sources by weight into shuffled windows.
 
@@ -154,7 +159,7 @@ def calibration_windows(
         window: tokens per window.
         split: as in :func:`token_stream`.
         seed: of the shuffle, and of sampling from the model.
-        model, keep: as in :func:`token_stream`.
+        model, keep, progress: as in :func:`token_stream`.
 
     Raises:
         DataError: a source cannot be read, or holds less than one window.
@@ -166,9 +171,10 @@ def calibration_windows(
         raise ConfigError(f"max_tokens is {max_tokens}; expected at least one window, {window}")
     total_weight = sum(source.weight for source in sources)
     windows, records = [], []
+    options: dict[str, Any] = {"split": split, "seed": seed, "model": model, "keep": keep}
+    options["progress"] = progress
     for source in sources:
         share = _share(source, total_weight, max_tokens, window)
-        options: dict[str, Any] = {"split": split, "seed": seed, "model": model, "keep": keep}
         ids = token_stream(source, tokenizer, max_tokens=share, **options)
         count = len(ids) // window
         if count == 0:
