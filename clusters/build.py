@@ -63,6 +63,7 @@ from sparse_runtime.clusters.text import (
     expand_recipes,
 )
 from sparse_runtime.clusters.tuning.in_loop import cut_in_loop
+from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.errors import ConfigError
 from sparse_runtime.files import write_json, write_tensors
 from sparse_runtime.models.ffn_layer import FFNLayer
@@ -288,7 +289,8 @@ class _Build:
                 uncut[layer.index] = uncut_layer(layer, settings, one, error, weights)
         clusters = ClusterSet(uncut, fingerprint, settings.budget)
         if settings.allocation == "global":
-            clusters, figures_in_loop = cut_in_loop(context, clusters)
+            with kept_looks(context.work / "looks"):
+                clusters, figures_in_loop = cut_in_loop(context, clusters)
             record |= figures_in_loop
         with self.progress.stage("scores"):
             _score_layers(context, clusters, fitted)

@@ -33,6 +33,7 @@ from sparse_runtime.clusters.text import DataSource, sampled_tokens_of
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.student import students_of
 from sparse_runtime.cost import element_size
+from sparse_runtime.kernels.planes import LOOK_FORMAT
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import structure
@@ -199,13 +200,15 @@ def _stages(
         each = depth * (times.forward + times.backward) + times.head_backward
         kept = min(bound, count * window * width * value * depth)
         add("fisher", count * each, kept + 2 * between, 4 * most * len(layers))
-    own_layer = tokens * (4 * width + 2 * settings.num_clusters) + min(bound, 2 * tokens * most)
-    spilled = 2 * tokens * most
+    # Hidden states and importance of a layer, each in a file above the bound; and coverage.
+    parts = [2 * tokens * width, 2 * tokens * most]
+    own_layer = sum(min(bound, part) for part in parts) + 2 * tokens * settings.num_clusters
+    spilled = sum(part for part in parts if part > bound)
     if len(candidates) > 1:
         seconds = _PROBES * len(candidates) * times.fit(min(tokens, PROBE_TOKENS))
         add("router choice", seconds, own_layer)
     fitted = 13 * settings.num_clusters * most
-    disk = fitted * len(layers) + (spilled if spilled > bound else 0)
+    disk = fitted * len(layers) + spilled
     add("layers", len(layers) * times.fit(tokens), own_layer, disk)
     if settings.allocation == "global":
         loop = max(1, LOOP_TOKENS // window)
@@ -221,7 +224,9 @@ def _stages(
             step = 2 * (depth * times.sparse_backward + times.head_backward)
             checks = (2 + settings.distill // 10) * loop * cut
             add("distill", settings.distill * step + checks, sparse)
-        add("measure", _CUTS * held_out * cut, sparse)
+        looked_at = settings.verify and settings.weights is None
+        looks = len(layers) * most * LOOK_FORMAT.look_size(width, 2) if looked_at else 0
+        add("measure", _CUTS * held_out * cut, sparse, looks)
     add("scores", len(layers) * times.fit_token * held_out * window)
     return stages
 

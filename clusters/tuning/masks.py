@@ -3,18 +3,51 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.files import write_tensors
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
 from sparse_runtime.kernels.looks import look_records
 from sparse_runtime.kernels.planes import LOOK_FORMAT, unpack_look
 from sparse_runtime.kernels.reference import activations
 from sparse_runtime.models.ffn_layer import FFNLayer
+
+# Where look records are kept, if anywhere.
+_KEPT: ContextVar[Path | None] = ContextVar("_KEPT", default=None)
+
+
+@contextmanager
+def kept_looks(folder: Path) -> Iterator[None]:
+    """Round a layer's look records once inside the context: they go to files in ``folder``.
+
+    Rounding takes a layer of Mistral's size two seconds, and every sweep needs them anew.
+    """
+    folder.mkdir(exist_ok=True)
+    token = _KEPT.set(folder)
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
+
+
+def _look_records(layer: FFNLayer, gate: Tensor, up: Tensor | None) -> Tensor:
+    folder = _KEPT.get()
+    if folder is None:
+        return look_records(gate, up)
+    file = folder / f"{layer.index}.safetensors"
+    if not file.exists():
+        write_tensors(file, {"records": look_records(gate, up).cpu()}, {})
+    return load_file(file, device=str(layer.device))["records"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +85,8 @@ class Rows:
             return replace(whole, base=rows(*layer.rows(base=True)))
         if layer.packed or not looked_at:
             return whole
-        values = unpack_look(look_records(gate, up), LOOK_FORMAT, layer.hidden_size)
+        records = _look_records(layer, gate, up)
+        values = unpack_look(records, LOOK_FORMAT, layer.hidden_size)
         return replace(whole, look=rows(*values, whole.down_t))
 
     def some(self, neurons: slice) -> Rows:

@@ -6,7 +6,9 @@ from helpers import make_tiny_model, random_centroids, random_cluster_set
 from model_types import tiny_model_of_type
 
 from sparse_runtime import cost_report, recut, sparsify, unsparsify
+from sparse_runtime.clusters.tuning import masks
 from sparse_runtime.clusters.tuning.held_out import sparse_runs
+from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.clusters.tuning.student import students
 from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.models.ffn_layers import find_ffn_layers
@@ -77,3 +79,20 @@ def test_what_is_missing_is_dense_less_sparse():
     torch.testing.assert_close(output, sparse, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(output + missing, dense, atol=1e-5, rtol=1e-4)
     assert missing.norm() > 0.1 * dense.norm()
+
+
+def test_look_records_that_are_kept_are_rounded_once(tmp_path, monkeypatch):
+    model = make_tiny_model()
+    cut = cut_for(model, 0.6, verify=True)
+    expected = list(sparse_runs(model, cut, windows()))
+    rounded, calls = masks.look_records, []
+    monkeypatch.setattr(masks, "look_records", lambda *own: calls.append(1) or rounded(*own))
+    with kept_looks(tmp_path / "looks"):
+        first, second = (list(sparse_runs(model, cut, windows())) for _ in range(2))
+    assert len(calls) == 3  # layers
+    for found in (first, second):
+        for (share, states), (other, others) in zip(found, expected, strict=True):
+            assert share == other
+            assert torch.equal(states, others)
+    list(sparse_runs(model, cut, windows()))
+    assert len(calls) == 6
