@@ -143,10 +143,8 @@ def build_clusters(
     )
     with stages.all():
         with stages.stage("text"):
-            keep = None if output is None else Path(output) / WORK_FOLDER / _SAMPLED
-            options = {"keep": keep, "progress": stages}
             text = ranks.by_first(
-                lambda: _calibration_text(model, tokenizer, data, settings, options)
+                lambda: _calibration_text(model, tokenizer, data, settings, output, stages)
             )
         num_fit = num_fit_tokens(text, settings)
         check_ranks(ranks, text, settings)
@@ -166,7 +164,8 @@ def _calibration_text(
     tokenizer: Any,
     data: Sequence[str | DataSource],
     settings: BuildSettings,
-    options: dict[str, Any],
+    output: str | Path | None,
+    progress: ProgressReporter,
 ) -> CalibrationText:
     return calibration_windows(
         expand_recipes(data, sampled=not is_offloaded(model)).sources,
@@ -176,7 +175,8 @@ def _calibration_text(
         split="train",
         seed=settings.seed,
         model=model,
-        **options,
+        keep=None if output is None else Path(output) / WORK_FOLDER / _SAMPLED,
+        progress=progress,
     )
 
 

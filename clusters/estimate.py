@@ -10,7 +10,9 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import psutil
@@ -31,6 +33,7 @@ from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.text import DataSource, sampled_tokens_of
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
+from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.clusters.tuning.student import students_of
 from sparse_runtime.cost import element_size
 from sparse_runtime.kernels.planes import LOOK_FORMAT
@@ -111,7 +114,10 @@ class BuildEstimate:
 
 @dataclass(frozen=True)
 class _Times:
-    """Seconds of one window through one decoder layer, or of the head; and of a fit by tokens."""
+    """Seconds of one window through one decoder layer, or of the head; and of a fit by tokens.
+
+    ``load`` is what a layer takes to be in memory, and ``student`` what it takes to be sparse.
+    """
 
     forward: float
     backward: float
@@ -121,6 +127,8 @@ class _Times:
     head_backward: float
     fit_base: float
     fit_token: float
+    load: float
+    student: float
 
     def fit(self, tokens: int) -> float:
         """Of fitting a layer on so many tokens."""
@@ -136,7 +144,8 @@ def estimate_build(
 ) -> BuildEstimate:
     """Measure for some seconds, and say what a build will take.
 
-    Of its text only the part that is sampled from the model counts, not what is read or fetched.
+    Of its text only the part that is sampled from the model counts, not what is read or fetched; and a
+    build for planes is counted without the packing.
 
     Args:
         model: a dense causal language model, as for ``build_clusters``.
@@ -190,16 +199,19 @@ def _stages(
     most = max(one.intermediate_size for one in layers)
     between = min(bound, tokens * width * value)
     captured = tokens * width * (2 * len(layers) + value)
-    stages = [StageEstimate("capture", windows * depth * times.forward, between + bound, captured)]
+    stages: list[StageEstimate] = []
 
-    def add(name: str, seconds: float, memory: int = 0, disk: int = 0) -> None:
+    def add(name: str, seconds: float, memory: int = 0, disk: int = 0, sweeps: int = 1) -> None:
+        """A stage of so many sweeps, whose layers are loaded beside."""
+        seconds += sweeps * depth * times.load
         stages.append(StageEstimate(name, seconds, memory, disk))
 
+    add("capture", windows * depth * times.forward, between + bound, captured)
     if settings.fisher_tokens is not None:
         count = max(1, min(tokens, settings.fisher_tokens) // window)
         each = depth * (times.forward + times.backward) + times.head_backward
         kept = min(bound, count * window * width * value * depth)
-        add("fisher", count * each, kept + 2 * between, 4 * most * len(layers))
+        add("fisher", count * each, kept + 2 * between, 4 * most * len(layers), sweeps=2)
     # Hidden states and importance of a layer, each in a file above the bound; and coverage.
     parts = [2 * tokens * width, 2 * tokens * most]
     own_layer = sum(min(bound, part) for part in parts) + 2 * tokens * settings.num_clusters
@@ -213,20 +225,21 @@ def _stages(
     if settings.allocation == "global":
         loop = max(1, LOOP_TOKENS // window)
         each = depth * (times.sparse + times.sparse_backward) + times.head_backward
-        sparse = fitted * len(layers) + 3 * between
+        sparse, students = fitted * len(layers) + 3 * between, depth * times.student
         if settings.loop_weights:
-            add("loop_weights", loop * each, sparse)
+            add("loop_weights", loop * each + 2 * students, sparse, sweeps=2)
         cut = depth * times.sparse + 2 * times.head
         if settings.tune_tokens:
             count = min(max(1, settings.tune_tokens // window), windows - held_out)
-            add("tune", count * depth * 2 * times.sparse + 2 * loop * cut, sparse)
+            seconds = count * depth * 2 * times.sparse + 2 * loop * cut
+            add("tune", seconds + 3 * students, sparse, sweeps=3)
         if settings.distill:
             step = 2 * (depth * times.sparse_backward + times.head_backward)
-            checks = (2 + settings.distill // 10) * loop * cut
-            add("distill", settings.distill * step + checks, sparse)
+            checks = (1 + settings.distill // 10) * loop * cut
+            add("distill", settings.distill * step + checks + students, sparse, sweeps=0)
         looked_at = settings.verify and settings.weights is None
         looks = len(layers) * most * LOOK_FORMAT.look_size(width, 2) if looked_at else 0
-        add("measure", _CUTS * held_out * cut, sparse, looks)
+        add("measure", _CUTS * (held_out * cut + students), sparse, looks, sweeps=_CUTS)
     add("scores", len(layers) * times.fit_token * held_out * window)
     return stages
 
@@ -244,11 +257,24 @@ def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _T
         number = len(sweep.parts) // 2
         position = (owned[number] or [0])[0]
         layer, share = layers[position], len({one.depth for one in layers}) / len(sweep.parts)
+
+        def entered() -> None:
+            with sweep.entered(number):
+                pass
+
+        load = _seconds(entered)
         with sweep.entered(number):
             plain = _passes(sweep, number, share)
             fits, cut = _fits(model, layer, settings)
-            with students_of([layer], cut.layers):
-                sparse = _passes(sweep, number, share)
+
+            def student() -> None:
+                with students_of([layer], cut.layers):
+                    pass
+
+            with TemporaryDirectory() as folder, kept_looks(Path(folder)):
+                of_student = _seconds(student)
+                with students_of([layer], cut.layers):
+                    sparse = _passes(sweep, number, share)
     head = output_head(model)
     states = torch.zeros(settings.window, layer.hidden_size, dtype=model.dtype, device=model.device)
 
@@ -266,7 +292,8 @@ def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _T
     slope = (fits[1] - fits[0]) / (_FIT_TOKENS[1] - _FIT_TOKENS[0])
     slope = max(slope, 0.1 * fits[1] / _FIT_TOKENS[1])
     base = fits[0] - slope * _FIT_TOKENS[0]
-    return _Times(*plain, *sparse, of_head, _seconds(with_gradients), base, slope)
+    of_both = of_head, _seconds(with_gradients)
+    return _Times(*plain, *sparse, *of_both, base, slope, load, of_student)
 
 
 def _sampling_seconds(model: Any, tokens: int) -> float:
