@@ -175,19 +175,13 @@ def _line(depths: dict[int, int], measured: dict[int, float]) -> dict[int, float
 
 
 def scaled(clusters: ClusterSet, weights: dict[int, float]) -> ClusterSet:
-    """An artifact whose layers' e² are multiplied by weights, to be cut anew."""
+    """An artifact whose layers' e² are multiplied by weights, to be cut anew.
+
+    What e counts in a cluster's tokens takes the root of it, so that centroids stay as they are.
+    """
     layers = {}
     for index, layer in clusters.layers.items():
-        assert layer.centroids is not None
-        centroids, weight = layer.centroids, weights[index]
-        root = weight**0.5
-        layers[index] = replace(
-            layer,
-            centroids=replace(
-                centroids,
-                mean_squares=centroids.mean_squares * weight,
-                mean_magnitudes=centroids.mean_magnitudes * root,
-                neuron_weights=centroids.neuron_weights * root,
-            ),
-        )
+        before = layer.cluster_weights
+        own = torch.ones(layer.num_clusters) if before is None else before
+        layers[index] = replace(layer, cluster_weights=own * weights[index] ** 0.5)
     return replace(clusters, layers=layers)

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sparse_runtime.artifact.layer_clusters import LayerClusters
+from sparse_runtime.clusters.importance import chunk_rows, chunk_slices
 from sparse_runtime.files import write_tensors
 from sparse_runtime.kernels import router_logits
 from sparse_runtime.kernels.bitmaps import unpack_bits
@@ -86,8 +87,14 @@ class Rows:
         if layer.packed or not looked_at:
             return whole
         records = _look_records(layer, gate, up)
-        values = unpack_look(records, LOOK_FORMAT, layer.hidden_size)
-        return replace(whole, look=rows(*values, whole.down_t))
+        gates, ups = [], []
+        for some in chunk_slices(len(records), chunk_rows(layer.hidden_size, layer.device)):
+            # In float32 a few rows at a time.
+            of_gate, of_up = unpack_look(records[some], LOOK_FORMAT, layer.hidden_size)
+            gates.append(of_gate.to(layer.dtype))
+            ups += [] if of_up is None else [of_up.to(layer.dtype)]
+        look = rows(torch.cat(gates), torch.cat(ups) if ups else None, whole.down_t)
+        return replace(whole, look=look)
 
     def some(self, neurons: slice) -> Rows:
         """Of some of the neurons; views."""

@@ -9,7 +9,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from sparse_runtime.artifact.bands import Bands, StageCosts, all_neurons, cut_bands
+from sparse_runtime.artifact.bands import (
+    Bands,
+    LayerCentroids,
+    StageCosts,
+    all_neurons,
+    cut_bands,
+)
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.config import check_cut
@@ -160,18 +166,24 @@ class _Part:
         assert clusters.centroids is not None
         self._layer = layer
         self._clusters = clusters
-        self._centroids = clusters.centroids.weighted(clusters.cluster_weights)
+        whole = clusters.centroids
         self._cost = layer_cost(layer, clusters.extra_elements, verified=verify)
         error = clusters.base_error if layer.bits == clusters.weights else None
         error = _BASE_ERROR if error is None else error
         self._stages = StageCosts.of(self._cost, error, verify=verify)
-        step = -(-self._centroids.mean_squares.numel() // _SEARCH_VALUES)
-        self._sample = self._centroids.every(step)
+        step = -(-whole.mean_squares.numel() // _SEARCH_VALUES)
+        self._sample = whole.every(step).weighted(clusters.cluster_weights)
 
     @property
     def largest_loss(self) -> float:
         """The largest mean e² of the layer."""
         return self._centroids.mean_squares.max().item()
+
+    @property
+    def _centroids(self) -> LayerCentroids:
+        """Weighted anew each time: copies for all layers would be a gigabyte of a large model's."""
+        assert self._clusters.centroids is not None
+        return self._clusters.centroids.weighted(self._clusters.cluster_weights)
 
     @property
     def dense_bytes(self) -> int:
@@ -209,9 +221,10 @@ class _Part:
 
     def cut(self, price: float) -> LayerClusters:
         """The layer's clusters with the sets of a price."""
-        bands = cut_bands(self._centroids, price, self._stages)
+        centroids = self._centroids
+        bands = cut_bands(centroids, price, self._stages)
         if self._share(bands, price) == self._whole_share:
-            bands = all_neurons(self._centroids)
+            bands = all_neurons(centroids)
         shift, correction, left_out = self._compensation(bands)
         bias = None
         if self._clusters.cluster_bias is not None:
@@ -224,12 +237,12 @@ class _Part:
         factors = tau = None
         if bands.maybe is not None:
             threshold = price * self._stages.count
-            factors = self._centroids.neuron_weights.float() / math.sqrt(threshold)
+            factors = centroids.neuron_weights.float() / math.sqrt(threshold)
             tau = self._stages.tau if self._stages.looks_first else None
         return replace(
             self._clusters,
             active_sets=pack_bits(bands.sure),
-            static_set=pack_bits(self._centroids.static_set(bands.computed)),
+            static_set=pack_bits(centroids.static_set(bands.computed)),
             cluster_bias=bias,
             correction_up=correction,
             bias_shift=shift,

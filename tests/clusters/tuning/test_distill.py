@@ -313,14 +313,36 @@ def test_the_line_through_few_layers():
     assert _line({0: 0, 1: 1, 2: 2, 4: 1}, {0: 1.0, 1: 2.0, 2: 3.0})[4] == pytest.approx(2.0)
 
 
-def test_scaled_multiplies_e_squared(clusters):
-    result = scaled(clusters, {0: 4.0, 1: 1.0, 2: 0.25})
-    for index, factor in ((0, 4.0), (2, 0.25)):
-        old, new = clusters.layers[index].centroids, result.layers[index].centroids
-        torch.testing.assert_close(new.mean_squares, old.mean_squares * factor)
-        torch.testing.assert_close(new.mean_magnitudes, old.mean_magnitudes * factor**0.5)
-        torch.testing.assert_close(new.neuron_weights, old.neuron_weights * factor**0.5)
-        assert torch.equal(new.mean_activations, old.mean_activations)
+def test_scaled_multiplies_e_squared(tiny_model, clusters):
+    factors = {0: 4.0, 1: 1.0, 2: 0.25}
+    result = scaled(clusters, factors)
+    layers = {}
+    for index, factor in factors.items():
+        old, new = clusters.layers[index], result.layers[index]
+        assert new.centroids is old.centroids
+        weighted = new.centroids.weighted(new.cluster_weights)
+        before = old.centroids.weighted(old.cluster_weights)
+        torch.testing.assert_close(weighted.mean_squares, before.mean_squares * factor)
+        torch.testing.assert_close(weighted.mean_magnitudes, before.mean_magnitudes * factor**0.5)
+        centroids = replace(
+            old.centroids,
+            mean_squares=old.centroids.mean_squares * factor,
+            mean_magnitudes=old.centroids.mean_magnitudes * factor**0.5,
+            neuron_weights=old.centroids.neuron_weights * factor**0.5,
+        )
+        layers[index] = replace(old, centroids=centroids)
+    # Cut as if the centroids themselves were multiplied, and looks are compared with the same e.
+    expected = recut(tiny_model, replace(clusters, layers=layers), budget=0.6, verify=True)
+    found = recut(tiny_model, result, budget=0.6, verify=True)
+    for index, layer in expected.layers.items():
+        other = found.layers[index]
+        assert torch.equal(other.active_sets, layer.active_sets)
+        assert torch.equal(other.maybe_sets, layer.maybe_sets)
+        (found_e, expected_e) = (
+            one.factors * (torch.ones(one.num_clusters) if weights is None else weights)[:, None]
+            for one, weights in ((other, other.cluster_weights), (layer, layer.cluster_weights))
+        )
+        torch.testing.assert_close(found_e, expected_e)
 
 
 def test_scales_are_what_a_typical_token_leaves_out(tiny_model, clusters, windows):
