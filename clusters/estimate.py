@@ -223,19 +223,23 @@ def _stages(
     disk = fitted * len(layers) + spilled
     add("layers", len(layers) * times.fit(tokens), own_layer, disk)
     if settings.allocation == "global":
-        loop = max(1, LOOP_TOKENS // window)
+        loop = min(max(1, LOOP_TOKENS // window), windows - held_out)
         each = depth * (times.sparse + times.sparse_backward) + times.head_backward
-        sparse, students = fitted * len(layers) + 3 * between, depth * times.student
+        # Centroids and biases of all layers; a layer's weights as they are looked at, and its values.
+        sparse = (fitted + 16 * settings.num_clusters * width) * len(layers) + 3 * between
+        sparse += 10 * most * width + 32 * most * window
+        students = depth * times.student
         if settings.loop_weights:
-            add("loop_weights", loop * each + 2 * students, sparse, sweeps=2)
+            kept = min(bound, loop * window * width * value * depth)
+            add("loop_weights", loop * each + 2 * students, sparse + kept, sweeps=2)
         cut = depth * times.sparse + 2 * times.head
         if settings.tune_tokens:
             count = min(max(1, settings.tune_tokens // window), windows - held_out)
-            seconds = count * depth * 2 * times.sparse + 2 * loop * cut
-            add("tune", seconds + 3 * students, sparse, sweeps=3)
+            seconds = count * depth * 2 * times.sparse + min(loop, held_out) * cut
+            add("tune", seconds + 2 * students, sparse, sweeps=2)
         if settings.distill:
             step = 2 * (depth * times.sparse_backward + times.head_backward)
-            checks = (1 + settings.distill // 10) * loop * cut
+            checks = (1 + settings.distill // 10) * min(loop, held_out) * cut
             add("distill", settings.distill * step + checks + students, sparse, sweeps=0)
         looked_at = settings.verify and settings.weights is None
         looks = len(layers) * most * LOOK_FORMAT.look_size(width, 2) if looked_at else 0
