@@ -280,7 +280,9 @@ def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _T
                 with students_of([layer], cut.layers):
                     sparse = _passes(sweep, number, share)
     head = output_head(model)
-    states = torch.zeros(settings.window, layer.hidden_size, dtype=model.dtype, device=model.device)
+    # Some decoders end in a projection to another width.
+    width = getattr(model.get_output_embeddings(), "in_features", layer.hidden_size)
+    states = torch.zeros(settings.window, width, dtype=model.dtype, device=model.device)
 
     def logits() -> Tensor:
         return head(states).float().log_softmax(-1)
