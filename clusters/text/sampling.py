@@ -98,8 +98,8 @@ def sampled_tokens(
     key = "" if keep is None else _key(model, tokenizer, max_tokens, split, seed)
     if keep is not None and keep.exists():
         with safe_open(keep, framework="pt") as reader:
-            if reader.metadata()["key"] == key:
-                kept: Tensor = reader.get_tensor("tokens")
+            if (reader.metadata() or {}).get("key") == key:
+                kept: Tensor = reader.get_tensor("tokens").clone()
                 return kept
     own_seed = seed + (_TEST_SEED if split == "test" else 0)
     with (progress or SilentProgress()).task("sample text", max_tokens) as advance:
