@@ -27,6 +27,8 @@ from sparse_runtime.models.onloading import onloaded
 
 # Neurons times clusters of a layer that the search for λ looks at; the layer itself is cut exactly.
 _SEARCH_VALUES = 1 << 17
+# Of the range of ln λ, of 50: to 3e-6.
+_HALVINGS = 24
 # Share of Σ e² below which compensation fades no further, so that other budgets can be cut again.
 _LEAST_LEFT_OUT = 1e-4
 # Share of e² lost by base planes that no build has measured: 4-bit ones of the demo's late layers.
@@ -285,7 +287,7 @@ def _price(parts: Sequence[_Part], share: float) -> float:
     # planes takes a tenth of a float neuron's bytes at least: at e⁴ times the largest loss none pays.
     high = math.log(max(1e-30, *(part.largest_loss for part in parts))) + 4
     low = high - 50
-    for _ in range(40):
+    for _ in range(_HALVINGS):
         middle = (low + high) / 2
         price = math.exp(middle)
         read = sum(part.dense_bytes * part.expected_share(price) for part in parts)
