@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparse_runtime.errors import OutputFolderError
+from sparse_runtime.files import free_space
 
 
 class Buffer:
@@ -98,7 +99,7 @@ def _reserve(file: Path, size: int) -> None:
                 opened.truncate(size)
     except OSError as error:
         file.unlink(missing_ok=True)
-        free = shutil.disk_usage(file.parent).free
+        free = free_space(file.parent)
         raise OutputFolderError(
             f"{file} could not be made: it needs {size} bytes, and {free} are free ({error}). Free "
             "some space, choose another output folder, lower max_tokens, or raise memory_mib to keep "
@@ -107,5 +108,5 @@ def _reserve(file: Path, size: int) -> None:
 
 
 def _check_free(file: Path, size: int) -> None:
-    if shutil.disk_usage(file.parent).free < size:
+    if free_space(file.parent) < size:
         raise OSError("no space left on the disk")

@@ -31,7 +31,7 @@ from sparse_runtime.clusters.layer_data import scored
 from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
-from sparse_runtime.clusters.text import DataSource, sampled_tokens_of
+from sparse_runtime.clusters.text import DataSource, expand_recipes, num_sampled_tokens
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.clusters.tuning.student import students_of
@@ -164,13 +164,12 @@ def estimate_build(
     windows = max(2, (settings.max_tokens or 65_536) // settings.window)
     held_out = max(1, round(windows * settings.held_out_share))
     depth = len({layer.depth for layer in layers})
-    sampled = sampled_tokens_of(data, windows * settings.window, sampled=not is_offloaded(model))
+    sources = expand_recipes(data, sampled=not is_offloaded(model)).sources
+    sampled = num_sampled_tokens(sources, windows * settings.window, settings.window)
     text = StageEstimate("text", _sampling_seconds(model, sampled), 0, 0)
     stages = _stages(settings, times, layers, candidates, windows, held_out, depth)
-    if processes > 1:
-        stages = [_split(stage, processes) for stage in stages]
     return BuildEstimate(
-        (text, *stages),
+        (text, *(_split(stage, processes) for stage in stages)),
         _resident(model, layers),
         _artifact_bytes(layers, settings),
         windows * settings.window,

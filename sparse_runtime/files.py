@@ -240,8 +240,7 @@ def _is_io_failure(error: BaseException) -> bool:
 def _explain(path: Path, error: BaseException) -> str:
     full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
     if full:
-        folder = next(parent for parent in path.parents if parent.exists())
-        free = shutil.disk_usage(folder).free
+        free = free_space(path.parent)
         return (
             f"{path} could not be written: the disk is full ({free / 2**20:.0f} MiB free). Free some "
             "space or choose another output folder, then run the same command again"

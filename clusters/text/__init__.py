@@ -1,7 +1,7 @@
 """Text for calibration and evaluation: sources → documents → tokens → windows."""
 
 from sparse_runtime.clusters.text.overlap import overlap, overlap_warning
-from sparse_runtime.clusters.text.recipes import Recipe, expand_recipes, sampled_tokens_of
+from sparse_runtime.clusters.text.recipes import Recipe, expand_recipes
 from sparse_runtime.clusters.text.sources import (
     DataSource,
     check_source,
@@ -12,6 +12,7 @@ from sparse_runtime.clusters.text.windows import (
     CalibrationText,
     calibration_windows,
     hold_out,
+    num_sampled_tokens,
     token_stream,
 )
 
@@ -23,10 +24,10 @@ __all__ = [
     "check_source",
     "expand_recipes",
     "hold_out",
+    "num_sampled_tokens",
     "overlap",
     "overlap_warning",
     "parse_source",
     "recorded_source",
-    "sampled_tokens_of",
     "token_stream",
 ]

@@ -37,15 +37,6 @@ class Recipe:
     note: str | None = None
 
 
-def sampled_tokens_of(
-    sources: Sequence[DataSource | str], max_tokens: int, *, sampled: bool = True
-) -> int:
-    """How many of a build's tokens are sampled from the model; see :func:`expand_recipes`."""
-    expanded = expand_recipes(sources, sampled=sampled).sources
-    weights = [source.weight for source in expanded if source.name == "self"]
-    return round(max_tokens * sum(weights) / sum(source.weight for source in expanded))
-
-
 def expand_recipes(sources: Sequence[DataSource | str], *, sampled: bool = True) -> Recipe:
     """Put a recipe's sources in its place, their weights parts of its own.
 

@@ -275,6 +275,13 @@ def hold_out(
     return [replace(first, max_tokens=share), *others], ids[share : share + test_tokens]
 
 
+def num_sampled_tokens(sources: Sequence[DataSource], max_tokens: int, window: int) -> int:
+    """How many tokens :func:`calibration_windows` samples from the model; arguments as there."""
+    total_weight = sum(source.weight for source in sources)
+    own = [source for source in sources if source.name == "self"]
+    return sum(_share(source, total_weight, max_tokens, window) or 0 for source in own)
+
+
 def _share(
     source: DataSource, total_weight: float, max_tokens: int | None, window: int
 ) -> int | None:

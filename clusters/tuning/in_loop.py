@@ -216,7 +216,8 @@ def tune(
         state_file=state_file,
         progress=progress,
     )
-    before, after = before or history.held_out[0], history.held_out[history.best_step]
+    before = history.held_out[0] if before is None else before
+    after = history.held_out[history.best_step]
     kept = after < before
     record = {
         "kept": kept,

@@ -221,6 +221,7 @@ def _build(
 ) -> dict[str, Any]:
     """Build and say what came of it; the same as JSON."""
     from sparse_runtime.clusters import build_clusters, estimate_build, tuning_lines
+    from sparse_runtime.clusters.ranks import Ranks
 
     first = _join_processes(loading.device)
     check_holds_artifact(output)
@@ -233,8 +234,7 @@ def _build(
     if is_offloaded(loaded) and loading.offload is None:
         note("the model takes more than half of the free memory: its layers stay on the disk")
         sources = fit_sources(data, default="general", sampled=False)
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    estimate = estimate_build(loaded, config, sources, processes=processes)
+    estimate = estimate_build(loaded, config, sources, processes=Ranks.current().count)
     _check_room(estimate, output)
     note(f"about {clock(estimate.seconds)} in all; --dry-run shows the stages")
     try:
