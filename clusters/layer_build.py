@@ -212,11 +212,12 @@ def layer_centroids(
     assignment: Tensor,
     num_clusters: int,
 ) -> LayerCentroids:
-    """Centroids of the fit tokens, by Fisher weights or else by ‖down_i‖₂.
+    """Centroids of the fit tokens, by Fisher weights or else by ‖down_i‖₂; means in bfloat16.
 
     The latter are scaled so that every layer's mean Σ e² is one, as nothing else makes layers
     comparable. No token's Σ e² counts above the 99th percentile: without the clip a handful of tokens
-    with huge activations decides the price.
+    with huge activations decides the price. An artifact holds means in bfloat16, and so a cut of it is
+    what the build cut; and a build holds those of all layers.
     """
     states = data.hidden_states[data.fit]
     scorer = importance_scorer(layer, fisher)
@@ -239,7 +240,7 @@ def layer_centroids(
     means = cluster_means(
         states, assignment, num_clusters, _SHRINKAGE, moments, present, width=width
     )
-    squares, magnitudes, activations = (part.contiguous().cpu() for part in means.unbind(1))
+    squares, magnitudes, activations = (part.bfloat16().cpu() for part in means.unbind(1))
     shares = torch.bincount(assignment, minlength=num_clusters) / len(assignment)
     weights = scorer.neuron_weights.cpu()
     own = None if present is None else _expert_shares(assignment, present, num_clusters).cpu()

@@ -153,6 +153,8 @@ class _Sampler:
         self._length = int(max(1, min(length, self._longest - 1)))
         kept = _cache_bytes(config, model.dtype) * (self._length + _MESSAGE)
         self._batch = max(1, min(_BATCH, _CACHE_BYTES // kept))
+        ends = model.generation_config.eos_token_id
+        self._ends: list[int] = [ends] if isinstance(ends, int) else list(ends or ())
 
     def texts(self, tokens: int) -> list[Tensor]:
         """A batch from the beginning, none of which ends early: as many as have so many tokens."""
@@ -223,16 +225,16 @@ class _Sampler:
             ids[row, longest - len(prompt) :] = prompt
             mask[row, longest - len(prompt) :] = 1
         device = self._model.device
+        draw = _Draw(temperature, () if ends else self._ends, self._advance)
         sampled = self._model.generate(
             ids.to(device),
             attention_mask=mask.to(device),
             do_sample=False,
-            logits_processor=LogitsProcessorList([_Draw(temperature, self._advance)]),
+            logits_processor=LogitsProcessorList([draw]),
             temperature=None,
             top_k=None,
             top_p=None,
             max_new_tokens=new_tokens,
-            min_new_tokens=None if ends else new_tokens,
             pad_token_id=self._start,
         )[:, longest:].cpu()
         if not ends:
@@ -241,9 +243,7 @@ class _Sampler:
 
     def _end(self, row: Tensor) -> int:
         """Tokens up to the first end token, and with it."""
-        ends = self._model.generation_config.eos_token_id
-        ends = [ends] if isinstance(ends, int) else ends or []
-        found = torch.isin(row, torch.tensor(ends, dtype=row.dtype)).nonzero()
+        found = torch.isin(row, torch.tensor(self._ends, dtype=row.dtype)).nonzero()
         return len(row) if not len(found) else int(found[0]) + 1
 
 
@@ -263,20 +263,28 @@ class _Draw(LogitsProcessor):
     """Draws a token of each row, which is the likeliest one then.
 
     By the inverse of the distribution function: ``torch.multinomial`` draws a number for every token of
-    the vocabulary, a third of a decode step's time of the demo model.
+    the vocabulary, a third of a decode step's time of the demo model. And in place: other tensors of
+    that size take a tenth of it.
+
+    Args:
+        temperature: that scores are divided by.
+        never: tokens that are not drawn.
+        advance: told of each step.
     """
 
-    def __init__(self, temperature: float, advance: Advance) -> None:
-        self._temperature, self._advance = temperature, advance
+    def __init__(self, temperature: float, never: Sequence[int], advance: Advance) -> None:
+        self._temperature, self._never, self._advance = temperature, list(never), advance
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Of scores [batch, V]: zero at the drawn token, and minus infinity elsewhere."""
+        """Of scores [batch, V] float32, overwritten: zero at the drawn token, minus infinity elsewhere."""
         self._advance(0)  # how many tokens come of a batch is known when it ends
-        sums = (scores.float() / self._temperature).softmax(-1).cumsum(-1)
+        scores[:, [token for token in self._never if token < scores.shape[-1]]] = -math.inf
+        scores.sub_(scores.amax(-1, keepdim=True)).div_(self._temperature)
+        sums = scores.exp_().cumsum_(-1)
         # Above zero, and at most what the sums come to: no token of probability zero.
         drawn = (1 - torch.rand(len(sums), 1, device=sums.device)) * sums[:, -1:]
         tokens = torch.searchsorted(sums, drawn)
-        return torch.full_like(scores, -math.inf).scatter_(-1, tokens, 0.0)
+        return scores.fill_(-math.inf).scatter_(-1, tokens, 0.0)
 
 
 def _opening(tokenizer: Any) -> Tensor | None:

@@ -213,9 +213,10 @@ class StudentFFN(nn.Module):
         """Count masks [n, i] of a call without gradients; float weights have nothing to refine."""
         if torch.is_grad_enabled():
             return
-        self.read[0] += int(computed.sum())
-        self.read[1] += 0 if looked_at is None else int(looked_at.sum())
-        self.read[2] += int(refined.sum()) if self._layer[0].packed else 0
+        # Not by sums, which make numbers of 64 bits of the masks first.
+        self.read[0] += int(computed.count_nonzero())
+        self.read[1] += 0 if looked_at is None else int(looked_at.count_nonzero())
+        self.read[2] += int(refined.count_nonzero()) if self._layer[0].packed else 0
 
     @property
     def _looks_at_full(self) -> bool:
