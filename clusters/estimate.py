@@ -32,6 +32,7 @@ from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidate
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
 from sparse_runtime.clusters.text import DataSource, expand_recipes, num_sampled_tokens
+from sparse_runtime.clusters.tuning.distill import Distillation
 from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.clusters.tuning.student import students_of
@@ -169,17 +170,17 @@ def estimate_build(
     text = StageEstimate("text", _sampling_seconds(model, sampled), 0, 0)
     stages = _stages(settings, times, layers, candidates, windows, held_out, depth)
     return BuildEstimate(
-        (text, *(_split(stage, processes) for stage in stages)),
+        (text, *(_split(stage, processes, settings.window) for stage in stages)),
         _resident(model, layers),
         _artifact_bytes(layers, settings),
         windows * settings.window,
     )
 
 
-def _split(stage: StageEstimate, processes: int) -> StageEstimate:
-    """A stage that processes share, but for what each computes for itself."""
+def _split(stage: StageEstimate, processes: int, window: int) -> StageEstimate:
+    """A stage that processes share; of a distillation's steps each takes a window at least."""
     if stage.name == "distill":
-        return stage
+        processes = min(processes, max(1, Distillation.step_tokens // window))
     return replace(stage, seconds=stage.seconds / processes)
 
 
@@ -218,7 +219,7 @@ def _stages(
     if len(candidates) > 1:
         seconds = _PROBES * len(candidates) * times.fit(min(tokens, PROBE_TOKENS))
         add("router choice", seconds, own_layer)
-    fitted = 13 * settings.num_clusters * most
+    fitted = 7 * settings.num_clusters * most
     disk = fitted * len(layers) + spilled
     add("layers", len(layers) * times.fit(tokens), own_layer, disk)
     if settings.allocation == "global":

@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.layer_clusters import LayerClusters
 from sparse_runtime.clusters.capture import not_finite
 from sparse_runtime.clusters.fisher import checkpointed
+from sparse_runtime.clusters.ranks import Ranks, joined
 from sparse_runtime.clusters.tuning.student import (
     DenseStates,
     StudentFFN,
@@ -94,6 +96,7 @@ def distill(
     *,
     dense_states: DenseStates | None = None,
     state_file: Path | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> tuple[ClusterSet, TuningHistory]:
     """Tune an artifact's compensation; resumable.
@@ -106,7 +109,8 @@ def distill(
         config: settings.
         dense_states: of ``windows`` and then ``held_out``, by their numbers in both together; if
             None, the dense model runs in every step.
-        state_file: where the state is kept, to go on from.
+        state_file: where the first process keeps the state, for all to go on from.
+        ranks: processes that each take a part of a step's windows, and of those held out.
         progress: reports one unit per step.
 
     Raises:
@@ -116,21 +120,28 @@ def distill(
         The artifact with correction and shifts of its biases, for :func:`recut` to add up, as they
         were at the best step (zero if that is the start); and how it went.
     """
+    ranks = ranks or Ranks()
     batch = max(1, config.step_tokens // windows.shape[1])
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(config.seed))
 
     def check() -> None:
         if training.done not in training.history.held_out:
-            value = _mean_divergence(model, modules, held_out, dense_states, len(windows))
+            value = _mean_divergence(model, modules, held_out, dense_states, len(windows), ranks)
             if training.done == 0:
                 _check_finite(model, value)
             training.checked(value)
-            training.save(state_file)
+            if state_file is not None:
+                ranks.by_first(lambda: training.save(state_file))
+
+    def loss(rows: Tensor) -> Tensor:
+        states = None if dense_states is None else dense_states(rows)
+        return divergence(model, modules, windows[rows].to(model.device), states)
 
     with students(model, clusters.layers, config.rank, config.seed) as modules:
         measure_scales(model, modules, held_out[: max(1, _SCALE_TOKENS // held_out.shape[1])])
-        training = _Training(modules, config)
-        training.load(state_file)
+        training = _Training(modules, config, ranks)
+        if state_file is not None and ranks.by_first(state_file.exists):
+            training.load(state_file)
         with (
             checkpointed(model, batch * windows.shape[1]),
             (progress or SilentProgress()).task("distill", config.steps) as advance,
@@ -140,9 +151,7 @@ def distill(
                 if training.done % CHECK_EVERY == 0:
                     check()
                 first = training.done * batch
-                rows = order[torch.arange(first, first + batch) % len(order)]
-                states = None if dense_states is None else dense_states(rows)
-                training.step(divergence(model, modules, windows[rows].to(model.device), states))
+                training.step(order[torch.arange(first, first + batch) % len(order)], loss)
                 advance(1)
             check()
         training.restore_best()
@@ -165,6 +174,7 @@ def held_out_divergence(
     *,
     dense_states: DenseStates | None = None,
     first: int = 0,
+    ranks: Ranks | None = None,
 ) -> float:
     """Mean KL(dense ‖ sparse) of windows under an artifact's sets, as :func:`distill` measures it.
 
@@ -174,12 +184,13 @@ def held_out_divergence(
         windows: token ids [W, window] int64.
         dense_states: as of :func:`distill`; ``windows`` have the numbers from ``first`` on.
         first: see ``dense_states``.
+        ranks: processes that each take a part of the windows.
 
     Raises:
         ModelError: it is not finite.
     """
     with students(model, clusters.layers, 0, 0) as modules:
-        value = _mean_divergence(model, modules, windows, dense_states, first)
+        value = _mean_divergence(model, modules, windows, dense_states, first, ranks or Ranks())
     _check_finite(model, value)
     return value
 
@@ -189,26 +200,33 @@ def _check_finite(model: Any, divergence: float) -> None:
         raise not_finite(model, "the divergence of held-out text from the dense model")
 
 
-@torch.no_grad()
 def _mean_divergence(
     model: Any,
     modules: dict[int, StudentFFN],
     windows: Tensor,
     dense_states: DenseStates | None,
     first: int,
+    ranks: Ranks,
 ) -> float:
-    total = 0.0
-    for number, window in enumerate(windows.split(1), start=first):
-        states = None if dense_states is None else dense_states(torch.tensor([number]))
-        total += divergence(model, modules, window.to(model.device), states).item()
-    return total / len(windows)
+    @torch.no_grad()
+    def found() -> list[float]:
+        values = []
+        for row in ranks.rows(len(windows)):
+            states = None if dense_states is None else dense_states(torch.tensor([first + row]))
+            window = windows[row : row + 1].to(model.device)
+            values.append(divergence(model, modules, window, states).item())
+        return values
+
+    return sum(joined(ranks.together(found))) / len(windows)
 
 
 class _Training:
     """Parameters, optimizer, history and the best state, on disk as one file of tensors."""
 
-    def __init__(self, modules: dict[int, StudentFFN], config: Distillation) -> None:
-        self._steps = config.steps
+    def __init__(
+        self, modules: dict[int, StudentFFN], config: Distillation, ranks: Ranks
+    ) -> None:
+        self._steps, self._ranks = config.steps, ranks
         self._learning_rate = config.learning_rate
         self._named = {
             f"{index}.{name}": parameter
@@ -234,23 +252,44 @@ class _Training:
         """Steps taken."""
         return len(self.history.divergence)
 
-    def step(self, loss: Tensor) -> None:
-        """Take one step down a loss."""
+    def step(self, rows: Tensor, loss: Callable[[Tensor], Tensor]) -> None:
+        """Take one step down the mean loss of windows.
+
+        Args:
+            rows: their numbers [n] int64.
+            loss: mean over some of them, by their numbers.
+        """
         warm_up = min(1.0, (self.done + 1) / 10)
         cosine = 0.525 + 0.475 * math.cos(math.pi * self.done / self._steps)
         for group in self._optimizer.param_groups:
             group["lr"] = group["of_peak"] * self._learning_rate * warm_up * cosine
         self._optimizer.zero_grad(set_to_none=True)
-        # A layer whose sets hold all neurons has nothing to tune.
-        if loss.requires_grad:
-            loss.backward()
-            if self._clip():
-                self._optimizer.step()
-        self.history.divergence.append(loss.item())
+        own = self._ranks.rows(len(rows))
+        mine = rows[own.start : own.stop]
+
+        def backward() -> float:
+            if not len(mine):
+                return 0.0
+            part = loss(mine) * (len(mine) / len(rows))
+            # A layer whose sets hold all neurons has nothing to tune.
+            if part.requires_grad:
+                part.backward()
+            return part.item()
+
+        losses = self._ranks.together(backward)
+        if self._ranks.count > 1:
+            for parameter in self._named.values():
+                grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                parameter.grad = self._ranks.total(grad)
+        if self._clip():
+            self._optimizer.step()
+        self.history.divergence.append(math.fsum(losses))
 
     def _clip(self) -> bool:
-        """Shorten a gradient that is far longer than usual; False if it is not finite."""
+        """Shorten a gradient that is far longer than usual; False if it is not finite, or none."""
         gradients = [p.grad for p in self._named.values() if p.grad is not None]
+        if not gradients:
+            return False
         norm = torch.nn.utils.get_total_norm(gradients).item()
         if not math.isfinite(norm):
             return False
@@ -273,10 +312,8 @@ class _Training:
         for name, tensor in self._best.items():
             self._named[name].copy_(tensor)
 
-    def save(self, file: Path | None) -> None:
+    def save(self, file: Path) -> None:
         """Write the state, atomically."""
-        if file is None:
-            return
         tensors: dict[str, Tensor] = {f"parameter.{name}": p for name, p in self._named.items()}
         tensors |= {f"best.{name}": tensor for name, tensor in self._best.items()}
         for name, parameter in self._named.items():
@@ -293,10 +330,8 @@ class _Training:
             {"history": json.dumps(history)},
         )
 
-    def load(self, file: Path | None) -> None:
-        """Go on from a state, if there is one."""
-        if file is None or not file.exists():
-            return
+    def load(self, file: Path) -> None:
+        """Go on from a state."""
         with safe_open(file, framework="pt") as reader:
             history = json.loads(reader.metadata()["history"])
             tensors = {name: reader.get_tensor(name) for name in reader.keys()}  # noqa: SIM118

@@ -15,6 +15,7 @@ from torch import Tensor
 from sparse_runtime.artifact.cluster_set import ClusterSet
 from sparse_runtime.artifact.recut import recut
 from sparse_runtime.clusters.context import BuildContext
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.tuning.distill import (
     Distillation,
     distill,
@@ -70,7 +71,8 @@ def cut_in_loop(context: BuildContext, clusters: ClusterSet) -> tuple[ClusterSet
                 first.windows,
                 Distillation(config.distill, config.correction_rank, seed=config.seed),
                 dense_states=_dense_states(context),
-                state_file=context.work / f"distill_{context.ranks.rank}.safetensors",
+                state_file=context.work / "distill.safetensors",
+                ranks=context.ranks,
                 progress=context.progress,
             )
     with context.progress.stage("measure"):
@@ -184,12 +186,14 @@ def tune(
     *,
     dense_states: DenseStates | None = None,
     state_file: Path | None = None,
+    ranks: Ranks | None = None,
     progress: ProgressReporter | None = None,
 ) -> tuple[ClusterSet, dict[str, Any]]:
     """Distill an artifact's compensation, and keep it only if held-out text is better off.
 
     Args:
-        model, windows, held_out, config, dense_states, state_file, progress: as of :func:`distill`.
+        model, windows, held_out, config, dense_states, state_file, ranks, progress: as of
+            :func:`distill`.
         clusters: with centroids, not tuned yet.
         cut: cuts an artifact for the budget to tune at.
 
@@ -204,7 +208,10 @@ def tune(
     if config.rank:
         # A correction's bytes are neurons' without it.
         before = held_out_divergence(
-            model, cut(clusters), held_out, dense_states=dense_states, first=len(windows)
+            *(model, cut(clusters), held_out),
+            dense_states=dense_states,
+            first=len(windows),
+            ranks=ranks,
         )
     found, history = distill(
         model,
@@ -214,6 +221,7 @@ def tune(
         config,
         dense_states=dense_states,
         state_file=state_file,
+        ranks=ranks,
         progress=progress,
     )
     before = history.held_out[0] if before is None else before

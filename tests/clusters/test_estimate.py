@@ -62,6 +62,7 @@ def test_processes_share_what_they_can():
         for n in (1, 8)
     )
     assert shared["layers"] < 0.5 * alone["layers"]
+    assert shared["distill"] < 0.5 * alone["distill"]
 
 
 def test_a_decoder_that_runs_whole():

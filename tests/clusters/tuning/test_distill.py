@@ -8,6 +8,7 @@ from helpers import make_tiny_model
 
 from sparse_runtime import ClusterSet, cost_report, recut, sparse_modules, sparsify, unsparsify
 from sparse_runtime.clusters import tuning_lines
+from sparse_runtime.clusters.ranks import Ranks
 from sparse_runtime.clusters.tuning import distill as distillation
 from sparse_runtime.clusters.tuning.distill import Distillation, distill, reserved
 from sparse_runtime.clusters.tuning.in_loop import tune
@@ -338,10 +339,15 @@ def test_a_gradient_that_explodes_is_clipped_or_left_out(tiny_model, clusters, w
     moved = []
     for factor in (1.0, 1e6, float("nan")):
         with students(tiny_model, cut.layers, 0, 0) as modules:
-            training = distillation._Training(modules, settings)
+            training = distillation._Training(modules, settings, Ranks())
             for number in range(6):
-                loss = divergence(tiny_model, modules, windows[number : number + 1])
-                training.step(loss * (factor if number == 4 else 1.0))
+                scale = factor if number == 4 else 1.0
+                training.step(
+                    torch.tensor([number]),
+                    lambda rows, by=scale, own=modules: (
+                        divergence(tiny_model, own, windows[rows]) * by
+                    ),
+                )
             parameters = [p.detach().clone() for m in modules.values() for p in m.parameters()]
             moved.append(torch.cat([p.flatten() for p in parameters]))
     usual, exploded, broken = moved
