@@ -23,6 +23,7 @@ from torch import Tensor
 
 from sparse_runtime.cost import GROUP, num_groups
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.cpu.library import load_cpu_library
 from sparse_runtime.kernels.planes import PlaneFormat, Rounded
 
 # Steps that are tried, in parts of the one that maps a group's largest element to the code that has no
@@ -34,6 +35,9 @@ _STEPS = (0.82, 0.88, 0.94, 1.0, 1.1)
 _BASE_SHARE = 4.0
 # Elements per block of the search: float32 temporaries of 1 MB. Half of that takes 10 % longer.
 _BLOCK_VALUES = 1 << 18
+# The same for the C++ loops, which have none, but want rows that lie in memory one after the other.
+_NATIVE_VALUES = 1 << 24
+_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Largest value that codes are to stand for: below float32's by more than the rounding of a scale.
 _LARGEST = 3.38e38
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal
@@ -111,9 +115,12 @@ def round_rows(
     _check_size(statistics, weight.shape[1])
     counts = None if statistics is None else _counts(statistics.mean_squares)
     share = _share(form, whole)
+    values, round_block = (
+        (_NATIVE_VALUES, _round_natively) if _is_native(weight) else (_BLOCK_VALUES, _round_block)
+    )
     parts = [
-        _round_block(block, form, counts, share)
-        for block in weight.split(max(1, _BLOCK_VALUES // weight.shape[1]))
+        round_block(block, form, counts, share)
+        for block in weight.detach().split(max(1, values // weight.shape[1]))
     ]
     hi, lo, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not scales.isfinite().all():
@@ -216,6 +223,30 @@ def _share(form: PlaneFormat, whole: bool = False) -> float:
     return 0.0 if whole or not form.residual else _BASE_SHARE / 4.0**form.residual
 
 
+def _is_native(weight: Tensor) -> bool:
+    """Whether the C++ loops can round rows; of none there is nothing to round."""
+    fits = weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES
+    return fits and weight.numel() > 0 and load_cpu_library()
+
+
+def _round_natively(
+    weight: Tensor, form: PlaneFormat, counts: Tensor | None, share: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As :func:`_round_block` by the C++ loops, but for sums of errors, whose last digits differ."""
+    most = 2 ** (form.base - 1)
+    hi, lo, scales = torch.ops.sparse_runtime.cpu_round_rows(
+        weight.contiguous(),
+        form.base,
+        form.residual,
+        torch.tensor([-step / most for step in _STEPS]),
+        _LARGEST / (most + 0.5),
+        1 - _upward(form, share),
+        share,
+        None if counts is None else counts.flatten(),
+    )
+    return hi, lo, scales
+
+
 def _round_block(
     weight: Tensor, form: PlaneFormat, counts: Tensor | None, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -258,14 +289,20 @@ def _codes(scaled: Tensor, form: PlaneFormat, share: float) -> tuple[Tensor, Ten
     if not r:
         hi = scaled.round().clamp_(-most, most - 1)
         return hi, torch.zeros_like(hi), scaled.sub_(hi)
-    # Residuals reach up to 1/2 − q above a base code, q = 2^−r. Of what lies between that and 1/2, the
-    # next code is too high by nearly 1. At this fraction both choices have the same error: 3/8 to 1/2.
-    q = 0.5**r
-    fraction = (q - q * q + share) / (2 * q + 2 * share)
-    hi = (scaled + (1 - fraction)).floor_().clamp_(-most, most - 1)
+    hi = (scaled + (1 - _upward(form, share))).floor_().clamp_(-most, most - 1)
     rest = scaled.sub_(hi)
     half = 2 ** (r - 1)
     return hi, (rest * 2**r).round_().clamp_(-half, half - 1), rest
+
+
+def _upward(form: PlaneFormat, share: float) -> float:
+    """The fraction from which on a value gets the next base code: 3/8 to 1/2.
+
+    Residuals reach up to 1/2 − q above a base code, q = 2^−r. Of what lies between that and 1/2, the
+    next code is too high by nearly 1. At this fraction both choices have the same error.
+    """
+    q = 0.5**form.residual
+    return (q - q * q + share) / (2 * q + 2 * share) if form.residual else 0.5
 
 
 def _errors(scaled: Tensor, form: PlaneFormat, counts: Tensor | None, share: float) -> Tensor:

@@ -410,6 +410,46 @@ bool check_planes(const char* isa, double tolerance) {
   return worst <= tolerance;
 }
 
+// Codes and scales of rows, by the instruction set in use.
+std::vector<int> rounded(const PlaneFormat& format, const std::vector<float>& rows, int64_t count,
+                         int64_t length, const std::vector<float>& counts) {
+  const int64_t groups = plane_groups(length);
+  const float most = float(1 << (format.base - 1));
+  const float steps[3] = {-0.82f / most, -1.0f / most, -1.1f / most};
+  const Rounding how = {format, steps, 3, 1e38f, 0.6f, 0.25f, counts.data(), counts.size() > 64};
+  std::vector<int8_t> hi(size_t(count * length)), lo(hi.size());
+  std::vector<uint16_t> scales(size_t(count * groups));
+  run_round_rows(kFloat32, 4, {rows.data(), length}, count, length, how, hi.data(), lo.data(),
+                 scales.data());
+  std::vector<int> found(hi.begin(), hi.end());
+  found.insert(found.end(), lo.begin(), lo.end());
+  found.insert(found.end(), scales.begin(), scales.end());
+  return found;
+}
+
+// Which instruction set rounds does not matter, but where two scales are as good.
+bool check_row_rounding(const Isa& isa) {
+  int64_t different = 0, all = 0;
+  for (const int base : {3, 4})
+    for (const int residual : {0, 2, 3, 4})
+      for (const int64_t length : {64, 130, 576}) {
+        std::vector<float> rows(size_t(37 * length)), counts(size_t(64 * plane_groups(length)));
+        for (float& value : rows) value = float(next_value());
+        for (float& value : counts) value = length == 64 ? 1.0f : float(fabs(next_value()));
+        std::vector<int> found[2];
+        const Isa* const both[2] = {&kScalarIsa, &isa};
+        for (int i = 0; i < 2; ++i) {
+          force_isa(both[i]->name, int64_t(strlen(both[i]->name)));
+          found[i] = rounded({base, residual}, rows, 37, length, counts);
+        }
+        for (size_t k = 0; k < found[0].size(); ++k) different += found[0][k] != found[1][k];
+        all += int64_t(found[0].size());
+      }
+  printf("%s rounding: %lld of %lld numbers differ: %s\n", isa.name, (long long)different,
+         (long long)all, 100 * different <= all ? "good" : "BAD");
+  return 100 * different <= all;
+}
+
 }  // namespace
 
 int main() {
@@ -425,6 +465,7 @@ int main() {
     good &= check_all<float>(name, "fp32", kFloat32, sums);
     good &= check_looks(name, sums);
     good &= check_planes(name, pow(2, -11));
+    good &= check_row_rounding(*usable[i]);
     good &= check_rounding<bf16>(name, "bf16", kBFloat16);
     good &= check_rounding<fp16>(name, "fp16", kFloat16);
     std::vector<uint64_t> words(100003);

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from sparse_runtime.cost import num_groups
+
 LIBRARY = Path(__file__).with_name("libsparse_ffn_cpu.so")
 
 
@@ -28,6 +30,7 @@ def load_cpu_library() -> bool:
     torch.library.register_fake("sparse_runtime::cpu_plane_ffn", _like_x)
     torch.library.register_fake("sparse_runtime::cpu_plane_linear", _plane_linear_fake)
     torch.library.register_fake("sparse_runtime::cpu_plane_values", _plane_values_fake)
+    torch.library.register_fake("sparse_runtime::cpu_round_rows", _round_rows_fake)
     return True
 
 
@@ -62,6 +65,22 @@ def _plane_values_fake(
 ) -> Tensor:
     _check_devices(records, residuals, scales, like)
     return like.new_empty(records.shape[0], length)
+
+
+def _round_rows_fake(
+    weight: Tensor,
+    base: int,
+    residual: int,
+    steps: Tensor,
+    limit: float,
+    offset: float,
+    share: float,
+    counts: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_devices(weight, steps, *([] if counts is None else [counts]))
+    hi = weight.new_empty(weight.shape, dtype=torch.int8)
+    scales = weight.new_empty(weight.shape[0], num_groups(weight.shape[1]), dtype=torch.bfloat16)
+    return hi, torch.empty_like(hi), scales
 
 
 def _check_devices(*tensors: Tensor | None) -> None:

@@ -54,6 +54,18 @@ struct PlaneFormat {
   int residual;  // 0, 2, 3 or 4
 };
 
+// How rows are rounded to planes: see rounding.py.
+struct Rounding {
+  PlaneFormat format;
+  const float* steps;  // scales to try, in parts of a group's largest element
+  int64_t num_steps;
+  float limit;   // of a scale
+  float offset;  // added before a base code is rounded down, where there is a residual
+  float share;   // of the base's error
+  const float* counts;  // what errors count by column, or 64 ones for all groups
+  bool by_column;
+};
+
 // A token for dot products with planes: in groups of 64 rounded to 15 bits, high * 128 + low, in the order
 // of the codes. Scales and sums are zero from the last group on to `group_stride`, a multiple of 16.
 struct PlaneToken {
@@ -141,6 +153,9 @@ struct Kernels {
   // A row's values of base and residual, if there is one.
   void (*plane_values)(const PlaneFormat& format, const uint8_t* base, const uint8_t* residual,
                        const uint8_t* scales, int64_t length, void* out);
+  // Codes [length] of a row, and its scales, the bits of bf16; NaN of a group that is not finite.
+  void (*round_row)(const void* row, int64_t length, const Rounding& how, int8_t* hi, int8_t* lo,
+                    uint16_t* scales);
 };
 
 // Loops that do not depend on the dtype.

@@ -30,6 +30,7 @@
 #include "plane_down.h"
 #include "plane_dots.h"
 #include "plane_values.h"
+#include "round_row.h"
 
 namespace {
 
@@ -37,7 +38,7 @@ template <class T>
 constexpr Kernels kernels_for() {
   return {kBlock,  packed_size<T>, pack_token<T>, gate_up<T>,       down<T>,
           linear<T>, finish<T>,      store_natural<T>, widen<T>,
-          plane_values<T>};
+          plane_values<T>, round_row<T>};
 }
 
 }  // namespace

@@ -208,6 +208,7 @@ const Operation kOperations[] = {
     {kPlaneFfn, "cpu_plane_ffn", true, plane_ffn_op},
     {kPlaneLinear, "cpu_plane_linear", true, plane_linear_op},
     {kPlaneValues, "cpu_plane_values", true, plane_values_op},
+    {kRoundRows, "cpu_round_rows", true, round_rows_op},
     {kRead, "cpu_read", true, read_op},
     // The instruction set in use; the usable ones, best first, separated by commas; and, for
     // tests, a switch to one of them ("" = the best again).

@@ -41,4 +41,8 @@ struct PlaneRowsOf {
 void run_plane_values(DType dtype, int64_t element_size, const PlaneFormat& format,
                       const PlaneRowsOf& rows, int64_t count, int64_t length, void* out);
 
+// Codes [rows, length] and scales [rows, groups] of a float matrix.
+void run_round_rows(DType dtype, int64_t element_size, Matrix weight, int64_t rows, int64_t length,
+                    const Rounding& how, int8_t* hi, int8_t* lo, uint16_t* scales);
+
 }  // namespace sparse_ffn

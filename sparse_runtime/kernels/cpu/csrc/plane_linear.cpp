@@ -79,4 +79,17 @@ void run_plane_values(DType dtype, int64_t element_size, const PlaneFormat& form
   });
 }
 
+void run_round_rows(DType dtype, int64_t element_size, Matrix weight, int64_t rows, int64_t length,
+                    const Rounding& how, int8_t* hi, int8_t* lo, uint16_t* scales) {
+  const Kernels& kernels = current_isa().by_dtype[dtype];
+  const int64_t groups = plane_groups(length);
+  const int64_t parts = num_threads_for(rows * length * element_size);
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(rows, parts, part, 1);
+    for (int64_t r = range.begin; r < range.end; ++r)
+      kernels.round_row(static_cast<const char*>(weight.data) + r * weight.stride * element_size,
+                        length, how, hi + r * length, lo + r * length, scales + r * groups);
+  });
+}
+
 }  // namespace sparse_ffn

@@ -164,4 +164,39 @@ void plane_values_op(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = values.release();
 }
 
+// Codes of base and residual [rows, H] and scales [rows, G] of weights [rows, H]. `steps` are the scales to
+// try in parts of a group's largest element, `counts` [64 G] what errors count by column.
+const char* const kRoundRows =
+    "cpu_round_rows(Tensor weight, int base, int residual, Tensor steps, float limit, float offset, "
+    "float share, Tensor? counts) -> (Tensor, Tensor, Tensor)";
+
+void round_rows_op(StableIValue* stack, uint64_t, uint64_t) {
+  static const float kOnes[kPlaneGroup] = {
+      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
+      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  Argument weight("weight", stack[0]), steps("steps", stack[3]);
+  Argument counts("counts", Argument::optional_handle(stack[7]));
+
+  weight.inspect(2);
+  weight.expect_rows();
+  const DTypeInfo info = weight.float_dtype();
+  const int64_t rows = weight.size(0), length = weight.size(1), groups = plane_groups(length);
+  check_sizes("weight", rows, length);
+  steps.inspect(1);
+  Rounding how = {format_of(stack[1], stack[2]), floats_of(steps, steps.size(0), "the steps"),
+                  steps.size(0), float(number(stack[4])), float(number(stack[5])),
+                  float(number(stack[6])), kOnes, counts.given()};
+  if (counts.given()) how.counts = floats_of(counts, groups * kPlaneGroup, "64 G");
+  const int64_t shape[2] = {rows, length}, of_groups[2] = {rows, groups};
+  Result hi(new_tensor(2, shape, aoti_torch_dtype_int8()));
+  Result lo(new_tensor(2, shape, aoti_torch_dtype_int8()));
+  Result scales(new_tensor(2, of_groups, aoti_torch_dtype_bfloat16()));
+  run_round_rows(info.dtype, info.size, weight.matrix(), rows, length, how,
+                 static_cast<int8_t*>(hi.data()), static_cast<int8_t*>(lo.data()),
+                 static_cast<uint16_t*>(scales.data()));
+  stack[0] = hi.release();
+  stack[1] = lo.release();
+  stack[2] = scales.release();
+}
+
 }  // namespace sparse_ffn

@@ -15,4 +15,7 @@ void plane_linear_op(StableIValue* stack, uint64_t, uint64_t);
 extern const char* const kPlaneValues;
 void plane_values_op(StableIValue* stack, uint64_t, uint64_t);
 
+extern const char* const kRoundRows;
+void round_rows_op(StableIValue* stack, uint64_t, uint64_t);
+
 }  // namespace sparse_ffn
