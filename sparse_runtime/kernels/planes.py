@@ -47,6 +47,7 @@ from torch import Tensor
 from sparse_runtime import cost
 from sparse_runtime.cost import GROUP, LOOK_BITS, num_groups, plane_size, scales_size
 from sparse_runtime.errors import ConfigError
+from sparse_runtime.kernels.cpu.library import load_cpu_library
 
 _UNIT = 4
 
@@ -185,6 +186,16 @@ def pack_plane(codes: Tensor, bits: int) -> Tensor:
     Returns:
         bytes [rows, 8·bits·G] uint8.
     """
+    if codes.device.type == "cpu" and codes.numel() and load_cpu_library():
+        plane: Tensor = torch.ops.sparse_runtime.cpu_pack_plane(
+            codes.to(torch.int8).contiguous(), bits
+        )
+        return plane
+    return _packed(codes, bits)
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
+    """What defines :func:`pack_plane`."""
     rows, size = codes.shape
     padded = F.pad(codes.to(torch.int8), (0, -size % GROUP))
     groups = (padded + 2 ** (bits - 1)).view(torch.uint8).view(rows, num_groups(size), GROUP)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from kernels.library import ISAS, forced, ops
 
-from sparse_runtime.kernels import rounding
-from sparse_runtime.kernels.planes import PLANE_BITS, PlaneFormat
+from sparse_runtime.kernels import planes, rounding
+from sparse_runtime.kernels.planes import PLANE_BITS, PlaneFormat, pack_plane
 from sparse_runtime.kernels.rounding import InputStatistics, round_rows
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -128,5 +128,35 @@ def test_what_is_refused(place, value, message):
         ops.cpu_round_rows(*arguments)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("size", [1, 64, 130, 192, 256, 576])
+def test_planes_are_those_of_the_definition(bits, size):
+    generator = torch.Generator().manual_seed(size)
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (37, size), generator=generator, dtype=torch.int8)
+    expected = planes._packed(codes, bits)
+    assert torch.equal(pack_plane(codes, bits), expected)
+    assert torch.equal(pack_plane(codes.t().contiguous().t(), bits), expected)
+    assert pack_plane(codes[:0], bits).shape == (0, expected.shape[1])
+
+
+@pytest.mark.parametrize(
+    ("codes", "bits", "message"),
+    [
+        (torch.ones(4, 64, dtype=torch.int8), 5, "a plane of 5 bits"),
+        (torch.ones(4, 64), 4, "codes does not have dtype int8"),
+        (torch.ones(64, dtype=torch.int8), 4, "codes has 1 dimensions"),
+        (torch.ones(64, 4, dtype=torch.int8).t(), 4, "codes has stride 4 in its last dimension"),
+        (torch.ones(4, 128, dtype=torch.int8)[:, :64], 4, "codes are not contiguous"),
+    ],
+)
+def test_codes_that_are_refused(codes, bits, message):
+    with pytest.raises(ValueError, match=message):
+        ops.cpu_pack_plane(codes, bits)
+
+
 def test_opcheck():
-    torch.library.opcheck(ops.cpu_round_rows, GOOD, test_utils=("test_schema", "test_faketensor"))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(ops.cpu_round_rows, GOOD, test_utils=checks)
+    codes = torch.ones(3, 70, dtype=torch.int8)
+    torch.library.opcheck(ops.cpu_pack_plane, (codes, 3), test_utils=checks)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sparse_runtime.cost import num_groups
+from sparse_runtime.cost import num_groups, plane_size
 
 LIBRARY = Path(__file__).with_name("libsparse_ffn_cpu.so")
 
@@ -31,6 +31,7 @@ def load_cpu_library() -> bool:
     torch.library.register_fake("sparse_runtime::cpu_plane_linear", _plane_linear_fake)
     torch.library.register_fake("sparse_runtime::cpu_plane_values", _plane_values_fake)
     torch.library.register_fake("sparse_runtime::cpu_round_rows", _round_rows_fake)
+    torch.library.register_fake("sparse_runtime::cpu_pack_plane", _pack_plane_fake)
     return True
 
 
@@ -81,6 +82,10 @@ def _round_rows_fake(
     hi = weight.new_empty(weight.shape, dtype=torch.int8)
     scales = weight.new_empty(weight.shape[0], num_groups(weight.shape[1]), dtype=torch.bfloat16)
     return hi, torch.empty_like(hi), scales
+
+
+def _pack_plane_fake(codes: Tensor, bits: int) -> Tensor:
+    return codes.new_empty(codes.shape[0], plane_size(codes.shape[1], bits), dtype=torch.uint8)
 
 
 def _check_devices(*tensors: Tensor | None) -> None:

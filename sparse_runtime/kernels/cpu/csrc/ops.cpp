@@ -209,6 +209,7 @@ const Operation kOperations[] = {
     {kPlaneLinear, "cpu_plane_linear", true, plane_linear_op},
     {kPlaneValues, "cpu_plane_values", true, plane_values_op},
     {kRoundRows, "cpu_round_rows", true, round_rows_op},
+    {kPackPlane, "cpu_pack_plane", true, pack_plane_op},
     {kRead, "cpu_read", true, read_op},
     // The instruction set in use; the usable ones, best first, separated by commas; and, for
     // tests, a switch to one of them ("" = the best again).

@@ -45,4 +45,7 @@ void run_plane_values(DType dtype, int64_t element_size, const PlaneFormat& form
 void run_round_rows(DType dtype, int64_t element_size, Matrix weight, int64_t rows, int64_t length,
                     const Rounding& how, int8_t* hi, int8_t* lo, uint16_t* scales);
 
+// out [rows, 8 * bits * groups]: a plane of codes [rows, length].
+void run_pack_plane(const int8_t* codes, int64_t rows, int64_t length, int bits, uint8_t* out);
+
 }  // namespace sparse_ffn

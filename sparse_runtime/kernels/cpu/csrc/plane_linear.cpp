@@ -92,4 +92,48 @@ void run_round_rows(DType dtype, int64_t element_size, Matrix weight, int64_t ro
   });
 }
 
+namespace {
+
+// A unit of u groups, of stored codes [u, 64]: planes.py draws it.
+void pack_unit(const uint8_t* codes, int64_t u, int bits, uint8_t* out) {
+  uint8_t v[4][64], n[64];
+  for (int64_t c = 0; c < 4; ++c)
+    for (int64_t q = 0; q < 4; ++q)
+      for (int64_t g = 0; g < u; ++g)
+        memcpy(v[c] + 4 * (q * u + g), codes + 64 * g + 16 * c + 4 * q, 4);
+  const int64_t size = 16 * u;
+  for (int64_t k = 0; k < size; ++k) {
+    if (bits == 2) out[k] = uint8_t(v[0][k] | v[1][k] << 2 | v[2][k] << 4 | v[3][k] << 6);
+    if (bits == 3) out[k] = uint8_t(v[0][k] | v[1][k] << 3 | (v[3][k] & 3) << 6);
+    if (bits == 4) out[k] = uint8_t(v[0][k] | v[1][k] << 4);
+  }
+  if (bits == 3) {
+    for (int64_t k = 0; k < size; ++k) n[k] = uint8_t(v[2][k] | (v[3][k] >> 2) << 3);
+    for (int64_t k = 0; k < size / 2; ++k)
+      out[size + k] = uint8_t(n[k] | n[k + size / 2] << 4);
+  }
+  if (bits == 4)
+    for (int64_t k = 0; k < size; ++k) out[size + k] = uint8_t(v[2][k] | v[3][k] << 4);
+}
+
+}  // namespace
+
+void run_pack_plane(const int8_t* codes, int64_t rows, int64_t length, int bits, uint8_t* out) {
+  const int64_t groups = plane_groups(length), parts = num_threads_for(rows * length);
+  const uint8_t zero = uint8_t(1 << (bits - 1));
+  parallel(parts, [&](int64_t part) {
+    const Range range = part_of(rows, parts, part, 1);
+    for (int64_t r = range.begin; r < range.end; ++r)
+      for (int64_t first = 0; first < groups; first += 4) {
+        const int64_t u = at_most(groups - first, 4);
+        const int8_t* const own = codes + r * length + first * kPlaneGroup;
+        const int64_t count = at_most(length - first * kPlaneGroup, u * kPlaneGroup);
+        uint8_t stored[4 * kPlaneGroup];
+        for (int64_t k = 0; k < count; ++k) stored[k] = uint8_t(uint8_t(own[k]) + zero);
+        for (int64_t k = count; k < u * kPlaneGroup; ++k) stored[k] = zero;
+        pack_unit(stored, u, bits, out + (r * groups + first) * 8 * bits);
+      }
+  });
+}
+
 }  // namespace sparse_ffn

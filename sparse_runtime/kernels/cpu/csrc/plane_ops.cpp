@@ -199,4 +199,24 @@ void round_rows_op(StableIValue* stack, uint64_t, uint64_t) {
   stack[2] = scales.release();
 }
 
+// A plane [rows, 8 * bits * G] uint8 of codes [rows, H] int8.
+const char* const kPackPlane = "cpu_pack_plane(Tensor codes, int bits) -> Tensor";
+
+void pack_plane_op(StableIValue* stack, uint64_t, uint64_t) {
+  Argument codes("codes", stack[0]);
+  const int64_t bits = static_cast<int64_t>(stack[1]);
+  if (bits < 2 || bits > 4) fail("a plane of " + std::to_string(bits) + " bits; expected 2, 3 or 4");
+  codes.inspect(2);
+  codes.expect_dtype(aoti_torch_dtype_int8(), "int8");
+  codes.expect_rows();
+  const int64_t rows = codes.size(0), length = codes.size(1);
+  check_sizes("codes", rows, length);
+  if (rows > 1 && codes.stride(0) != length) fail("codes are not contiguous");
+  const int64_t shape[2] = {rows, plane_bytes(length, int(bits))};
+  Result plane(new_tensor(2, shape, aoti_torch_dtype_uint8()));
+  run_pack_plane(static_cast<const int8_t*>(codes.data()), rows, length, int(bits),
+                 static_cast<uint8_t*>(plane.data()));
+  stack[0] = plane.release();
+}
+
 }  // namespace sparse_ffn

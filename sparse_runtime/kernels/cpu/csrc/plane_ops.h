@@ -18,4 +18,7 @@ void plane_values_op(StableIValue* stack, uint64_t, uint64_t);
 extern const char* const kRoundRows;
 void round_rows_op(StableIValue* stack, uint64_t, uint64_t);
 
+extern const char* const kPackPlane;
+void pack_plane_op(StableIValue* stack, uint64_t, uint64_t);
+
 }  // namespace sparse_ffn
