@@ -130,10 +130,8 @@ def build_clusters(
             "weights as well, or leave packed_output out"
         )
     layers = find_ffn_layers(model)
-    if settings.weights is not None:
-        check_in_memory(layers, "A build for planes packs")
     if settings.distill:
-        check_in_memory(layers, "Distillation runs")
+        check_in_memory(layers)
     router_candidates(layers, settings)  # raises where the budget leaves nothing beside a router
     ranks = Ranks.current()
     stages = Stages(

@@ -59,12 +59,12 @@ def check_ranks(ranks: Ranks, text: CalibrationText, settings: BuildSettings) ->
         )
 
 
-def check_in_memory(layers: list[FFNLayer], what: str) -> None:
-    """That no FFN's weights are offloaded, for what needs them all. Raises ModelError."""
+def check_in_memory(layers: list[FFNLayer]) -> None:
+    """That no FFN's weights are offloaded, for a distillation. Raises ModelError."""
     for layer in layers:
         if any(weight.device.type == "meta" for weight in layer.weights):
             raise ModelError(
-                f"{layer.name} has no weights in memory: they are offloaded. {what} the whole model "
-                "in memory; load it without offloading (device_map='cpu'), or build for float weights "
-                "with distill 0"
+                f"{layer.name} has no weights in memory: they are offloaded. Distillation runs the "
+                "whole model in memory; load it without offloading (device_map='cpu'), or build with "
+                "distill 0"
             )

@@ -8,7 +8,7 @@ layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -44,7 +44,8 @@ def pack_calibrated(
     An interrupted or failed call after the checks leaves a model that is packed in part: load it again.
 
     Args:
-        model: a float causal language model, in memory as a whole.
+        model: a float causal language model. Its FFNs, and only these, may be packed while decoder
+            layers are on the disk (accelerate's offload), one of which is in memory at a time.
         windows: token ids of calibration text [W, window] int64.
         bits, linears, modules_to_not_convert, packing: as of
             :func:`sparse_runtime.ffn.plane_packing.pack_model`.
@@ -114,14 +115,17 @@ class _ByLayer:
             return [measure.statistics() for measure in self._measures.pop(name)]
 
     def _measure_next(self, sweep: Sweep) -> None:
-        number = len(self._layers) + 1 - len(self._groups)
+        number, windows = len(self._layers) + 1 - len(self._groups), range(len(self._windows))
         if number > 0:
-            for window in range(len(self._windows)):
-                sweep.step(number - 1, window)
+            with sweep.entered(number - 1):
+                for window in windows:
+                    sweep.step(number - 1, window)
         group = self._groups.pop(0)
-        with _measured(self._model, group, self._full) as self._measures:
-            for window in range(len(self._windows)):
-                if group and number < len(self._layers):
+        layer = group and number < len(self._layers)
+        entered = sweep.entered(number) if layer else nullcontext()
+        with _measured(self._model, group, self._full) as self._measures, entered:
+            for window in windows:
+                if layer:
                     sweep.run(number, window)
                 elif group:
                     self._finish(sweep, window)

@@ -28,6 +28,7 @@ from sparse_runtime.clusters.config import BuildConfig, BuildSettings
 from sparse_runtime.clusters.fisher import without_gradients
 from sparse_runtime.clusters.layer_build import fit_layer, uncut_layer
 from sparse_runtime.clusters.layer_data import scored
+from sparse_runtime.clusters.plane_layers import ROUNDING_TOKENS
 from sparse_runtime.clusters.router_choice import PROBE_TOKENS, router_candidates
 from sparse_runtime.clusters.seeding import layer_generator
 from sparse_runtime.clusters.sweep import Sweep
@@ -37,7 +38,7 @@ from sparse_runtime.clusters.tuning.in_loop import LOOP_TOKENS
 from sparse_runtime.clusters.tuning.masks import kept_looks
 from sparse_runtime.clusters.tuning.student import students_of
 from sparse_runtime.cost import element_size
-from sparse_runtime.kernels.planes import LOOK_FORMAT
+from sparse_runtime.kernels.planes import LOOK_FORMAT, PlaneFormat
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import structure
@@ -52,6 +53,9 @@ _FIT_TOKENS = (1024, 3072)
 _SAMPLED_AT_ONCE, _STEPS_PER_TOKEN = 32, 1.3
 # Cuts that are measured on held-out text: the budget's own, and others.
 _CUTS = 8
+# Rows of the product that operations are timed by; and what one of K inputs takes beside them where
+# rounding is compensated, of two cores.
+_SQUARE, _INPUT_SECONDS = 1024, 1e-4
 # Layers that routers are tried on.
 _PROBES = 3
 
@@ -117,7 +121,8 @@ class BuildEstimate:
 class _Times:
     """Seconds of one window through one decoder layer, or of the head; and of a fit by tokens.
 
-    ``load`` is what a layer takes to be in memory, and ``student`` what it takes to be sparse.
+    ``load`` is what a layer takes to be in memory, ``student`` what it takes to be sparse, and
+    ``product`` an operation of a float32 matrix product.
     """
 
     forward: float
@@ -130,6 +135,7 @@ class _Times:
     fit_token: float
     load: float
     student: float
+    product: float
 
     def fit(self, tokens: int) -> float:
         """Of fitting a layer on so many tokens."""
@@ -145,8 +151,7 @@ def estimate_build(
 ) -> BuildEstimate:
     """Measure for some seconds, and say what a build will take.
 
-    Of its text only the part that is sampled from the model counts, not what is read or fetched; and a
-    build for planes is counted without the packing.
+    Of its text only the part that is sampled from the model counts, not what is read or fetched.
 
     Args:
         model: a dense causal language model, as for ``build_clusters``.
@@ -212,9 +217,19 @@ def _stages(
         each = depth * (times.forward + times.backward) + times.head_backward
         kept = min(bound, count * window * width * value * depth)
         add("fisher", count * each, kept + 2 * between, 4 * most * len(layers), sweeps=2)
+    planes = 0
+    if settings.weights is not None:
+        form = PlaneFormat.of_bits(settings.weights)
+        planes = sum(
+            one.intermediate_size * sum(form.record_sizes(width).values()) for one in layers
+        )
+        count = min(max(1, ROUNDING_TOKENS // window), windows - held_out)
+        each = 2 * count * times.forward + _packing_seconds(width, most, count * window, times)
+        add("pack", depth * each, planes + between + 12 * most**2, sweeps=2)
     # Hidden states and importance of a layer, each in a file above the bound; and coverage.
     parts = [2 * tokens * width, 2 * tokens * most]
-    own_layer = sum(min(bound, part) for part in parts) + 2 * tokens * settings.num_clusters
+    own_layer = planes + sum(min(bound, part) for part in parts)
+    own_layer += 2 * tokens * settings.num_clusters
     spilled = sum(part for part in parts if part > bound)
     if len(candidates) > 1:
         seconds = _PROBES * len(candidates) * times.fit(min(tokens, PROBE_TOKENS))
@@ -227,7 +242,7 @@ def _stages(
         each = depth * (times.sparse + times.sparse_backward) + times.head_backward
         # Centroids and biases of all layers; a layer's weights as they are looked at, and its values.
         sparse = (fitted + 16 * settings.num_clusters * width) * len(layers) + 3 * between
-        sparse += 10 * most * width + 32 * most * window
+        sparse += planes + 10 * most * width + 32 * most * window
         students = depth * times.student
         if settings.loop_weights:
             kept = min(bound, loop * window * width * value * depth)
@@ -246,6 +261,15 @@ def _stages(
         add("measure", _CUTS * (held_out * cut + students), sparse, looks, sweeps=_CUTS)
     add("scores", len(layers) * times.fit_token * held_out * window)
     return stages
+
+
+def _packing_seconds(hidden_size: int, neurons: int, tokens: int, times: _Times) -> float:
+    """Of rounding an FFN with compensation: second moments, their factors, and the rounding."""
+    moments = 2 * tokens * (hidden_size**2 + neurons**2)
+    factors = 4 / 3 * (hidden_size**3 + neurons**3)
+    compensation = neurons * hidden_size * (2 * hidden_size + neurons)
+    own = _INPUT_SECONDS * (hidden_size + neurons)
+    return own + times.product * (moments + factors + compensation)
 
 
 def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _Times:
@@ -299,7 +323,9 @@ def _measured(model: Any, layers: list[FFNLayer], settings: BuildSettings) -> _T
     slope = max(slope, 0.1 * fits[1] / _FIT_TOKENS[1])
     base = fits[0] - slope * _FIT_TOKENS[0]
     of_both = of_head, _seconds(with_gradients)
-    return _Times(*plain, *sparse, *of_both, base, slope, load, of_student)
+    square = torch.ones(_SQUARE, _SQUARE, device=model.device)
+    product = _seconds(lambda: square @ square) / (2 * _SQUARE**3)
+    return _Times(*plain, *sparse, *of_both, base, slope, load, of_student, product)
 
 
 def _sampling_seconds(model: Any, tokens: int) -> float:

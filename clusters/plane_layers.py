@@ -29,12 +29,12 @@ def packed(
     """Inside, the FFNs of a float model are in planes; afterwards they are what they were.
 
     Args:
-        model: a float causal language model; its float weights stay in memory.
+        model: a float causal language model; its float weights stay in memory, or on the disk.
         windows: token ids of calibration text [W, window] int64, for compensated rounding.
         bits: of the planes.
         progress: as of ``pack_calibrated``.
     """
-    packing = Packing.of(model, keep_float=True)
+    packing = Packing.of(model, keep_float=True, offloaded=True)
     try:
         pack_calibrated(
             model,

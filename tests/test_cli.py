@@ -280,6 +280,27 @@ def test_unexpected_error_is_one_line(run, monkeypatch, tmp_path):
     assert "Traceback" not in err
 
 
+def test_build_for_planes_of_a_model_on_the_disk(run, tiny_folder, text, tmp_path):
+    """The same artifact and the same packed model as of one in memory."""
+    command = ["--data", text, "--clusters", 8, "--window", 64, "--router", 2, "--weights", 5]
+    command += ["--distill", 0, "--max-tokens", 3000]
+    made = {}
+    for where in ("--no-offload", "--offload"):
+        folders = [tmp_path / f"{name}{where}" for name in ("clusters", "packed")]
+        options = [*command, "--packed", folders[1], where]
+        code, _, err = run("build", tiny_folder, "-o", folders[0], *options)
+        assert code == 0, err
+        assert (folders[1] / "config.json").exists()
+        made[where] = {
+            file.name: file.read_bytes()
+            for folder in folders
+            for file in folder.iterdir()
+            if file.suffix == ".safetensors"
+        }
+    assert len(made["--offload"]) == 3
+    assert made["--offload"] == made["--no-offload"]
+
+
 def test_build_of_a_model_on_the_disk(run, tiny_folder, text, tmp_path):
     """The same artifact, tensors and all, as of one in memory."""
     folders = [tmp_path / name for name in ("memory", "disk")]

@@ -276,7 +276,7 @@ class _Draw(LogitsProcessor):
         self._temperature, self._never, self._advance = temperature, list(never), advance
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """Of scores [batch, V] float32, overwritten: zero at the drawn token, minus infinity elsewhere."""
+        """Of scores [batch, V] float32, overwritten: zero at the drawn token, else minus infinity."""
         self._advance(0)  # how many tokens come of a batch is known when it ends
         scores[:, [token for token in self._never if token < scores.shape[-1]]] = -math.inf
         scores.sub_(scores.amax(-1, keepdim=True)).div_(self._temperature)

@@ -223,9 +223,7 @@ def _mean_divergence(
 class _Training:
     """Parameters, optimizer, history and the best state, on disk as one file of tensors."""
 
-    def __init__(
-        self, modules: dict[int, StudentFFN], config: Distillation, ranks: Ranks
-    ) -> None:
+    def __init__(self, modules: dict[int, StudentFFN], config: Distillation, ranks: Ranks) -> None:
         self._steps, self._ranks = config.steps, ranks
         self._learning_rate = config.learning_rate
         self._named = {

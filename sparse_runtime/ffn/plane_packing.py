@@ -15,6 +15,7 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear
 from sparse_runtime.ffn.plane_places import (
     LinearPlace,
     Places,
+    check_ffn_finite,
     check_finite,
     opened,
     opened_ffn,
@@ -27,6 +28,7 @@ from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint
+from sparse_runtime.models.onloading import has_values, onloaded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -63,8 +65,9 @@ def pack_model(
     :func:`sparse_runtime.clusters.pack_calibrated` rounds better.
 
     Args:
-        model: a causal language model, in memory as a whole; what is to be packed is float. It may be
-            sparse where the FFNs are not to be packed.
+        model: a causal language model; what is to be packed is float. It may be sparse where the FFNs
+            are not to be packed. FFNs that accelerate has left on the disk are loaded one at a time,
+            and checked then; their planes stay in memory.
         bits: of the FFNs' weights, or their format; None leaves them in float.
         linears: bits of attention and head, or their format; None leaves them in float. A head that is
             tied to the embedding is packed from the same values, and the embedding stays.
@@ -78,8 +81,9 @@ def pack_model(
     Raises:
         ConfigError: the bits are unknown or both None.
         AlreadySparseError: the FFNs to pack are sparse.
-        UnsupportedArchitectureError: what is to be packed is so already, or quantized, offloaded or of
-            an unknown type, or a module is more than its weights (adapters, hooks, parametrizations).
+        UnsupportedArchitectureError: what is to be packed is so already, or quantized or of an unknown
+            type, or a module is more than its weights (adapters, hooks, parametrizations), or attention
+            and head are offloaded.
         NothingMatchedError: a name in ``modules_to_not_convert`` is that of no module.
         ModelError: weights are NaN or infinite; the message names the matrix.
     """
@@ -113,7 +117,9 @@ def pack_model(
             packed: PlaneFFN | PlaneLinear
             if isinstance(place, FFNLayer):
                 assert config.format is not None
-                packed = packed_kind(place).from_mlp(opened_ffn(place), config.format, *given)
+                with onloaded(place.holder):
+                    check_ffn_finite(place)
+                    packed = packed_kind(place).from_mlp(opened_ffn(place), config.format, *given)
             else:
                 assert config.linear_format is not None
                 floats = opened(place.linear, dtype)
@@ -158,17 +164,19 @@ def _bits(name: str, value: int | PlaneFormat | None) -> int | None:
 
 
 def _check_present(places: Places) -> None:
-    weights = {
-        f"{x.name}.{p}": w
-        for x in places.ffns
-        for p, w in zip(x.projections, x.weights, strict=True)
-    }
-    weights |= {place.name: place.linear.weight for place in places.linears}
-    for name, weight in weights.items():
-        if weight.device.type == "meta":
+    """That FFNs' weights can be had, and what is packed beside FFNs is in memory."""
+    for layer in places.ffns:
+        if not has_values(layer.holder):
             raise UnsupportedArchitectureError(
-                f"{name} has its weights offloaded, or none yet; load the model with "
-                "quantization_config=PlaneConfig(...), which packs weights as they are read"
+                f"{layer.name} has no weights yet, and nobody knows where they are; load the model "
+                "with quantization_config=PlaneConfig(...), which packs weights as they are read"
+            )
+    for place in places.linears:
+        if place.linear.weight.device.type == "meta":
+            raise UnsupportedArchitectureError(
+                f"{place.name} has its weights offloaded, or none yet; load the model with "
+                "quantization_config=PlaneConfig(...), which packs weights as they are read, or pack "
+                "its FFNs alone (linears=None)"
             )
 
 

@@ -23,6 +23,7 @@ from sparse_runtime.kernels.linear import FastLinear, call_problem, has_no_hooks
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.int8_linears import float_linear, int8_problem, is_int8
+from sparse_runtime.models.onloading import is_offloaded, undispatched
 
 _REMEDY = "Merge or remove adapters, hooks and parametrizations first, or load the float checkpoint"
 
@@ -85,7 +86,9 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
     inside = _inside(layers)
     kept = [layer for layer in layers if ffns and not _left(_ffn_names(layer), leave)]
     for layer in kept:
-        _check_ffn(layer)
+        # What accelerate loads them by goes with the floats.
+        with undispatched(layer.mlp):
+            _check_ffn(layer)
     found = []
     if linears:
         found = [place for place in _linears(model, inside) if not _left([place.name], leave)]
@@ -114,21 +117,27 @@ def float_names(model: nn.Module, *, ffns: bool, linears: bool) -> list[str]:
 
 
 def check_finite(places: Places) -> None:
-    """Check that all weights, and biases of FFNs, are numbers.
+    """Check that all weights in memory, and biases of FFNs, are numbers.
 
     Raises:
         ModelError: there is a NaN or an infinity; the message names the tensor.
     """
     for layer in places.ffns:
-        if layer.experts:
-            for name, weight in zip(layer.projections, layer.weights, strict=True):
-                refuse_infinite(f"{layer.name}.{name}", weight)
-        for name, linear in layer.linears().items():
-            refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
-            if linear.bias is not None:
-                refuse_infinite(f"{layer.name}.{name}.bias", linear.bias)
+        if not is_offloaded(layer.holder):
+            check_ffn_finite(layer)
     for place in places.linears:
         refuse_infinite(f"{place.name}.weight", opened(place.linear, torch.float32).weight)
+
+
+def check_ffn_finite(layer: FFNLayer) -> None:
+    """Check that an FFN's weights and biases are numbers; raises as :func:`check_finite`."""
+    if layer.experts:
+        for name, weight in zip(layer.projections, layer.weights, strict=True):
+            refuse_infinite(f"{layer.name}.{name}", weight)
+    for name, linear in layer.linears().items():
+        refuse_infinite(f"{layer.name}.{name}.weight", opened(linear, layer.dtype).weight)
+        if linear.bias is not None:
+            refuse_infinite(f"{layer.name}.{name}.bias", linear.bias)
 
 
 def opened(linear: nn.Linear, dtype: torch.dtype) -> nn.Linear:

@@ -14,6 +14,7 @@ from sparse_runtime.ffn.plane_modules import PlaneFFN, PlaneLinear, PlaneModule
 from sparse_runtime.ffn.plane_places import float_names, restore_floats, tied_weights
 from sparse_runtime.ffn.plane_quantizer import PlaneQuantizer
 from sparse_runtime.models.int8_linears import is_int8
+from sparse_runtime.models.onloading import is_offloaded
 
 
 @dataclass(eq=False)
@@ -22,8 +23,8 @@ class Packing:
 
     Attributes:
         modules: in planes.
-        floats: the module that each of them replaced, with its weights in the CPU's memory; None where
-            they were let go.
+        floats: the module that each of them replaced, with its weights in the CPU's memory or on the
+            disk; None where they were let go.
         tying: configs that tied the head to the embedding before.
     """
 
@@ -32,8 +33,13 @@ class Packing:
     tying: list[Any] = field(default_factory=list)
 
     @classmethod
-    def of(cls, model: nn.Module, *, keep_float: bool) -> Packing:
+    def of(cls, model: nn.Module, *, keep_float: bool, offloaded: bool = False) -> Packing:
         """A record of packing that is about to happen.
+
+        Args:
+            model: to be packed.
+            keep_float: keep the float modules.
+            offloaded: also those whose weights accelerate has left on the disk, where they stay.
 
         Raises:
             UnsupportedArchitectureError: float weights are to be kept, and are offloaded or int8.
@@ -47,7 +53,7 @@ class Packing:
                     "load the float checkpoint"
                 )
         for name, parameter in model.named_parameters():
-            if parameter.device.type == "meta":
+            if parameter.device.type == "meta" and not offloaded:
                 raise UnsupportedArchitectureError(
                     f"keep_float keeps float weights in memory, and {name} is offloaded; leave "
                     "keep_float out (the checkpoint has the weights), or load the model without offload"
@@ -61,7 +67,7 @@ class Packing:
         if self.floats is None:
             return
         self.floats.append(original)
-        away = [p for p in original.parameters() if p.device.type != "cpu"]
+        away = [p for p in original.parameters() if p.device.type not in ("cpu", "meta")]
         # A bias, or a tied embedding, is still the model's.
         still_used = {id(p) for p in model.parameters()} if away else set()
         for parameter in away:
@@ -88,7 +94,9 @@ class Packing:
             if id(packed) not in names:
                 continue
             device = next(iter(packed.own_planes().values())).device
-            original.to(device=device, dtype=packed.dtype).train(packed.training)
+            if not is_offloaded(original):
+                original.to(device=device, dtype=packed.dtype)
+            original.train(packed.training)
             parent, _, attribute = names[id(packed)].rpartition(".")
             setattr(model.get_submodule(parent), attribute, original)
         for config in self.tying:

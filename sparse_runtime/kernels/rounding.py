@@ -115,12 +115,12 @@ def round_rows(
     _check_size(statistics, weight.shape[1])
     counts = None if statistics is None else _counts(statistics.mean_squares)
     share = _share(form, whole)
-    values, round_block = (
+    most, round_block = (
         (_NATIVE_VALUES, _round_natively) if _is_native(weight) else (_BLOCK_VALUES, _round_block)
     )
     parts = [
         round_block(block, form, counts, share)
-        for block in weight.detach().split(max(1, values // weight.shape[1]))
+        for block in weight.detach().split(max(1, most // weight.shape[1]))
     ]
     hi, lo, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
     if not scales.isfinite().all():

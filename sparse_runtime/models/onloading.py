@@ -38,34 +38,54 @@ def onloaded(module: nn.Module) -> Iterator[None]:
     if not is_offloaded(module):
         yield
         return
-    dispatched = [part for part in module.modules() if "_hf_hook" in part.__dict__]
     loaded: list[tuple[nn.Module, Any]] = []
-    before: list[tuple[nn.Module, dict[str, Any]]] = []
     try:
-        for part in dispatched:
-            hook = part.__dict__["_hf_hook"]
+        for part in _dispatched(module):
             if any(parameter.is_meta for parameter in part.parameters(recurse=False)):
-                loaded.append((part, hook))
-                hook.pre_forward(part)
-            before.append(
-                (part, {n: part.__dict__.pop(n) for n in DISPATCHED if n in part.__dict__})
-            )
-            own = before[-1][1].get("_old_forward")
-            if getattr(own, "__func__", None) is not type(part).forward:
-                part.__dict__["forward"] = own
+                loaded.append((part, part.__dict__["_hf_hook"]))
+                loaded[-1][1].pre_forward(part)
         if is_offloaded(module):
             name = next(name for name, weight in module.named_parameters() if weight.is_meta)
             raise ModelError(
                 f"{name} of a {type(module).__name__} has no values: it is on the meta device, and "
                 "accelerate does not know where they are; load the model with from_pretrained"
             )
+        with undispatched(module):
+            yield
+    finally:
+        for part, hook in loaded:
+            hook.post_forward(part, None)
+
+
+@contextmanager
+def undispatched(module: nn.Module) -> Iterator[None]:
+    """Have a module without accelerate's hooks inside the context; nothing is loaded."""
+    before: list[tuple[nn.Module, dict[str, Any]]] = []
+    try:
+        for part in _dispatched(module):
+            state = {n: part.__dict__.pop(n) for n in DISPATCHED if n in part.__dict__}
+            before.append((part, state))
+            own = state.get("_old_forward")
+            if getattr(own, "__func__", None) is not type(part).forward:
+                part.__dict__["forward"] = own
         yield
     finally:
         for part, state in before:
             part.__dict__.pop("forward", None)
             part.__dict__.update(state)
-        for part, hook in loaded:
-            hook.post_forward(part, None)
+
+
+def has_values(module: nn.Module) -> bool:
+    """Whether a module's weights are in memory, or accelerate knows where they are."""
+    return all(
+        "_hf_hook" in part.__dict__
+        for part in module.modules()
+        if any(parameter.is_meta for parameter in part.parameters(recurse=False))
+    )
+
+
+def _dispatched(module: nn.Module) -> list[nn.Module]:
+    return [part for part in module.modules() if "_hf_hook" in part.__dict__]
 
 
 def layers_on_disk(model: nn.Module, device: str = "cpu") -> dict[str, str]:

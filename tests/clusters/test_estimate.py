@@ -65,6 +65,14 @@ def test_processes_share_what_they_can():
     assert shared["distill"] < 0.5 * alone["distill"]
 
 
+def test_packing_is_a_stage_of_a_build_for_planes():
+    config = BuildConfig(**SMALL | {"budget": None}, weights=6, max_tokens=2000)
+    stages = {stage.name: stage for stage in estimate_build(make_tiny_model(), config).stages}
+    assert stages["pack"].seconds > 0
+    assert stages["pack"].memory > 12 * 44**2
+    assert [*stages].index("fisher") < [*stages].index("pack") < [*stages].index("layers")
+
+
 def test_a_decoder_that_runs_whole():
     assert estimate_build(backwards(make_tiny_model()), BuildConfig(**SMALL)).seconds > 0
 

@@ -114,8 +114,9 @@ class TestRefusals:
     def test_weights_that_are_not_there(self):
         with torch.device("meta"):
             model = tiny()
-        with pytest.raises(UnsupportedArchitectureError, match=r"offloaded.*quantization_config"):
-            pack_model(model)
+        for options in ({}, {"bits": None, "linears": 8}):
+            with pytest.raises(UnsupportedArchitectureError, match=r"quantization_config"):
+                pack_model(model, **options)
 
     @pytest.mark.parametrize("name", ["gate_proj", "down_proj"])
     def test_biases_that_are_no_numbers(self, name):
