@@ -139,7 +139,8 @@ def build_clusters(
         {} if times is None else times,
         {} if estimate is None else {stage.name: stage.seconds for stage in estimate.stages},
     )
-    with stages.all():
+    # Whatever the caller's mode is.
+    with torch.inference_mode(False), torch.enable_grad(), stages.all():
         with stages.stage("text"):
             text = ranks.by_first(
                 lambda: _calibration_text(model, tokenizer, data, settings, output, stages)

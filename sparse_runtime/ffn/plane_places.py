@@ -93,7 +93,8 @@ def find_places(model: nn.Module, *, ffns: bool, linears: bool, leave: Sequence[
     if linears:
         found = [place for place in _linears(model, inside) if not _left([place.name], leave)]
         for place in found:
-            _check_linear(model, place)
+            with undispatched(place.linear):
+                _check_linear(model, place)
     _refuse_int8_beside(model, kept, found)
     if not kept and not found:
         raise NothingMatchedError(

@@ -13,7 +13,13 @@ from transformers import AutoModelForCausalLM
 from sparse_runtime import ClusterSet, cost_report, sparsify
 from sparse_runtime.clusters import BuildConfig, build, build_clusters
 from sparse_runtime.cost import PlaneCost
-from sparse_runtime.errors import ConfigError, ModelError, OutputFolderError
+from sparse_runtime.errors import (
+    ConfigError,
+    ModelError,
+    OutputFolderError,
+    UnsupportedArchitectureError,
+)
+from sparse_runtime.ffn.plane_packing import pack_model
 from sparse_runtime.kernels.bitmaps import unpack_bits
 
 CONFIG = BuildConfig(
@@ -291,6 +297,27 @@ def test_a_model_on_the_disk_gives_the_same_artifact(
     ids = torch.arange(20)[None]
     with torch.no_grad():
         assert torch.equal(model(ids).logits, tiny_model(ids).logits)
+
+
+def test_a_model_on_the_disk_is_packed(tiny_model, tiny_folder, tmp_path):
+    """Its FFNs come to memory in planes; what is left on the disk stays there."""
+    model, ids = offloaded(tiny_folder, tmp_path), torch.arange(20)[None]
+    pack_model(model, 6)
+    assert [layer.mlp.format.bits for layer in model.model.layers] == [6, 6, 6]
+    assert all(layer.self_attn.q_proj.weight.is_meta for layer in model.model.layers)
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, pack_model(tiny_model, 6)(ids).logits)
+    with pytest.raises(UnsupportedArchitectureError, match=r"q_proj has its weights offloaded"):
+        pack_model(offloaded(tiny_folder, tmp_path), 6, linears=8)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_mode_of_the_caller_does_not_matter(tiny_model, tiny_tokenizer, text, tmp_path, mode):
+    config = BuildConfig(num_clusters=6, budget=0.7, window=50, max_tokens=1000, router="2")
+    expected = build_clusters(tiny_model, tiny_tokenizer, [text], config)
+    with mode():
+        found = build_clusters(tiny_model, tiny_tokenizer, [text], config)
+    assert_equal(expected, found, tmp_path)
 
 
 def test_weights_that_are_nowhere_are_named(tiny_model, tiny_tokenizer, text):
