@@ -114,8 +114,6 @@ class SparseFFN(WatchedFFN):
         self.rule = TokenRule(0)
         with plain_tensors():
             self._place(layer.device, layer.dtype)
-            if self.backend != "dense":
-                self._derive()
 
     # What the call does
 

@@ -5,12 +5,10 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from sparse_runtime.cost import GROUP
-from sparse_runtime.kernels.planes import LOOK_FORMAT, Rounded, pack_look
-from sparse_runtime.kernels.rounding import round_rows
+from sparse_runtime.kernels.planes import LOOK_FORMAT, pack_look
+from sparse_runtime.kernels.rounding import nearest_codes
 
 
 def look_records(gate: Tensor, up: Tensor | None) -> Tensor:
@@ -24,16 +22,5 @@ def look_records(gate: Tensor, up: Tensor | None) -> Tensor:
         records [I, R] uint8 in ``LOOK_FORMAT``, on the weights' device. A group of weights that holds
         NaN or infinity has NaN for its scale: its neuron is never skipped.
     """
-    return pack_look(_rounded(gate), None if up is None else _rounded(up))
-
-
-def _rounded(weight: Tensor) -> Rounded:
-    finite = weight.isfinite()
-    if finite.all():
-        return round_rows(weight, LOOK_FORMAT)
-    rounded = round_rows(weight.where(finite, 0), LOOK_FORMAT)
-    padding = -weight.shape[1] % GROUP
-    bad = F.pad(~finite, (0, padding)).unflatten(1, (-1, GROUP)).any(-1)
-    return Rounded(
-        rounded.hi, rounded.lo, rounded.scales.masked_fill(bad, float("nan")), LOOK_FORMAT
-    )
+    own_up = None if up is None else nearest_codes(up, LOOK_FORMAT)
+    return pack_look(nearest_codes(gate, LOOK_FORMAT), own_up)

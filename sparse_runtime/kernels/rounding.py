@@ -113,23 +113,15 @@ def round_rows(
             Statistics are of another number of inputs.
     """
     _check_size(statistics, weight.shape[1])
-    counts = None if statistics is None else _counts(statistics.mean_squares)
     share = _share(form, whole)
-    most, round_block = (
-        (_NATIVE_VALUES, _round_natively) if _is_native(weight) else (_BLOCK_VALUES, _round_block)
-    )
-    parts = [
-        round_block(block, form, counts, share)
-        for block in weight.detach().split(max(1, most // weight.shape[1]))
-    ]
-    hi, lo, scales = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
+    nearest = nearest_codes(weight, form, statistics, whole=whole)
+    scales = nearest.scales
     if not scales.isfinite().all():
         bad = int((~weight.isfinite()).sum())
         raise ConfigError(
             f"{bad} of {weight.numel()} values of a weight [{weight.shape[0]}, {weight.shape[1]}] are "
             "NaN or infinite; expected finite weights"
         )
-    nearest = Rounded(hi, lo, scales, form)
     if statistics is None or statistics.spread is None:
         return nearest
     columns = scales.T.contiguous()
@@ -137,6 +129,35 @@ def round_rows(
     values = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
     hi, lo = _compensated(values, form, share, statistics.spread, lambda k: columns[k // GROUP])
     return Rounded(hi.T.contiguous(), lo.T.contiguous(), scales, form)
+
+
+def nearest_codes(
+    weight: Tensor,
+    form: PlaneFormat,
+    statistics: InputStatistics | None = None,
+    *,
+    whole: bool = False,
+) -> Rounded:
+    """Round rows to the nearest codes; arguments as of :func:`round_rows`.
+
+    Of a group of weights that holds NaN or infinity the scale is NaN, and codes are zero.
+    """
+    counts = None if statistics is None else _counts(statistics.mean_squares)
+    share = _share(form, whole)
+    values, round_block = _BLOCK_VALUES, _round_block
+    if _is_native(weight):
+        values, round_block = _NATIVE_VALUES, _round_natively
+        if weight.is_contiguous():
+            values = weight.numel()
+    parts = [
+        round_block(block, form, counts, share)
+        for block in weight.detach().split(max(1, values // weight.shape[1]))
+    ]
+    found = parts[0]
+    if len(parts) > 1:
+        hi, lo, scales = zip(*parts, strict=True)
+        found = torch.cat(hi), torch.cat(lo), torch.cat(scales)
+    return Rounded(*found, form)
 
 
 def round_down(
@@ -250,7 +271,7 @@ def _round_natively(
 def _round_block(
     weight: Tensor, form: PlaneFormat, counts: Tensor | None, share: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes [rows, H] int8 and scales [rows, G]; scales are not finite where weights are not."""
+    """Codes [rows, H] int8 and scales [rows, G], as of :func:`nearest_codes`."""
     rows, size = weight.shape
     padded = F.pad(weight.float(), (0, -size % GROUP)).view(rows, num_groups(size), GROUP)
     low, high = padded.amin(-1), padded.amax(-1)
@@ -269,7 +290,7 @@ def _round_block(
         scales, least = torch.where(better, tried, scales), torch.where(better, error, least)
     hi, lo = (
         codes.flatten(1)[:, :size].to(torch.int8)
-        for codes in _codes(_scaled(padded, scales), form, share)[:2]
+        for codes in _codes(_scaled(padded, scales).nan_to_num_(0), form, share)[:2]
     )
     return hi, lo, scales
 

@@ -72,6 +72,9 @@ def test_numbers_at_the_ends_of_the_range(isa):
             scales = found[2]
             assert scales[4].isnan().tolist() == [False, True, False]
             assert scales[5].isnan().tolist() == [False, False, True]
+            for hi, lo, _ in (expected, found):
+                assert not hi[4, 64:128].any()
+                assert not lo[5, 128:].any()
             assert not scales[0].count_nonzero()
             assert not found[0][0].count_nonzero()
 

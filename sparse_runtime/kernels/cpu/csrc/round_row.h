@@ -24,8 +24,13 @@ struct Codes {
     value = value < -bound ? -bound : value;
     return value > bound - 1 ? bound - 1 : value;
   }
+  // Of values below 2^31; compilers make no vectors of floorf.
+  static inline float rounded_down(float value) {
+    const float whole = float(int32_t(value));
+    return whole > value ? whole - 1 : whole;
+  }
   inline float base(float scaled) const {
-    return within(kResidual ? __builtin_floorf(scaled + offset) : __builtin_rintf(scaled), most);
+    return within(kResidual ? rounded_down(scaled + offset) : __builtin_rintf(scaled), most);
   }
   inline float residual(float rest) const {
     return kResidual ? within(__builtin_rintf(rest * finer), half) : 0.0f;
@@ -45,13 +50,14 @@ template <bool kResidual>
 inline float error_of(const float* scaled, const Rounding& how, const float* counts) {
   const Codes<kResidual> codes(how);
   const float part = -1 / codes.finer, share = how.share;
-  float sums[kSideBySide] = {};
+  float errors[kPlaneGroup], sums[kSideBySide] = {};
+  for (int64_t k = 0; k < kPlaneGroup; ++k) {
+    const float x = scaled[k], rest = x - codes.base(x);
+    const float left = rest + part * codes.residual(rest);
+    errors[k] = (left * left + (kResidual ? share * rest * rest : 0.0f)) * counts[k];
+  }
   for (int64_t k = 0; k < kPlaneGroup; k += kSideBySide)
-    for (int j = 0; j < kSideBySide; ++j) {
-      const float x = scaled[k + j], rest = x - codes.base(x);
-      const float left = rest + part * codes.residual(rest);
-      sums[j] += (left * left + (kResidual ? share * rest * rest : 0.0f)) * counts[k + j];
-    }
+    for (int j = 0; j < kSideBySide; ++j) sums[j] += errors[k + j];
   double sum = 0;
   for (int j = 0; j < kSideBySide; ++j) sum += sums[j];
   return float(sum);
@@ -90,10 +96,11 @@ inline bf16 scale_of(const float* values, const Rounding& how, const float* coun
     wanted = wanted < -how.limit ? -how.limit : wanted > how.limit ? how.limit : wanted;
     const bf16 tried = from_float<bf16>(wanted);
     const float scale = to_float(tried), ratio = scale / extreme;
+    if (!(__builtin_fabsf(scale) >= 1.17549435e-38f)) continue;
     scaled_by(values, scale, scaled);
     // In parts of the largest element: squares of very large or small weights would not be finite.
     const float error = error_of<kResidual>(scaled, how, counts) * (ratio * ratio);
-    if (error < least && __builtin_fabsf(scale) >= 1.17549435e-38f) {
+    if (error < least) {
       best = tried;
       least = error;
     }
