@@ -28,7 +28,7 @@ from sparse_runtime.kernels.rounding import InputStatistics
 from sparse_runtime.models.ffn_layer import FFNLayer
 from sparse_runtime.models.ffn_layers import find_ffn_layers
 from sparse_runtime.models.fingerprint import kept_fingerprint
-from sparse_runtime.models.onloading import has_values, onloaded
+from sparse_runtime.models.onloading import has_values, is_offloaded, onloaded
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -117,8 +117,10 @@ def pack_model(
             packed: PlaneFFN | PlaneLinear
             if isinstance(place, FFNLayer):
                 assert config.format is not None
+                unchecked = is_offloaded(place.holder)
                 with onloaded(place.holder):
-                    check_ffn_finite(place)
+                    if unchecked:
+                        check_ffn_finite(place)
                     packed = packed_kind(place).from_mlp(opened_ffn(place), config.format, *given)
             else:
                 assert config.linear_format is not None

@@ -2,6 +2,8 @@
 
 #include <string.h>
 
+#include <vector>
+
 #include "checks.h"
 #include "dispatch.h"
 #include "plane_pass.h"
@@ -171,9 +173,7 @@ const char* const kRoundRows =
     "float share, Tensor? counts) -> (Tensor, Tensor, Tensor)";
 
 void round_rows_op(StableIValue* stack, uint64_t, uint64_t) {
-  static const float kOnes[kPlaneGroup] = {
-      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1,
-      1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1};
+  static const std::vector<float> ones(kPlaneGroup, 1.0f);
   Argument weight("weight", stack[0]), steps("steps", stack[3]);
   Argument counts("counts", Argument::optional_handle(stack[7]));
 
@@ -185,7 +185,7 @@ void round_rows_op(StableIValue* stack, uint64_t, uint64_t) {
   steps.inspect(1);
   Rounding how = {format_of(stack[1], stack[2]), floats_of(steps, steps.size(0), "the steps"),
                   steps.size(0), float(number(stack[4])), float(number(stack[5])),
-                  float(number(stack[6])), kOnes, counts.given()};
+                  float(number(stack[6])), ones.data(), counts.given()};
   if (counts.given()) how.counts = floats_of(counts, groups * kPlaneGroup, "64 G");
   const int64_t shape[2] = {rows, length}, of_groups[2] = {rows, groups};
   Result hi(new_tensor(2, shape, aoti_torch_dtype_int8()));
