@@ -114,19 +114,7 @@ def pack_model(
         while waiting:
             place = waiting.pop()
             given = () if statistics is None else statistics.take(place.name)
-            packed: PlaneFFN | PlaneLinear
-            if isinstance(place, FFNLayer):
-                assert config.format is not None
-                unchecked = is_offloaded(place.holder)
-                with onloaded(place.holder):
-                    if unchecked:
-                        check_ffn_finite(place)
-                    packed = packed_kind(place).from_mlp(opened_ffn(place), config.format, *given)
-            else:
-                assert config.linear_format is not None
-                floats = opened(place.linear, dtype)
-                packed = PlaneLinear.from_linear(floats, config.linear_format, *given)
-                del floats
+            packed = _packed(place, config, given, dtype)
             setattr(place.parent, place.attribute, packed)
             packing.add(model, packed, place.mlp if isinstance(place, FFNLayer) else place.linear)
             del place
@@ -134,6 +122,26 @@ def pack_model(
         config = described(model, before.fingerprint or config.fingerprint) or config
     attach(model, config)
     return model
+
+
+def _packed(
+    place: FFNLayer | LinearPlace,
+    config: PlaneConfig,
+    statistics: Sequence[InputStatistics | None],
+    dtype: torch.dtype,
+) -> PlaneFFN | PlaneLinear:
+    """A module in planes; an FFN from the disk has not been checked yet. int8 rows become ``dtype``."""
+    if isinstance(place, LinearPlace):
+        assert config.linear_format is not None
+        return PlaneLinear.from_linear(
+            opened(place.linear, dtype), config.linear_format, *statistics
+        )
+    assert config.format is not None
+    unchecked = is_offloaded(place.holder)
+    with onloaded(place.holder):
+        if unchecked:
+            check_ffn_finite(place)
+        return packed_kind(place).from_mlp(opened_ffn(place), config.format, *statistics)
 
 
 def unpack_model(model: ModelT) -> ModelT:

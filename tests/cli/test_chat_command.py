@@ -192,20 +192,21 @@ def test_what_is_typed_in_a_terminal(folders):
     os.close(theirs)
     seen = b""
 
-    def wait_for(text):
+    def wait_for(text, meanwhile=lambda: None):
         nonlocal seen
         end = time.monotonic() + 120
         while text not in seen:
             assert time.monotonic() < end, seen
             if select.select([ours], [], [], 1)[0]:
                 seen += os.read(ours, 4096)
+            else:
+                meanwhile()
         seen = seen[seen.index(text) + len(text) :]
 
     try:
         wait_for(b"> ")
-        time.sleep(0.3)  # the prompt is printed a moment before the line is read
-        process.send_signal(signal.SIGINT)
-        wait_for(b"> ")
+        # The prompt is printed a moment before the line is read, and what comes in between is lost.
+        wait_for(b"> ", lambda: process.send_signal(signal.SIGINT))
         os.write(ours, b"alpha\n")
         wait_for(b"tokens/s after the first")
         wait_for(b"> ")
