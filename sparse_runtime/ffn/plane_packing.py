@@ -178,8 +178,8 @@ def _check_present(places: Places) -> None:
     for layer in places.ffns:
         if not has_values(layer.holder):
             raise UnsupportedArchitectureError(
-                f"{layer.name} has no weights yet, and nobody knows where they are; load the model "
-                "with quantization_config=PlaneConfig(...), which packs weights as they are read"
+                f"{layer.name} has weights offloaded by others than accelerate, or none yet; load the "
+                "model with quantization_config=PlaneConfig(...), which packs weights as they are read"
             )
     for place in places.linears:
         if place.linear.weight.device.type == "meta":

@@ -47,7 +47,7 @@ from torch import Tensor
 from sparse_runtime import cost
 from sparse_runtime.cost import GROUP, LOOK_BITS, num_groups, plane_size, scales_size
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.kernels.cpu.library import load_cpu_library
+from sparse_runtime.kernels.cpu.library import runs_natively
 
 _UNIT = 4
 
@@ -186,7 +186,7 @@ def pack_plane(codes: Tensor, bits: int) -> Tensor:
     Returns:
         bytes [rows, 8·bits·G] uint8.
     """
-    if codes.device.type == "cpu" and codes.numel() and load_cpu_library():
+    if runs_natively(codes):
         plane: Tensor = torch.ops.sparse_runtime.cpu_pack_plane(
             codes.to(torch.int8).contiguous(), bits
         )

@@ -23,7 +23,8 @@ from torch import Tensor
 
 from sparse_runtime.cost import GROUP, num_groups
 from sparse_runtime.errors import ConfigError
-from sparse_runtime.kernels.cpu.library import load_cpu_library
+from sparse_runtime.kernels.backends import KERNEL_DTYPES
+from sparse_runtime.kernels.cpu.library import runs_natively
 from sparse_runtime.kernels.planes import PlaneFormat, Rounded
 
 # Steps that are tried, in parts of the one that maps a group's largest element to the code that has no
@@ -37,7 +38,6 @@ _BASE_SHARE = 4.0
 _BLOCK_VALUES = 1 << 18
 # The same for the C++ loops, which have none, but want rows that lie in memory one after the other.
 _NATIVE_VALUES = 1 << 24
-_NATIVE_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 # Largest value that codes are to stand for: below float32's by more than the rounding of a scale.
 _LARGEST = 3.38e38
 _SMALLEST_SCALE = torch.finfo(torch.bfloat16).smallest_normal
@@ -113,7 +113,6 @@ def round_rows(
             Statistics are of another number of inputs.
     """
     _check_size(statistics, weight.shape[1])
-    share = _share(form, whole)
     nearest = nearest_codes(weight, form, statistics, whole=whole)
     scales = nearest.scales
     if not scales.isfinite().all():
@@ -127,7 +126,8 @@ def round_rows(
     columns = scales.T.contiguous()
     # A copy in any case: one row of float32 is its own transpose, and the caller's.
     values = weight.T.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-    hi, lo = _compensated(values, form, share, statistics.spread, lambda k: columns[k // GROUP])
+    share, spread = _share(form, whole), statistics.spread
+    hi, lo = _compensated(values, form, share, spread, lambda k: columns[k // GROUP])
     return Rounded(hi.T.contiguous(), lo.T.contiguous(), scales, form)
 
 
@@ -145,7 +145,7 @@ def nearest_codes(
     counts = None if statistics is None else _counts(statistics.mean_squares)
     share = _share(form, whole)
     values, round_block = _BLOCK_VALUES, _round_block
-    if _is_native(weight):
+    if weight.dtype in KERNEL_DTYPES and runs_natively(weight):
         values, round_block = _NATIVE_VALUES, _round_natively
         if weight.is_contiguous():
             values = weight.numel()
@@ -242,12 +242,6 @@ def _counts(importance: Tensor) -> Tensor:
 def _share(form: PlaneFormat, whole: bool = False) -> float:
     """What a base's squared error counts beside that of the full value."""
     return 0.0 if whole or not form.residual else _BASE_SHARE / 4.0**form.residual
-
-
-def _is_native(weight: Tensor) -> bool:
-    """Whether the C++ loops can round rows; of none there is nothing to round."""
-    fits = weight.device.type == "cpu" and weight.dtype in _NATIVE_DTYPES
-    return fits and weight.numel() > 0 and load_cpu_library()
 
 
 def _round_natively(

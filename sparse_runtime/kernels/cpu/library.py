@@ -35,6 +35,11 @@ def load_cpu_library() -> bool:
     return True
 
 
+def runs_natively(tensor: Tensor) -> bool:
+    """Whether the library's loops can stand for torch's on a tensor, which has elements then."""
+    return tensor.device.type == "cpu" and tensor.numel() > 0 and load_cpu_library()
+
+
 def _like_x(
     x: Tensor, w_gate: Tensor, w_up: Tensor | None, w_down_t: Tensor, *extras: object
 ) -> Tensor:
